@@ -1,0 +1,71 @@
+// What the CPU kernels share: dtype dispatch, the compute type, and the list of kernels. These sources are compiled
+// once per instruction set (CPU_CAPABILITY), each into a module of its own, and know nothing of that choice.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "../kernels.h"
+
+namespace pyops::cpu {
+
+template <class T>
+using Vec = at::vec::Vectorized<T>;
+
+// The 16-bit types are computed in float32 and rounded once, when the result is stored.
+template <class T>
+constexpr bool is_reduced = std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>;
+template <class T>
+using Compute = std::conditional_t<is_reduced<T>, float, T>;
+
+// f(T{}) for the floating type that dtype names: dispatch_floating(dtype, [&](auto t) { using T = decltype(t); ... }).
+template <class F>
+void dispatch_floating(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::f64:
+      return f(double{});
+    case DType::bf16:
+      return f(c10::BFloat16{});
+    case DType::f16:
+      return f(c10::Half{});
+    default:
+      return f(float{});
+  }
+}
+
+// The same for the integer types as well.
+template <class F>
+void dispatch_real(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::u8:
+      return f(uint8_t{});
+    case DType::i8:
+      return f(int8_t{});
+    case DType::i16:
+      return f(int16_t{});
+    case DType::i32:
+      return f(int32_t{});
+    case DType::i64:
+      return f(int64_t{});
+    default:
+      return dispatch_floating(dtype, f);
+  }
+}
+
+void relu(const ReluArgs&);
+void relu_backward(const ReluBackwardArgs&);
+void linear(const LinearArgs&);
+void linear_backward(const LinearBackwardArgs&);
+void conv2d(const Conv2dArgs&);
+void conv2d_backward(const Conv2dBackwardArgs&);
+void max_pool2d(const MaxPool2dArgs&);
+void max_pool2d_backward(const MaxPool2dBackwardArgs&);
+void max_pool2d_gather(const MaxPool2dGatherArgs&);
+void max_pool2d_indices(const MaxPool2dIndicesArgs&);
+
+}  // namespace pyops::cpu
