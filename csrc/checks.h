@@ -1,0 +1,95 @@
+// Argument checks and layout decisions shared by the ops. A failed check raises what stock torch raises, with the op,
+// the rule and the values in the message; every check runs before anything is allocated or written.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/StringUtil.h>
+
+#include <limits>
+#include <optional>
+
+#include "kernels.h"
+
+namespace pyops {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+// The kernels' name of a floating dtype (float32, float64, bfloat16, float16); NotImplementedError for another.
+inline DType floating_dtype(const char* op, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kBFloat16:
+      return DType::bf16;
+    case at::kHalf:
+      return DType::f16;
+    default:
+      TORCH_CHECK_NOT_IMPLEMENTED(false, "\"", op, "\" not implemented for '", tensor.scalar_type(), "'");
+  }
+}
+
+// The same with the integer dtypes that stock's relu and max_pool2d take.
+inline DType real_dtype(const char* op, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kByte:
+      return DType::u8;
+    case at::kChar:
+      return DType::i8;
+    case at::kShort:
+      return DType::i16;
+    case at::kInt:
+      return DType::i32;
+    case at::kLong:
+      return DType::i64;
+    default:
+      return floating_dtype(op, tensor);
+  }
+}
+
+inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor, const char* other_name,
+                              const at::Tensor& other) {
+  TORCH_CHECK(tensor.device() == other.device(), op, ": expected all tensors to be on the same device, but got ", name,
+              " on ", tensor.device(), " and ", other_name, " on ", other.device());
+}
+
+// Device and dtype of `tensor` must be those of `other`.
+inline void check_same_kind(const char* op, const char* name, const at::Tensor& tensor, const char* other_name,
+                            const at::Tensor& other) {
+  check_same_device(op, name, tensor, other_name, other);
+  TORCH_CHECK(tensor.scalar_type() == other.scalar_type(), op, ": ", name, " and ", other_name,
+              " must have the same dtype, their types should be the same (got ", name, "=", tensor.scalar_type(), ", ",
+              other_name, "=", other.scalar_type(), ")");
+}
+
+inline void check_shape(const char* op, const char* name, const at::Tensor& tensor, at::IntArrayRef expected) {
+  TORCH_CHECK(tensor.sizes() == expected, op, ": expected ", name, " of shape ", expected, ", but got ",
+              tensor.sizes());
+}
+
+// Sizes, strides, paddings and dilations stay below 2^31, so that no sum or product of two of them overflows.
+inline void check_magnitude(const char* op, const char* name, at::IntArrayRef values) {
+  for (const int64_t value : values)
+    TORCH_CHECK(value <= std::numeric_limits<int32_t>::max(), op, ": ", name, " is too large, got ", name, "=", values);
+}
+
+struct Pair {
+  int64_t h, w;
+};
+
+inline bool is_channels_last(const at::Tensor& tensor) {
+  return tensor.dim() == 4 && tensor.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
+}
+inline at::MemoryFormat memory_format(bool channels_last) {
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+inline const void* data_or_null(const OptionalTensor& tensor) {
+  return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
+}
+inline void* mutable_data_or_null(const at::Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+}
+
+}  // namespace pyops

@@ -1,0 +1,190 @@
+// conv2d on tensors: checks, output geometry, memory format and allocation.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+#include "device.h"
+
+namespace pyops {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+// The arguments besides the tensors; padding is one value, one per dimension, or top, left, bottom, right.
+struct Window {
+  Pair stride, dilation;
+  int64_t top, left, bottom, right;
+  int64_t groups;
+};
+
+void check_list(const char* op, const char* name, IntArrayRef values, bool four_allowed = false) {
+  TORCH_CHECK(values.size() == 1 || values.size() == 2 || (four_allowed && values.size() == 4), op, ": expected ", name,
+              " to be a single integer value or a list of 2 values to match the convolution dimensions, but got ", name,
+              "=", values);
+  check_magnitude(op, name, values);
+}
+
+Window make_window(const char* op, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  check_list(op, "stride", stride);
+  check_list(op, "padding", padding, /*four_allowed=*/true);
+  check_list(op, "dilation", dilation);
+  const auto all_at_least = [](int64_t least, IntArrayRef values) {
+    return std::all_of(values.begin(), values.end(), [&](int64_t value) { return value >= least; });
+  };
+  TORCH_CHECK(groups > 0, op, ": non-positive groups is not supported, got groups=", groups);
+  TORCH_CHECK(all_at_least(0, padding), op, ": negative padding is not supported, got padding=", padding);
+  TORCH_CHECK(all_at_least(1, stride), op, ": non-positive stride is not supported, got stride=", stride);
+  TORCH_CHECK(all_at_least(1, dilation), op,
+              ": non-positive dilation is not supported, dilation should be greater than zero, got dilation=",
+              dilation);
+  const int64_t top = padding.front(), left = padding[padding.size() > 1 ? 1 : 0];
+  const bool four = padding.size() == 4;
+  return {{stride.front(), stride.back()}, {dilation.front(), dilation.back()},
+          top, left, four ? padding[2] : top, four ? padding[3] : left, groups};
+}
+
+// The shape of the convolution, after every check that needs the sizes; an unbatched input counts as a batch of one.
+Conv2dShape make_shape(const char* op, IntArrayRef input, IntArrayRef weight, const Window& window) {
+  TORCH_CHECK(weight.size() == 4, op, ": expected weight to be 4-dimensional, (out_channels, in_channels / groups, kH, ",
+              "kW), but got weight of size ", weight, " and input of size ", input, " (Expected ", weight.size(),
+              "-dimensional input for ", weight.size(), "-dimensional weight)");
+  TORCH_CHECK(input.size() == 3 || input.size() == 4, op,
+              ": Expected 3D (unbatched) or 4D (batched) input to conv2d, but got input of size: ", input);
+  const IntArrayRef image = input.slice(input.size() - 3);
+  const int64_t groups = window.groups;
+  TORCH_CHECK(weight[0] >= groups, op, ": Given groups=", groups, ", expected weight to be at least ", groups,
+              " at dimension 0, but got weight of size ", weight, " instead");
+  TORCH_CHECK(weight[0] % groups == 0, op, ": Given groups=", groups, ", expected weight to be divisible by ", groups,
+              " at dimension 0, but got weight of size ", weight, " instead");
+  TORCH_CHECK(image[0] == weight[1] * groups, op, ": Given groups=", groups, ", weight of size ", weight,
+              ", expected input", input, " to have ", weight[1] * groups, " channels, but got ", image[0],
+              " channels instead");
+  check_magnitude(op, "weight size", weight);
+  check_magnitude(op, "input size", image);
+  TORCH_CHECK(weight[2] > 0 && weight[3] > 0, op, ": kernel size should be greater than zero, but got weight of size ",
+              weight);
+  const Pair padded{image[1] + window.top + window.bottom, image[2] + window.left + window.right};
+  const Pair kernel{window.dilation.h * (weight[2] - 1) + 1, window.dilation.w * (weight[3] - 1) + 1};
+  TORCH_CHECK(padded.h >= kernel.h && padded.w >= kernel.w, op, ": Calculated padded input size per channel: (",
+              padded.h, " x ", padded.w, "). Kernel size: (", kernel.h, " x ", kernel.w,
+              "). Kernel size can't be greater than actual input size");
+  TORCH_CHECK(image[1] > 0 && image[2] > 0, op,
+              ": Only zero batch or zero channel inputs are supported, but got input shape: ", input);
+
+  Conv2dShape shape{};
+  shape.N = input.size() == 4 ? input[0] : 1;
+  shape.C = image[0], shape.H = image[1], shape.W = image[2];
+  shape.O = shape.C == 0 ? 0 : weight[0];  // stock: no channels in, no channels out
+  shape.OH = (padded.h - kernel.h) / window.stride.h + 1, shape.OW = (padded.w - kernel.w) / window.stride.w + 1;
+  shape.groups = groups;
+  shape.kernel_h = weight[2], shape.kernel_w = weight[3];
+  shape.stride_h = window.stride.h, shape.stride_w = window.stride.w;
+  shape.padding_top = window.top, shape.padding_left = window.left;
+  shape.dilation_h = window.dilation.h, shape.dilation_w = window.dilation.w;
+  return shape;
+}
+
+// An unbatched image as a batch of one, and back.
+Tensor to_batch(const Tensor& images) { return images.dim() == 3 ? images.unsqueeze(0) : images; }
+Tensor from_batch(const Tensor& images, bool batched) { return batched ? images : images.squeeze(0); }
+
+Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+              IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+  const Window window = make_window("conv2d", stride, padding, dilation, groups);
+  check_same_kind("conv2d", "input", input, "weight", weight);
+  if (bias.has_value()) check_same_kind("conv2d", "input", input, "bias", *bias);
+  const DType dtype = floating_dtype("conv2d", input);
+  Conv2dShape shape = make_shape("conv2d", input.sizes(), weight.sizes(), window);
+  TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
+              "conv2d: Given weight of size ", weight.sizes(), ", expected bias to be 1-dimensional with ",
+              weight.size(0), " elements, but got bias of size ", bias.has_value() ? bias->sizes() : IntArrayRef{},
+              " instead");
+
+  const Tensor images = to_batch(input);
+  shape.channels_last = shape.N > 0 && (is_channels_last(images) || is_channels_last(weight));  // as stock
+  const at::MemoryFormat format = memory_format(shape.channels_last);
+  const Tensor output = at::empty({shape.N, shape.O, shape.OH, shape.OW}, input.options(), format);
+  if (output.numel() > 0) {
+    const Tensor x = images.contiguous(format), w = weight.contiguous();
+    const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
+    kernels(input).conv2d(
+        {dtype, shape, x.const_data_ptr(), w.const_data_ptr(), data_or_null(b), output.mutable_data_ptr()});
+  }
+  return from_batch(output, input.dim() == 4);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output, const OptionalTensor& input,
+                                                   const OptionalTensor& weight, IntArrayRef input_size,
+                                                   IntArrayRef weight_size, IntArrayRef stride, IntArrayRef padding,
+                                                   IntArrayRef dilation, int64_t groups,
+                                                   std::array<bool, 3> output_mask) {
+  constexpr const char* op = "conv2d_backward";
+  const auto [want_input, want_weight, want_bias] = output_mask;
+  const Window window = make_window(op, stride, padding, dilation, groups);
+  TORCH_CHECK(!want_input || weight.has_value(), op, ": the gradient of input needs weight, but got None");
+  TORCH_CHECK(!want_weight || input.has_value(), op, ": the gradient of weight needs input, but got None");
+  if (input.has_value()) {
+    check_same_kind(op, "input", *input, "grad_output", grad_output);
+    check_shape(op, "input", *input, input_size);
+  }
+  if (weight.has_value()) {
+    check_same_kind(op, "weight", *weight, "grad_output", grad_output);
+    check_shape(op, "weight", *weight, weight_size);
+  }
+  const DType dtype = floating_dtype(op, grad_output);
+  Conv2dShape shape = make_shape(op, input_size, weight_size, window);
+  const bool batched = input_size.size() == 4;
+  at::DimVector output_size{shape.N, shape.O, shape.OH, shape.OW};
+  check_shape(op, "grad_output", grad_output, IntArrayRef(output_size).slice(batched ? 0 : 1));
+
+  shape.channels_last = shape.N > 0 && (is_channels_last(to_batch(input.has_value() ? *input : grad_output)) ||
+                                        (weight.has_value() && is_channels_last(*weight)));
+  const at::MemoryFormat format = memory_format(shape.channels_last);
+  // With nothing to sum over (an empty batch, no channels) the gradients are zeros.
+  const bool empty = grad_output.numel() == 0;
+  const auto gradient = [&](IntArrayRef size, at::MemoryFormat gradient_format) {
+    Tensor result = at::empty(size, grad_output.options(), gradient_format);
+    return empty ? result.zero_() : result;
+  };
+  Tensor grad_input, grad_weight, grad_bias;
+  if (want_input) grad_input = gradient({shape.N, shape.C, shape.H, shape.W}, format);
+  if (want_weight) grad_weight = gradient(weight_size, at::MemoryFormat::Contiguous);
+  if (want_bias) grad_bias = gradient({weight_size[0]}, at::MemoryFormat::Contiguous);
+  if (!empty) {
+    const Tensor g = to_batch(grad_output).contiguous(format);
+    const Tensor x = want_weight ? to_batch(*input).contiguous(format) : Tensor();
+    const Tensor w = want_input ? weight->contiguous() : Tensor();
+    kernels(grad_output)
+        .conv2d_backward({dtype, shape, g.const_data_ptr(), data_or_null(x), data_or_null(w),
+                          mutable_data_or_null(grad_input), mutable_data_or_null(grad_weight),
+                          mutable_data_or_null(grad_bias)});
+  }
+  if (want_weight && weight.has_value() && is_channels_last(*weight))
+    grad_weight = grad_weight.contiguous(at::MemoryFormat::ChannelsLast);
+  if (want_input) grad_input = from_batch(grad_input, batched);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(pyops, m) {
+  m.def(
+      "conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1,"
+      " int groups=1) -> Tensor");
+  m.def(
+      "conv2d_backward(Tensor grad_output, Tensor? input, Tensor? weight, SymInt[] input_size, SymInt[] weight_size,"
+      " int[2] stride, int[2] padding, int[2] dilation, int groups, bool[3] output_mask)"
+      " -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+  m.impl("conv2d", conv2d);
+  m.impl("conv2d_backward", conv2d_backward);
+}
+
+}  // namespace pyops

@@ -1,0 +1,361 @@
+// The linear maps that an argmax defines, and the argmax as torch's indices:
+//   backward  grad_input[element of window v] += grad_output[v]     for every window v
+//   gather    output[v] = input[element of window v]                its adjoint
+//   indices   indices[v] = element of window v, as h W + w
+// NCHW or NHWC, the same for all operands. The element of a window is the one its argmax names; an argmax that names no
+// tap in bounds names no element.
+//
+// The obvious backward zeroes grad_input and scatters into it. Here, where windows are small, every input element
+// gathers: it asks each window over it, of which there are kernel / stride along an axis, whether the argmax is this
+// very tap, a vector of elements at a time. Every element is written once and nothing is zeroed first.
+// 64x6x28x28, 2x2 windows, one core: @@@ us against 66. Large or far-spaced windows are still scattered (see backward()).
+//
+// Both ways add in window order, so the result does not depend on threads or on the way taken; 16-bit types add in
+// float32 and round once. No argmax is trusted: gathering only ever compares it, the rest checks it.
+#include <limits>
+
+#include "max_pool2d.h"
+
+namespace pyops::cpu {
+namespace {
+
+// The windows, as an array of gradients and one of taps.
+template <class T, class A>
+class Windows {
+ public:
+  using C = Compute<T>;
+
+  const Flat<T> grad;
+  const A* const argmax;
+
+  Windows(Flat<T> grad_output, const A* taps) : grad(grad_output), argmax(taps) {}
+
+  // sum + the gradients of those windows of a vector, from `first` on, whose argmax is `tap`.
+  Vec<C> add(Vec<C> sum, int64_t first, int64_t tap) const {
+    return add_whole(sum, first, LaneRange{0, kLanes<T>}, tap);
+  }
+
+  // The same for some of the lanes, and without reading beyond the arrays.
+  Vec<C> add_some(Vec<C> sum, int64_t first, LaneRange lanes, int64_t tap) const {
+    if (lanes.begin >= lanes.end) return sum;
+    if (grad.holds(first, kLanes<T>)) return add_whole(sum, first, lanes, tap);
+    std::array<C, kLanes<T>> picked{};
+    for (int64_t l = lanes.begin; l < lanes.end; ++l) {
+      if (argmax[first + l] == static_cast<A>(tap)) picked[l] = grad.data[first + l];
+    }
+    return sum + Vec<C>::loadu(picked.data());
+  }
+
+ private:
+  Vec<C> add_whole(Vec<C> sum, int64_t first, LaneRange lanes, int64_t tap) const {
+#ifdef CPU_CAPABILITY_AVX512
+    // One comparison of bytes straight into a mask register, which Vectorized does not have.
+    if constexpr (std::is_same_v<C, float> && std::is_same_v<A, uint8_t>) {
+      const __m128i taps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(argmax + first));
+      const __mmask16 chosen = _mm_mask_cmpeq_epi8_mask(lanes.mask16(), taps, _mm_set1_epi8(static_cast<char>(tap)));
+      return _mm512_mask_add_ps(sum, chosen, sum, load_lanes(grad.data + first));
+    }
+#endif
+    std::array<C, kLanes<T>> chosen;
+    for (int64_t l = 0; l < kLanes<T>; ++l) chosen[l] = argmax[first + l] == static_cast<A>(tap) ? C(1) : C(0);
+    const Vec<C> picked =
+        Vec<C>::blendv(Vec<C>(0), load_lanes(grad.data + first), Vec<C>::loadu(chosen.data()) == Vec<C>(1));
+    return sum + (lanes.end - lanes.begin < kLanes<T> ? lanes.select(picked, C(0)) : picked);
+  }
+};
+
+// The windows over a position that moves along an axis, and the tap the position is of each.
+class Cover {
+ public:
+  Cover(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t windows)
+      : stride_(stride), padding_(padding), dilation_(dilation), reach_((kernel - 1) * dilation), windows_(windows) {}
+
+  void restart() { begin_ = end_ = 0; }
+
+  // Positions must not decrease before the next restart.
+  void move_to(int64_t position) {
+    at_ = position + padding_;
+    while (end_ < windows_ && end_ * stride_ <= at_) ++end_;
+    while (begin_ < end_ && begin_ * stride_ + reach_ < at_) ++begin_;
+  }
+
+  // f(window, tap) in window order.
+  template <class F>
+  void for_each(const F& f) const {
+    for (int64_t window = begin_; window < end_; ++window) {
+      const int64_t distance = at_ - window * stride_;
+      if (dilation_ == 1) {
+        f(window, distance);
+      } else if (distance % dilation_ == 0) {
+        f(window, distance / dilation_);
+      }
+    }
+  }
+
+ private:
+  int64_t stride_, padding_, dilation_, reach_, windows_;
+  int64_t at_ = 0, begin_ = 0, end_ = 0;
+};
+
+// NHWC: every input pixel gathers vectors of channels.
+template <class T, class A>
+class ChannelGather {
+ public:
+  ChannelGather(const MaxPool2dShape& shape, Windows<T, A> windows) : s_(shape), windows_(windows) {}
+
+  // Rows of the input, [begin, end) of N * H.
+  void rows(int64_t begin, int64_t end, T* grad_input) const {
+    constexpr int64_t kMany = 4;  // vectors that share the search for windows
+    int64_t h = begin % s_.H, image = begin / s_.H * s_.OH;
+    int64_t room = (end - begin) * s_.W * s_.C;
+    grad_input += begin * s_.W * s_.C;
+    Cover rows(s_.kernel_h, s_.stride_h, s_.padding_h, s_.dilation_h, s_.OH);
+    Cover columns(s_.kernel_w, s_.stride_w, s_.padding_w, s_.dilation_w, s_.OW);
+    for (int64_t row = begin; row < end; ++row) {
+      rows.move_to(h);
+      columns.restart();
+      for (int64_t w = 0; w < s_.W; ++w) {
+        columns.move_to(w);
+        int64_t c = 0;
+        for (; c + kMany * kLanes<T> <= s_.C; c += kMany * kLanes<T>) {
+          pixel<kMany>(rows, columns, image, c, grad_input + c, room - c);
+        }
+        for (; c < s_.C; c += kLanes<T>) pixel<1>(rows, columns, image, c, grad_input + c, room - c);
+        grad_input += s_.C;
+        room -= s_.C;
+      }
+      if (++h == s_.H) {
+        h = 0;
+        image += s_.OH;
+        rows.restart();
+      }
+    }
+  }
+
+ private:
+  // kVectors vectors of channels from c on.
+  template <int64_t kVectors>
+  void pixel(const Cover& rows, const Cover& columns, int64_t image, int64_t c, T* grad_input, int64_t room) const {
+    const int64_t live = std::min(kLanes<T>, s_.C - c);
+    std::array<Vec<Compute<T>>, kVectors> sums{};
+    rows.for_each([&](int64_t y, int64_t i) {
+      columns.for_each([&](int64_t x, int64_t j) {
+        const int64_t first = ((image + y) * s_.OW + x) * s_.C + c;
+        const int64_t tap = i * s_.kernel_w + j;
+        const bool inside = windows_.grad.holds(first, kVectors * kLanes<T>);
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const int64_t at = first + v * kLanes<T>;
+          sums[v] = inside ? windows_.add(sums[v], at, tap) : windows_.add_some(sums[v], at, LaneRange{0, live}, tap);
+        }
+      });
+    });
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < kVectors; ++v) store(grad_input + v * kLanes<T>, sums[v], room - v * kLanes<T>);
+  }
+
+  const MaxPool2dShape s_;
+  const Windows<T, A> windows_;
+};
+
+// NCHW with stride_w = kStride, 1 or 2: strips of kStride vectors of columns, the even and the odd columns apart until
+// they are stored, because they are different taps of the same run of windows. A kKernel other than 0 stands for a
+// square kernel of that size, padding_w = kPadding and no dilation, so that the loops over taps disappear.
+template <int64_t kStride, int64_t kKernel, int64_t kPadding, class T>
+class ColumnGather {
+ public:
+  ColumnGather(const MaxPool2dShape& shape, Windows<T, uint8_t> windows) : s_(shape), windows_(windows) {}
+
+  // Rows of the input, [begin, end) of N * C * H.
+  void rows(int64_t begin, int64_t end, T* grad_input) const {
+    while (begin < end) {
+      const int64_t plane = begin / s_.H, h = begin % s_.H, plane_end = std::min(end, (plane + 1) * s_.H);
+      // The last strip comes first, so that its surplus lanes fall on a row's start that is yet to be written.
+      for (int64_t w = (s_.W - 1) / kStrip * kStrip; w >= 0; w -= kStrip) {
+        strip(plane, h, h + plane_end - begin, w, grad_input + begin * s_.W + w, (end - begin) * s_.W - w);
+      }
+      begin = plane_end;
+    }
+  }
+
+ private:
+  static constexpr int64_t kStrip = kStride * kLanes<T>;
+  using Sums = std::array<Vec<Compute<T>>, kStride>;
+
+  // Columns from w on of the rows [h, h_end) of a plane.
+  void strip(int64_t plane, int64_t h, int64_t h_end, int64_t w, T* grad_input, int64_t room) const {
+    Cover rows(kernel(s_.kernel_h), s_.stride_h, s_.padding_h, dilation(s_.dilation_h), s_.OH);
+    const int64_t x = w / kStride, live = std::min(kLanes<T>, (s_.W - w + kStride - 1) / kStride);
+    const int64_t reach_begin = x + (padding() - (kernel(s_.kernel_w) - 1) * dilation(s_.dilation_w)) / kStride;
+    const int64_t reach_end = x + (kStride - 1 + padding()) / kStride + 1;  // of the first windows of all vectors
+    const bool inside = reach_begin >= 0 && reach_end - 1 + live <= s_.OW;
+    for (; h < h_end; ++h) {
+      rows.move_to(h);
+      Sums sums{};
+#pragma GCC unroll 2
+      for (int64_t phase = 0; phase < kStride; ++phase) {
+        rows.for_each([&](int64_t y, int64_t i) {
+          const int64_t first = (plane * s_.OH + y) * s_.OW, tap = i * kernel(s_.kernel_w);
+          const bool whole = inside && windows_.grad.holds(first, reach_end - 1 + kLanes<T>);
+          // Descending taps are ascending windows.
+#pragma GCC unroll 3
+          for (int64_t j = kernel(s_.kernel_w) - 1; j >= 0; --j) {
+            const int64_t distance = phase + padding() - j * dilation(s_.dilation_w);
+            if (distance % kStride != 0) continue;
+            const int64_t window = x + distance / kStride;
+            const LaneRange lanes{std::max<int64_t>(-window, 0), std::min(live, s_.OW - window)};
+            sums[phase] = whole ? windows_.add(sums[phase], first + window, tap + j)
+                                : windows_.add_some(sums[phase], first + window, lanes, tap + j);
+          }
+        });
+      }
+      if constexpr (kStride == 2) {
+        const auto [low, high] = at::vec::interleave2(sums[0], sums[1]);
+        sums = {low, high};
+      }
+#pragma GCC unroll 2
+      for (int64_t v = 0; v < kStride; ++v) store(grad_input + v * kLanes<T>, sums[v], room - v * kLanes<T>);
+      grad_input += s_.W;
+      room -= s_.W;
+    }
+  }
+
+  static int64_t kernel(int64_t size) { return kKernel ? kKernel : size; }
+  static int64_t dilation(int64_t size) { return kKernel ? 1 : size; }
+  int64_t padding() const { return kKernel ? kPadding : s_.padding_w; }
+
+  const MaxPool2dShape s_;
+  const Windows<T, uint8_t> windows_;
+};
+
+// f(window, element, image, channel) for the windows of the rows [begin, end) of N * OH (NHWC), in order. The element is
+// the one that the window's argmax names, as h W + w, or -1 if there is none.
+template <class A, class F>
+void for_each_window(const MaxPool2dShape& shape, const A* argmax, int64_t begin, int64_t end, const F& f) {
+  const MaxPool2dShape s = shape;  // a copy that nothing f writes can be
+  struct Offset {
+    int64_t h, w;
+  };
+  const auto divide = [&](int64_t tap) {
+    return Offset{tap / s.kernel_w * s.dilation_h, tap % s.kernel_w * s.dilation_w};
+  };
+  constexpr bool kTable = std::is_same_v<A, uint8_t>;  // saves the division
+  std::array<Offset, kTable ? 255 : 1> table;
+  for (int64_t tap = 0; kTable && tap < s.taps(); ++tap) table[tap] = divide(tap);
+
+  int64_t window = begin * s.OW * s.C;
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t n = row / s.OH, h0 = row % s.OH * s.stride_h - s.padding_h;
+    for (int64_t x = 0, w0 = -s.padding_w; x < s.OW; ++x, w0 += s.stride_w) {
+      for (int64_t c = 0; c < s.C; ++c, ++window) {
+        const A tap = argmax[window];
+        int64_t element = -1;
+        if (static_cast<uint64_t>(tap) < static_cast<uint64_t>(s.taps())) {
+          const Offset offset = kTable ? table[tap] : divide(tap);
+          const int64_t h = h0 + offset.h, w = w0 + offset.w;
+          if (h >= 0 && h < s.H && w >= 0 && w < s.W) element = h * s.W + w;
+        }
+        f(window, element, n, c);
+      }
+    }
+  }
+}
+
+// Zeroes, then adds window by window; one image after the other. T must be able to hold partial sums.
+template <class T, class A>
+void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
+  const int64_t image_size = s.H * s.W * s.C, channels = s.C;
+  at::parallel_for(0, s.N, rows_per_fork(s.OH * s.OW * s.C / 2), [=](int64_t begin, int64_t end) {
+    std::fill_n(grad_input + begin * image_size, (end - begin) * image_size, T(0));
+    for_each_window(s, argmax, begin * s.OH, end * s.OH, [=](int64_t window, int64_t element, int64_t n, int64_t c) {
+      if (element >= 0) grad_input[n * image_size + element * channels + c] += grad_output[window];
+    });
+  });
+}
+
+template <class T, class A>
+void backward(const MaxPool2dBackwardArgs& args) {
+  const MaxPool2dShape& s = args.shape;
+  const auto* grad_output = static_cast<const T*>(args.grad_output);
+  const auto* argmax = static_cast<const A*>(args.argmax);
+  auto* grad_input = static_cast<T*>(args.grad_input);
+  const Windows<T, A> windows{{grad_output, s.N * s.C * s.OH * s.OW}, argmax};
+
+  // Gathering costs a fraction 1 / kLanes of a scattered element per tap (and a whole one where only one lane is used).
+  const bool overlap = s.stride_h <= (s.kernel_h - 1) * s.dilation_h || s.stride_w <= (s.kernel_w - 1) * s.dilation_w;
+  const bool columns = !s.channels_last && s.stride_w <= 2 && std::is_same_v<A, uint8_t>;
+  const bool large = s.taps() > kLanes<T> && overlap;
+  if ((large || !(s.channels_last || columns)) && !(is_reduced<T> && overlap)) {
+    return scatter(as_channels_last(s), grad_output, argmax, grad_input);
+  }
+  const int64_t covering = at::divup(s.taps(), s.stride_h * s.stride_w) + 1;
+  if constexpr (std::is_same_v<A, uint8_t>) {
+    const auto gather = [&](auto kernel) {
+      at::parallel_for(0, s.N * s.C * s.H, rows_per_fork(at::divup(s.W, kLanes<T>) * covering),
+                       [&](int64_t begin, int64_t end) { decltype(kernel)(kernel).rows(begin, end, grad_input); });
+    };
+    if (columns) {
+      if (is_square(s, 2, 2) && s.padding_w == 0) return gather(ColumnGather<2, 2, 0, T>(s, windows));
+      if (is_square(s, 3, 2) && s.padding_w == 1) return gather(ColumnGather<2, 3, 1, T>(s, windows));
+      if (is_square(s, 3, 1) && s.padding_w == 1) return gather(ColumnGather<1, 3, 1, T>(s, windows));
+      if (s.stride_w == 2) return gather(ColumnGather<2, 0, 0, T>(s, windows));
+      return gather(ColumnGather<1, 0, 0, T>(s, windows));
+    }
+  }
+  const MaxPool2dShape images = as_channels_last(s);
+  at::parallel_for(0, images.N * images.H, rows_per_fork(images.W * at::divup(images.C, kLanes<T>) * covering),
+                   [&](int64_t begin, int64_t end) {
+                     ChannelGather<T, A>(images, windows).rows(begin, end, grad_input);
+                   });
+}
+
+}  // namespace
+
+void max_pool2d_backward(const MaxPool2dBackwardArgs& args) {
+  dispatch_floating(args.dtype, [&](auto t) {
+    using T = decltype(t);
+    max_pool2d_argmax_is_u8(args.shape.taps()) ? backward<T, uint8_t>(args) : backward<T, int64_t>(args);
+  });
+}
+
+namespace {
+
+// f(argmax) with the pointer in its type.
+template <class F>
+void with_argmax(const MaxPool2dShape& s, const void* argmax, const F& f) {
+  max_pool2d_argmax_is_u8(s.taps()) ? f(static_cast<const uint8_t*>(argmax)) : f(static_cast<const int64_t*>(argmax));
+}
+
+// f(window, element, image, channel) for all windows, in parallel.
+template <class F>
+void for_all_windows(const MaxPool2dShape& s, const void* argmax, const F& f) {
+  with_argmax(s, argmax, [&](const auto* taps) {
+    at::parallel_for(0, s.N * s.OH, rows_per_fork(s.OW * s.C), [&](int64_t begin, int64_t end) {
+      for_each_window(s, taps, begin, end, f);
+    });
+  });
+}
+
+}  // namespace
+
+void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
+  dispatch_real(args.dtype, [&](auto t) {
+    using T = decltype(t);
+    const MaxPool2dShape s = as_channels_last(args.shape);
+    const auto* input = static_cast<const T*>(args.input);
+    auto* output = static_cast<T*>(args.output);
+    for_all_windows(s, args.argmax, [=](int64_t window, int64_t element, int64_t n, int64_t c) {
+      output[window] = element < 0 ? T(0) : input[(n * s.H * s.W + element) * s.C + c];
+    });
+  });
+}
+
+void max_pool2d_indices(const MaxPool2dIndicesArgs& args) {
+  // No element becomes element 0, so that every index may be used.
+  for_all_windows(as_channels_last(args.shape), args.argmax,
+                  [indices = args.indices](int64_t window, int64_t element, int64_t, int64_t) {
+                    indices[window] = std::max<int64_t>(element, 0);
+                  });
+}
+
+}  // namespace pyops::cpu

@@ -1,0 +1,41 @@
+// Working memory of the CPU kernels: per thread and per use one buffer that only grows, so that after the first calls
+// nothing is allocated any more. Sizes are bounded by the blocking constants of gemm.h and by the size of a weight.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace pyops::cpu {
+
+enum class Scratch { packed_a, packed_b, block_sums, transposed, weight, taps, tap_index, partial_sums, count };
+
+inline void* scratch_bytes(Scratch use, size_t size) {
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  struct Buffer {
+    std::unique_ptr<void, Free> memory;
+    size_t size = 0;
+  };
+  static thread_local Buffer buffers[static_cast<int>(Scratch::count)];
+  Buffer& buffer = buffers[static_cast<int>(use)];
+  if (size > buffer.size) {
+    buffer.memory.reset();
+    buffer.size = 0;
+    buffer.memory.reset(std::aligned_alloc(64, (size + 63) / 64 * 64));
+    if (buffer.memory == nullptr) throw std::bad_alloc();
+    buffer.size = size;
+  }
+  return buffer.memory.get();
+}
+
+// At least `count` elements of T, 64-byte aligned, undefined content; valid until the same thread asks again for the
+// same use. Other threads may read and write it meanwhile.
+template <class T>
+T* scratch(Scratch use, int64_t count) {
+  return static_cast<T*>(scratch_bytes(use, count * sizeof(T)));
+}
+
+}  // namespace pyops::cpu

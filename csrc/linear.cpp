@@ -1,0 +1,108 @@
+// linear on tensors: checks, allocation, and the view of any leading dimensions as one row dimension M.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+#include "device.h"
+
+namespace pyops {
+namespace {
+
+using at::Tensor;
+
+int64_t rows(const Tensor& tensor) { return c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)); }
+
+void check_matrices(const char* op, const Tensor& input, const Tensor& weight) {
+  TORCH_CHECK(input.dim() >= 1 && weight.dim() >= 1, op, ": both arguments to linear need to be at least 1D, but they are ",
+              input.dim(), "D and ", weight.dim(), "D");
+  TORCH_CHECK(weight.dim() == 2, op, ": expected weight of 2 dimensions (out_features, in_features), but got ",
+              weight.sizes());
+  check_same_kind(op, "input", input, "weight", weight);
+  TORCH_CHECK(input.size(-1) == weight.size(1), op, ": mat1 and mat2 shapes cannot be multiplied (", rows(input), "x",
+              input.size(-1), " and ", weight.size(1), "x", weight.size(0), ")");
+}
+
+Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check_matrices("linear", input, weight);
+  const int64_t N = weight.size(0);
+  if (bias.has_value()) {
+    check_same_kind("linear", "bias", *bias, "weight", weight);
+    check_shape("linear", "bias", *bias, {N});
+  }
+  const DType dtype = floating_dtype("linear", input);
+
+  at::DimVector sizes(input.sizes());
+  sizes.back() = N;
+  Tensor output = at::empty(sizes, input.options());
+  if (output.numel() == 0) return output;
+  const Tensor x = input.contiguous(), w = weight.contiguous();
+  const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
+  kernels(input).linear({dtype, rows(input), N, weight.size(1), x.const_data_ptr(), w.const_data_ptr(),
+                         data_or_null(b), output.mutable_data_ptr()});
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const OptionalTensor& input,
+                                                   const OptionalTensor& weight, std::array<bool, 3> output_mask) {
+  constexpr const char* op = "linear_backward";
+  const auto [want_input, want_weight, want_bias] = output_mask;
+  TORCH_CHECK(grad_output.dim() >= 1, op, ": expected grad_output of at least 1 dimension, but got ",
+              grad_output.sizes());
+  TORCH_CHECK(!want_input || weight.has_value(), op, ": the gradient of input needs weight, but got None");
+  TORCH_CHECK(!want_weight || input.has_value(), op, ": the gradient of weight needs input, but got None");
+  const int64_t M = rows(grad_output), N = grad_output.size(-1);
+  if (want_input) {
+    check_same_kind(op, "grad_output", grad_output, "weight", *weight);
+    TORCH_CHECK(weight->dim() == 2 && weight->size(0) == N, op, ": expected weight of shape [", N,
+                ", in_features] for grad_output of shape ", grad_output.sizes(), ", but got ", weight->sizes());
+  }
+  if (want_weight) {
+    check_same_kind(op, "grad_output", grad_output, "input", *input);
+    TORCH_CHECK(input->dim() == grad_output.dim() &&
+                    input->sizes().slice(0, input->dim() - 1) == grad_output.sizes().slice(0, grad_output.dim() - 1),
+                op, ": expected input with the leading dimensions of grad_output ", grad_output.sizes(), ", but got ",
+                input->sizes());
+  }
+  if (want_input && want_weight) check_matrices(op, *input, *weight);
+  const DType dtype = floating_dtype(op, grad_output);
+  const int64_t K = want_input ? weight->size(1) : want_weight ? input->size(-1) : 0;
+
+  Tensor grad_input, grad_weight, grad_bias, x, w;
+  if (want_input) {
+    at::DimVector sizes(grad_output.sizes());
+    sizes.back() = K;
+    grad_input = at::empty(sizes, grad_output.options());
+    w = weight->contiguous();
+  }
+  if (want_weight) {
+    grad_weight = at::empty({N, K}, grad_output.options());
+    x = input->contiguous();
+  }
+  if (want_bias) grad_bias = at::empty({N}, grad_output.options());
+
+  const auto target = [](const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
+  const Tensor g = grad_output.contiguous();
+  kernels(grad_output)
+      .linear_backward({dtype, M, N, K, g.const_data_ptr(), data_or_null(x), data_or_null(w), target(grad_input),
+                        target(grad_weight), target(grad_bias)});
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(pyops, m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
+  m.def(
+      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool[3] output_mask)"
+      " -> (Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+  m.impl("linear", linear);
+  m.impl("linear_backward", linear_backward);
+}
+
+}  // namespace pyops

@@ -1,0 +1,129 @@
+"""What linear and conv2d share: output = product(input, weight) + bias, bilinear in input and weight.
+
+The gradients of such an op are bilinear too, each in two of (grad_output, input, weight), and derive from one another:
+
+    d grad_input  = gradient by input  of the op at (d grad_output, weight), and at (grad_output, d weight)
+    d grad_weight = gradient by weight of the op at (d grad_output, input),  and at (grad_output, d input)
+    d output      = product(d input, weight) + product(input, d weight) + d bias
+
+So every derivative of any order, in reverse and in forward mode, is a sum of calls of the op and of its backward op.
+This module states that once; linear.py and conv2d.py add their arguments, shapes and batching rules.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+
+from pyops.autograd._function import OpFunction
+
+MaybeTensor = torch.Tensor | None
+
+
+def add(*terms: MaybeTensor) -> MaybeTensor:
+    """The sum of the terms that are there; None if there is none."""
+    present = [term for term in terms if term is not None]
+    return sum(present[1:], start=present[0]) if present else None
+
+
+class Bilinear(OpFunction):
+    """The op itself: ``op(input, weight, bias, *options)``."""
+
+    gradients: ClassVar[type["BilinearBackward"]]
+
+    @classmethod
+    def save(cls, ctx: Any, inputs: tuple[Any, ...], sizes: tuple[Any, ...] = ()) -> None:
+        """`setup_context`; `sizes` are what the backward op is told of input and weight, which may not be saved."""
+        input, weight, _, *ctx.options = inputs
+        ctx.sizes = sizes
+        ctx.set_materialize_grads(False)
+        # The gradient of either needs the other; a frozen one saves nothing.
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.save_for_forward(input, weight)
+
+    @classmethod
+    def pull_back(cls, ctx: Any, grad_output: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        """`backward`."""
+        grads: tuple[MaybeTensor, ...] = (None, None, None)
+        if grad_output is not None:
+            mask = list(ctx.needs_input_grad[:3])
+            grads = cls.gradients.call(grad_output, *ctx.saved_tensors, *ctx.sizes, *ctx.options, mask)
+        return (*grads, *(None for _ in ctx.options))
+
+    @classmethod
+    def push_forward(cls, ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:
+        """`jvp`."""
+        input, weight = ctx.saved_tensors
+        return cls.product_rule(input, weight, *tangents[:3], ctx.options)
+
+    @classmethod
+    def product_rule(
+        cls,
+        input: MaybeTensor,
+        weight: MaybeTensor,
+        d_input: MaybeTensor,
+        d_weight: MaybeTensor,
+        d_bias: MaybeTensor,
+        options: list[Any],
+    ) -> MaybeTensor:
+        """d_input * weight + input * d_weight + d_bias, of those that are there."""
+        terms = []
+        for x, w in ((d_input, weight), (input, d_weight)):
+            if x is not None and w is not None:
+                terms.append(cls.call(x, w, None if terms else d_bias, *options))
+        if not terms and d_bias is not None and input is not None and weight is not None:
+            terms.append(cls.call(torch.zeros_like(input), weight, d_bias, *options))
+        return add(*terms)
+
+
+class BilinearBackward(OpFunction):
+    """Its backward op: ``op(grad_output, input, weight, *sizes, *options, output_mask)``, the three gradients."""
+
+    forward_op: ClassVar[type[Bilinear]]
+    size_count: ClassVar[int] = 0
+
+    @staticmethod
+    def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+        """`setup_context`."""
+        grad_output, input, weight, *ctx.rest, ctx.mask = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(grad_output, input, weight)
+        ctx.save_for_forward(grad_output, input, weight)
+
+    @classmethod
+    def pull_back(
+        cls, ctx: Any, d_input: MaybeTensor, d_weight: MaybeTensor, d_bias: MaybeTensor
+    ) -> tuple[MaybeTensor, ...]:
+        """`backward`: the arguments are the gradients of grad_input, grad_weight and grad_bias."""
+        grad_output, input, weight = ctx.saved_tensors
+        by_grad_output = by_input = by_weight = None
+        if ctx.needs_input_grad[0]:
+            options = ctx.rest[cls.size_count :]
+            by_grad_output = cls.forward_op.product_rule(input, weight, d_input, d_weight, d_bias, options)
+            if by_grad_output is None and d_bias is not None:
+                by_grad_output = cls.broadcast_bias(d_bias, grad_output)
+        if d_weight is not None and ctx.needs_input_grad[1]:
+            by_input = cls.call(grad_output, None, d_weight, *ctx.rest, [True, False, False])[0]
+        if d_input is not None and ctx.needs_input_grad[2]:
+            by_weight = cls.call(grad_output, d_input, None, *ctx.rest, [False, True, False])[1]
+        return (by_grad_output, by_input, by_weight, *(None for _ in ctx.rest), None)
+
+    @classmethod
+    def push_forward(cls, ctx: Any, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        """`jvp`."""
+        grad_output, input, weight = ctx.saved_tensors
+        d_grad_output, d_input, d_weight = tangents[:3]
+        second: tuple[MaybeTensor, ...] = (None, None, None)
+        if d_grad_output is not None:
+            first = cls.call(d_grad_output, input, weight, *ctx.rest, ctx.mask)
+        else:  # torch wants a tangent, if only zeros, for every output
+            shapes = cls.fake(grad_output, input, weight, *ctx.rest, ctx.mask)
+            first = tuple(None if shape is None else torch.zeros_like(shape) for shape in shapes)
+        mask = [ctx.mask[0] and d_weight is not None, ctx.mask[1] and d_input is not None, False]
+        if any(mask):
+            second = cls.call(grad_output, d_input, d_weight, *ctx.rest, mask)
+        return tuple(map(add, first, second))
+
+    @classmethod
+    def broadcast_bias(cls, bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """A bias repeated to the shape of an output."""
+        raise NotImplementedError

@@ -1,0 +1,97 @@
+"""The base of the four ops' `torch.autograd.Function`s, which says once how an op is called and registered."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+
+from pyops import _load
+
+Dims = tuple[int | None, ...]
+
+FUNCTIONS: dict[str, "type[OpFunction]"] = {}
+
+
+class OpFunction(torch.autograd.Function):
+    """A differentiable function over the operator ``torch.ops.pyops.<op>``, which has the same arguments.
+
+    A subclass states everything about the op's derivatives as static methods: `forward`, `setup_context`, `backward`,
+    `jvp` (forward mode), `vmap` (batching) and `fake` (the shape and strides of the output). The decorator
+    ``implements`` names the op and registers them with torch, so that the operator itself is differentiable, can be
+    batched and can be traced.
+
+    Derivatives are computed by calling further OpFunctions, so every op can be differentiated any number of times.
+    """
+
+    op: ClassVar[torch._ops.OpOverload]
+    _apply: ClassVar[Callable[..., Any]]
+
+    @classmethod
+    def call(cls, *args: Any) -> Any:
+        """The op on `args`, all of them given, by the cheapest way that is right where it is called."""
+        if torch.compiler.is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
+            return cls.op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)
+        if torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+            for arg in args:
+                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    return cls._apply(*args)
+        return cls.op(*args)
+
+    @staticmethod
+    def fake(*args: Any) -> Any:
+        """Outputs with the right shape, dtype, device and strides, and no values."""
+        raise NotImplementedError
+
+
+def implements(op: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
+    """Makes the decorated class the OpFunction of ``torch.ops.pyops.<op>``."""
+
+    def register(cls: type[OpFunction]) -> type[OpFunction]:
+        cls.op = getattr(torch.ops.pyops, op).default
+        # apply() less its Python half, which costs 10 us: it fills in default arguments and unwraps dead functorch
+        # wrappers, and call() needs neither.
+        cls._apply = super(torch.autograd.Function, cls).apply
+        FUNCTIONS[f"pyops::{op}"] = cls
+        torch.library.register_fake(f"pyops::{op}", cls.fake)
+        torch.library.register_vmap(f"pyops::{op}", cls.vmap)
+        return cls
+
+    return register
+
+
+# The operators' Autograd kernel (csrc/autograd.cpp) calls this where somebody wants a derivative.
+_load._C.set_autograd(lambda name, args: FUNCTIONS[name]._apply(*args))
+
+
+def batch_first(tensor: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
+    """`tensor` with the vmapped dimension `dim` in front; where there is none, the tensor repeated by expansion."""
+    if tensor is None:
+        return None
+    return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def fold(tensor: torch.Tensor, images: int) -> torch.Tensor:
+    """Merges the vmapped first dimension of a tensor [B, N, C, H, W] or [B, C, H, W] into one batch of images.
+
+    `images` is the number of dimensions of one sample: 4 if it is a batch itself, 3 if not.
+    """
+    return tensor.flatten(0, 1) if images == 4 else tensor
+
+
+def unfold(tensor: torch.Tensor, images: int, size: int) -> torch.Tensor:
+    """Undoes `fold` on a result."""
+    return tensor.unflatten(0, (size, -1)) if images == 4 and tensor.shape[0] else tensor
+
+
+def vmap_by_loop(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The batching rule of last resort: one call for each sample, the results stacked."""
+    rows = [
+        call(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(rows[0], torch.Tensor):
+        return torch.stack(rows), 0
+    outputs = [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+    return tuple(outputs), tuple(None if output is None else 0 for output in outputs)

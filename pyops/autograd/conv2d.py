@@ -1,0 +1,136 @@
+"""conv2d: 2-D cross-correlation of images with a bank of filters, and its gradients."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pyops.autograd._bilinear import Bilinear, BilinearBackward, MaybeTensor
+from pyops.autograd._function import Dims, fold, implements, unfold, vmap_by_loop
+from pyops.autograd._images import channels_last, empty_images, is_empty, pair
+
+
+@implements("conv2d_backward")
+class Conv2dBackward(BilinearBackward):
+    """``(grad_output, input, weight, input_size, weight_size, stride, padding, dilation, groups, output_mask)`` -> the
+    gradients of input, weight and bias that the mask asks for.
+
+    grad_input is the transposed convolution of grad_output with weight; grad_weight correlates input with grad_output;
+    grad_bias is the sum of grad_output over all but the channels.
+    """
+
+    size_count = 2
+
+    @staticmethod
+    def forward(grad_output: torch.Tensor, *args: Any) -> tuple[MaybeTensor, ...]:
+        return torch.ops.pyops.conv2d_backward.default(grad_output, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        Conv2dBackward.save(ctx, inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        return Conv2dBackward.pull_back(ctx, *grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        return Conv2dBackward.push_forward(ctx, *tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        return vmap_by_loop(Conv2dBackward.call, info, in_dims, args)
+
+    @staticmethod
+    def fake(
+        grad_output: torch.Tensor,
+        input: MaybeTensor,
+        weight: MaybeTensor,
+        input_size: Sequence[int],
+        weight_size: Sequence[int],
+        *options: Any,
+    ) -> tuple[MaybeTensor, ...]:
+        output_mask = options[-1]
+        weight_last = weight is not None and channels_last(weight)
+        last = weight_last or channels_last(grad_output if input is None else input)
+        return (
+            empty_images(grad_output, input_size, last and not is_empty(input_size)) if output_mask[0] else None,
+            empty_images(grad_output, weight_size, weight_last) if output_mask[1] else None,
+            grad_output.new_empty((weight_size[0],)) if output_mask[2] else None,
+        )
+
+    @classmethod
+    def broadcast_bias(cls, bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return bias[:, None, None].expand_as(like)
+
+
+@implements("conv2d")
+class Conv2d(Bilinear):
+    """``Conv2d.apply(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)``: input [N, C, H, W] or
+    [C, H, W], weight [O, C / groups, kH, kW], bias [O], of one floating dtype -> [N, O, H_out, W_out] or without N.
+
+    stride and dilation are one or two integers, padding too, or four: top, left, bottom, right. Saved for backward:
+    input if weight wants a gradient, weight if input does.
+
+    >>> Conv2d.apply(torch.ones(1, 1, 32, 32), torch.ones(6, 1, 5, 5)).shape
+    torch.Size([1, 6, 28, 28])
+    """
+
+    gradients = Conv2dBackward
+
+    @staticmethod
+    def forward(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: MaybeTensor = None,
+        stride: Sequence[int] | int = 1,
+        padding: Sequence[int] | int = 0,
+        dilation: Sequence[int] | int = 1,
+        groups: int = 1,
+    ) -> torch.Tensor:
+        return torch.ops.pyops.conv2d.default(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        Conv2d.save(ctx, inputs, sizes=(inputs[0].shape, inputs[1].shape))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        return Conv2d.pull_back(ctx, grad_output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:
+        return Conv2d.push_forward(ctx, *tangents)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:
+        input, *others = args
+        if in_dims[1] is None and in_dims[2] is None:
+            images = input.dim() - 1
+            output = Conv2d.call(fold(input.movedim(in_dims[0], 0), images), *others)
+            return unfold(output, images, info.batch_size), 0
+        return vmap_by_loop(Conv2d.call, info, in_dims, args)
+
+    @staticmethod
+    def fake(
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: MaybeTensor = None,
+        stride: Sequence[int] | int = 1,
+        padding: Sequence[int] | int = 0,
+        dilation: Sequence[int] | int = 1,
+        groups: int = 1,
+    ) -> torch.Tensor:
+        top, left = pair(padding[:2] if isinstance(padding, Sequence) else padding)
+        bottom, right = padding[2:] if isinstance(padding, Sequence) and len(padding) == 4 else (top, left)
+        padded = input.shape[-2] + top + bottom, input.shape[-1] + left + right
+        size = [
+            (p - d * (k - 1) - 1) // s + 1
+            for p, k, s, d in zip(padded, weight.shape[2:], pair(stride), pair(dilation), strict=True)
+        ]
+        out_channels = weight.shape[0] if input.shape[-3] != 0 else 0  # stock: no channels in, no channels out
+        last = channels_last(input) or channels_last(weight)
+        return empty_images(input, (*input.shape[:-3], out_channels, *size), last and not is_empty(input.shape))
+
+
+Conv2dBackward.forward_op = Conv2d

@@ -1,0 +1,163 @@
+"""The functions of `torch.nn.functional` of the same names and signatures, with pyops' kernels underneath.
+
+Results, gradients and errors are stock torch's. Dtypes: float32, float64, bfloat16, float16 (the 16-bit types
+accumulate in float32 and round once); relu and max_pool2d also take uint8, int8, int16, int32, int64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from pyops import autograd
+from pyops.autograd.relu import InplaceReLU
+
+Ints = int | Sequence[int]
+
+__all__ = ["conv2d", "linear", "max_pool2d", "relu"]
+
+
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
+    r"""Rectified linear unit, :math:`\max(x, 0)` element by element, as :func:`torch.nn.functional.relu`.
+
+    NaN stays NaN and -0.0 stays -0.0.
+
+    Args:
+        input: any shape, floating or integer dtype.
+        inplace: overwrite `input` and return it.
+
+    Raises:
+        NotImplementedError: for another dtype.
+        RuntimeError: in place on a leaf that requires grad, or on a tensor that overlaps itself.
+
+    >>> relu(torch.tensor([-1.0, 0.0, 2.0]))
+    tensor([0., 0., 2.])
+    """
+    if not inplace:
+        return autograd.ReLU.call(input)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return input.copy_(autograd.ReLU.call(input))  # copy_ can be transformed in every way already
+    return InplaceReLU.call(input)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Affine map :math:`y = x A^T + b`, as :func:`torch.nn.functional.linear`.
+
+    Args:
+        input: ``[*, in_features]``, any leading dimensions or none.
+        weight: ``[out_features, in_features]``, or ``[in_features]`` for an output without the last dimension.
+        bias: ``[out_features]`` or one element for all.
+
+    Returns:
+        ``[*, out_features]``
+
+    Raises:
+        RuntimeError: for shapes, dtypes or devices that do not fit together.
+        NotImplementedError: for a dtype that is not floating.
+
+    >>> linear(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(4))
+    tensor([[3., 3., 3., 3.],
+            [3., 3., 3., 3.]])
+    """
+    if weight.dim() == 1 and bias is None:
+        return autograd.Linear.call(input, weight.unsqueeze(0), None).squeeze(-1)
+    if bias is not None and bias.dim() <= 1 and bias.numel() == 1 and weight.dim() == 2:
+        bias = bias.expand(weight.shape[0])
+    return autograd.Linear.call(input, weight, bias)
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    r"""2-D cross-correlation, as :func:`torch.nn.functional.conv2d`.
+
+    .. math:: y[n, o, i, j] = b[o] + \sum_{c, k, l} w[o, c, k, l] \; x[n, c, i s + k d - p, j s + l d - p]
+
+    over the c of o's group, the sum running over the taps that lie inside the input. The output is stored
+    channels-last if input or weight is.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``.
+        weight: ``[O, C / groups, kH, kW]``.
+        bias: ``[O]``.
+        stride, dilation: one integer or two.
+        padding: one integer or two, ``"valid"`` (none) or ``"same"`` (output as large as the input; stride 1 only).
+            Where ``"same"`` needs more padding on one side, that is right and bottom; no padded copy is made.
+        groups: number of blocks that input and output channels are divided into.
+
+    Returns:
+        ``[N, O, H_out, W_out]`` or without N, with ``H_out = (H + 2 p - d (kH - 1) - 1) // s + 1``.
+
+    Raises:
+        RuntimeError: for shapes, dtypes, devices or values that do not fit.
+        NotImplementedError: for a dtype that is not floating.
+
+    >>> conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 2, 2))
+    tensor([[[[4., 4.],
+              [4., 4.]]]])
+    """
+    if isinstance(padding, str):
+        padding = _padding_by_name(padding, input, weight, stride, dilation)
+    return autograd.Conv2d.call(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _padding_by_name(padding: str, input: Tensor, weight: Tensor, stride: Ints, dilation: Ints) -> Ints:
+    if padding == "valid":
+        return 0
+    if padding != "same":
+        raise RuntimeError(f"conv2d: Invalid padding string: '{padding}', expected 'same' or 'valid'")
+    strides = [stride] if isinstance(stride, int) else list(stride)
+    if any(s > 1 for s in strides):
+        raise RuntimeError(f"conv2d: padding='same' is not supported for strided convolutions, got stride={strides}")
+    dilations = [dilation] if isinstance(dilation, int) else list(dilation)
+    if weight.dim() != 4 or min(dilations, default=0) < 1:
+        return 0  # the op will say what is wrong
+    totals = dilations[0] * (weight.shape[2] - 1), dilations[-1] * (weight.shape[3] - 1)
+    before = [total // 2 for total in totals]
+    return [*before, *(total - b for total, b in zip(totals, before, strict=True))]
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Ints,
+    stride: Ints | None = None,
+    padding: Ints = 0,
+    dilation: Ints = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The largest value of each window, as :func:`torch.nn.functional.max_pool2d`.
+
+    Of equal values the first of a window wins, and a NaN over everything. Padding never wins.
+
+    Args:
+        input: ``[N, C, H, W]`` or ``[C, H, W]``, floating or integer dtype.
+        kernel_size, stride, padding, dilation: one integer or two; `stride` is `kernel_size` by default.
+        ceil_mode: also take the windows that only partly fit.
+        return_indices: return the pair of the values and their positions, int64, in the flattened ``H x W`` plane.
+
+    Returns:
+        ``[N, C, H_out, W_out]`` or without N, with ``H_out = (H + 2 p - d (k - 1) - 1) // s + 1`` (rounded up with
+        `ceil_mode`).
+
+    Raises:
+        RuntimeError: for shapes or values that do not fit.
+        NotImplementedError: for another dtype.
+
+    >>> max_pool2d(torch.arange(16.0).reshape(1, 4, 4), 2, return_indices=True)
+    (tensor([[[ 5.,  7.],
+             [13., 15.]]]), tensor([[[ 5,  7],
+             [13, 15]]]))
+    """
+    window = (kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
+    output, argmax = autograd.MaxPool2d.call(input, *window)
+    if not return_indices:
+        return output
+    return output, torch.ops.pyops.max_pool2d_indices(argmax, input.shape[-2:], *window)

@@ -1,0 +1,74 @@
+"""LeNet, the network of the PyTorch tutorials, on pyops' layers and on torch's."""
+
+from types import ModuleType
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pyops import functional, nn
+
+__all__ = ["LeNet", "StockLeNet"]
+
+# Side of the second pooled plane by kernel size: 32 -> 28 -> 14 -> 10 -> 5 and 32 -> 30 -> 15 -> 13 -> 6.
+_POOLED_SIDE = {5: 5, 3: 6}
+
+
+class LeNet(torch.nn.Module):
+    """Two convolutions and three fully connected layers that tell handwritten digits apart.
+
+    ``conv1 (1 -> 6), ReLU, 2x2 max-pool, conv2 (6 -> 16), ReLU, 2x2 max-pool, fc1 (-> 120), ReLU, fc2 (-> 84), ReLU,
+    fc3 (-> num_classes)``; after LeCun et al., "Gradient-based learning applied to document recognition", 1998, as the
+    PyTorch tutorials write it.
+
+    Args:
+        kernel_size: side of both convolution kernels, 5 or 3 (the tutorials show both).
+        num_classes: number of outputs.
+
+    Shape: ``[N, 1, 32, 32] -> [N, num_classes]``, or ``[1, 32, 32] -> [num_classes]``.
+
+    Raises:
+        ValueError: ``kernel_size`` is neither 5 nor 3.
+
+    >>> LeNet()(torch.ones(2, 1, 32, 32)).shape
+    torch.Size([2, 10])
+    >>> LeNet(kernel_size=3).fc1
+    Linear(in_features=576, out_features=120, bias=True)
+    """
+
+    _layers: ClassVar[ModuleType] = nn
+    _functional: ClassVar[ModuleType] = functional
+
+    def __init__(self, kernel_size: int = 5, num_classes: int = 10) -> None:
+        super().__init__()
+        if kernel_size not in _POOLED_SIDE:
+            raise ValueError(f"LeNet: kernel_size must be 5 or 3, got {kernel_size}")
+        side = _POOLED_SIDE[kernel_size]
+        self.conv1 = self._layers.Conv2d(1, 6, kernel_size)
+        self.conv2 = self._layers.Conv2d(6, 16, kernel_size)
+        self.fc1 = self._layers.Linear(16 * side * side, 120)
+        self.fc2 = self._layers.Linear(120, 84)
+        self.fc3 = self._layers.Linear(84, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        F = self._functional
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)  # [N, 6, 14, 14]; 3x3: [N, 6, 15, 15]
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)  # [N, 16, 5, 5];  3x3: [N, 16, 6, 6]
+        x = x.flatten(-3)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+class StockLeNet(LeNet):
+    """The same network on ``torch.nn`` and ``torch.nn.functional`` alone: what :class:`LeNet` is compared with.
+
+    Same arguments, same ``state_dict`` keys, and from the same seed the same initial parameters.
+
+    >>> net = StockLeNet()
+    >>> net.load_state_dict(LeNet().state_dict())
+    <All keys matched successfully>
+    """
+
+    _layers = torch.nn
+    _functional = torch.nn.functional
