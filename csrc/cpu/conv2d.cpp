@@ -11,9 +11,9 @@
 //   grad_weight N C H W: [K, O/g] = patches(input) [K, P] grad_output^T [P, O/g]
 //               N H W C: [O/g, K] = grad_output^T [O/g, P] patches(input) [P, K]
 //
-// Taps outside of the image meet a zero that was never in the tensor; see `exact_borders` for infinite weights.
-// Guarantees: those of gemm.h. A sample's output does not depend on the batch that it is in.
-#include "patches.h"
+// Guarantees: those of gemm.h; a sample's output does not depend on the batch that it is in; the sums run over the taps
+// inside of the image only, also where values are infinite (nonfinite.h).
+#include "nonfinite.h"
 #include "sums.h"
 
 namespace pyops::cpu {
@@ -45,7 +45,7 @@ struct Correlation {
 };
 
 template <class T>
-void correlate(const Correlation<T>& x) {
+void correlate_finite(const Correlation<T>& x) {
   const int64_t M = x.out_channels, P = x.images * x.patches.pixels(), K = x.patches.channels * x.patches.tap_count;
   const auto patches_of = [&](int64_t g) {
     Patches<T> patches = x.patches;
@@ -74,6 +74,31 @@ void correlate(const Correlation<T>& x) {
           K};
     });
   }
+}
+
+template <class T>
+void correlate(const Correlation<T>& x) {
+  const Patches<T>& p = x.patches;
+  const int64_t in = p.channels, out = x.out_channels, per_group = out * in * p.tap_count, count = x.groups * per_group;
+  if (!leaves_image(p) || all_finite(x.weight, count)) return correlate_finite(x);
+
+  const std::vector<T> finite = finite_part(x.weight, count);
+  Correlation<T> finite_x = x;
+  finite_x.weight = finite.data();
+  correlate_finite(finite_x);
+  for_each_task(x.images, 2.0 * x.images * p.pixels() * count, [&](int64_t n) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (is_finite(x.weight[i])) continue;
+      const int64_t g = i / per_group, j = i % per_group;
+      const int64_t o = x.channels_last ? j % out : j / (in * p.tap_count);
+      const int64_t c = x.channels_last ? j / out % in : j / p.tap_count % in;
+      const int64_t tap = x.channels_last ? j / (out * in) : j % p.tap_count;
+      T* image = x.output + (g * out + o) * x.out_channel_stride + n * x.out_pixels.image_stride;
+      for_each_inside(p, n, g * in + c, p.taps[tap], [&](int64_t y, int64_t column, T value) {
+        add_product(image[y * x.out_pixels.y_stride + column * x.out_pixels.x_stride], x.weight[i], value);
+      });
+    }
+  });
 }
 
 // A dimension of the weight as arrange() walks it.
@@ -173,19 +198,15 @@ void input_gradient(const Conv2dBackwardArgs& x) {
 }
 
 template <class T>
-void weight_gradient(const Conv2dBackwardArgs& x) {
+void weight_gradient_finite(const Conv2dShape& s, const Patches<T>& patches, const T* grad_output, T* grad_weight) {
   using C = Compute<T>;
-  const Conv2dShape& s = x.shape;
   const int64_t out = s.O / s.groups, in = s.C / s.groups, tap_count = s.kernel_h * s.kernel_w, K = in * tap_count;
   const int64_t P = s.N * s.OH * s.OW;
-  const Patches<T> patches = input_patches(s, static_cast<const T*>(x.input));
   const auto patches_of = [&](int64_t g) {
     Patches<T> p = patches;
     p.image += g * in * p.channel_stride;
     return p;
   };
-  const T* grad_output = static_cast<const T*>(x.grad_output);
-  T* grad_weight = static_cast<T*>(x.grad_weight);
   if (s.channels_last) {
     gemm_split_k<C>(
         s.groups, out, K, P,
@@ -212,6 +233,34 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
         },
         [&](int64_t g, int64_t k, int64_t o, C sum) { grad_weight[(g * out + o) * K + k] = static_cast<T>(sum); });
   }
+}
+
+template <class T>
+void weight_gradient(const Conv2dBackwardArgs& x) {
+  const Conv2dShape& s = x.shape;
+  const Patches<T> patches = input_patches(s, static_cast<const T*>(x.input));
+  const T* grad_output = static_cast<const T*>(x.grad_output);
+  T* grad_weight = static_cast<T*>(x.grad_weight);
+  const int64_t count = s.N * s.O * s.OH * s.OW;
+  if (!leaves_image(patches) || all_finite(grad_output, count))
+    return weight_gradient_finite(s, patches, grad_output, grad_weight);
+
+  const std::vector<T> finite = finite_part(grad_output, count);
+  weight_gradient_finite(s, patches, finite.data(), grad_weight);
+  const Layout layout(s.O, s.OH, s.OW, s.channels_last);
+  const int64_t in = s.C / s.groups;
+  for_each_task(s.O * in, 2.0 * count * in * patches.tap_count, [&](int64_t task) {
+    const int64_t o = task / in, channel = o / (s.O / s.groups) * in + task % in;
+    for (int64_t n = 0; n < s.N; ++n) {
+      const T* grad = grad_output + n * layout.image_stride + o * layout.channel_stride;
+      for (int64_t t = 0; t < patches.tap_count; ++t) {
+        for_each_inside(patches, n, channel, patches.taps[t], [&](int64_t y, int64_t column, T value) {
+          const T g = grad[y * layout.y_stride + column * layout.x_stride];
+          if (!is_finite(g)) add_product(grad_weight[task * patches.tap_count + t], g, value);
+        });
+      }
+    }
+  });
 }
 
 }  // namespace

@@ -73,23 +73,21 @@ class Cover {
   void restart() { begin_ = end_ = 0; }
 
   // Positions must not decrease before the next restart.
-  void move_to(int64_t position) {
+  C10_ALWAYS_INLINE void move_to(int64_t position) {
     at_ = position + padding_;
     while (end_ < windows_ && end_ * stride_ <= at_) ++end_;
     while (begin_ < end_ && begin_ * stride_ + reach_ < at_) ++begin_;
   }
 
-  // f(window, tap) in window order.
-  template <class F>
-  void for_each(const F& f) const {
-    for (int64_t window = begin_; window < end_; ++window) {
-      const int64_t distance = at_ - window * stride_;
-      if (dilation_ == 1) {
-        f(window, distance);
-      } else if (distance % dilation_ == 0) {
-        f(window, distance / dilation_);
-      }
-    }
+  // The windows that may reach over the position are [begin(), end()).
+  int64_t begin() const { return begin_; }
+  int64_t end() const { return end_; }
+
+  // The tap of `window` that the position is, or -1 if dilation leaves it out.
+  int64_t tap(int64_t window) const {
+    const int64_t distance = at_ - window * stride_;
+    if (dilation_ == 1) return distance;
+    return distance % dilation_ == 0 ? distance / dilation_ : -1;
   }
 
  private:
@@ -138,18 +136,24 @@ class ChannelGather {
   void pixel(const Cover& rows, const Cover& columns, int64_t image, int64_t c, T* grad_input, int64_t room) const {
     const int64_t live = std::min(kLanes<T>, s_.C - c);
     std::array<Vec<Compute<T>>, kVectors> sums{};
-    rows.for_each([&](int64_t y, int64_t i) {
-      columns.for_each([&](int64_t x, int64_t j) {
-        const int64_t first = ((image + y) * s_.OW + x) * s_.C + c;
-        const int64_t tap = i * s_.kernel_w + j;
-        const bool inside = windows_.grad.holds(first, kVectors * kLanes<T>);
+    for (int64_t y = rows.begin(); y < rows.end(); ++y) {
+      const int64_t i = rows.tap(y);
+      if (i < 0) continue;
+      for (int64_t x = columns.begin(); x < columns.end(); ++x) {
+        const int64_t j = columns.tap(x);
+        if (j < 0) continue;
+        const int64_t first = ((image + y) * s_.OW + x) * s_.C + c, tap = i * s_.kernel_w + j;
+        if (windows_.grad.holds(first, kVectors * kLanes<T>)) {
 #pragma GCC unroll 4
-        for (int64_t v = 0; v < kVectors; ++v) {
-          const int64_t at = first + v * kLanes<T>;
-          sums[v] = inside ? windows_.add(sums[v], at, tap) : windows_.add_some(sums[v], at, LaneRange{0, live}, tap);
+          for (int64_t v = 0; v < kVectors; ++v) sums[v] = windows_.add(sums[v], first + v * kLanes<T>, tap);
+        } else {
+#pragma GCC unroll 4
+          for (int64_t v = 0; v < kVectors; ++v) {
+            sums[v] = windows_.add_some(sums[v], first + v * kLanes<T>, LaneRange{0, live}, tap);
+          }
         }
-      });
-    });
+      }
+    }
 #pragma GCC unroll 4
     for (int64_t v = 0; v < kVectors; ++v) store(grad_input + v * kLanes<T>, sums[v], room - v * kLanes<T>);
   }
@@ -180,7 +184,6 @@ class ColumnGather {
 
  private:
   static constexpr int64_t kStrip = kStride * kLanes<T>;
-  using Sums = std::array<Vec<Compute<T>>, kStride>;
 
   // Columns from w on of the rows [h, h_end) of a plane.
   void strip(int64_t plane, int64_t h, int64_t h_end, int64_t w, T* grad_input, int64_t room) const {
@@ -191,33 +194,53 @@ class ColumnGather {
     const bool inside = reach_begin >= 0 && reach_end - 1 + live <= s_.OW;
     for (; h < h_end; ++h) {
       rows.move_to(h);
-      Sums sums{};
-#pragma GCC unroll 2
-      for (int64_t phase = 0; phase < kStride; ++phase) {
-        rows.for_each([&](int64_t y, int64_t i) {
-          const int64_t first = (plane * s_.OH + y) * s_.OW, tap = i * kernel(s_.kernel_w);
-          const bool whole = inside && windows_.grad.holds(first, reach_end - 1 + kLanes<T>);
-          // Descending taps are ascending windows.
-#pragma GCC unroll 3
-          for (int64_t j = kernel(s_.kernel_w) - 1; j >= 0; --j) {
-            const int64_t distance = phase + padding() - j * dilation(s_.dilation_w);
-            if (distance % kStride != 0) continue;
-            const int64_t window = x + distance / kStride;
-            const LaneRange lanes{std::max<int64_t>(-window, 0), std::min(live, s_.OW - window)};
-            sums[phase] = whole ? windows_.add(sums[phase], first + window, tap + j)
-                                : windows_.add_some(sums[phase], first + window, lanes, tap + j);
-          }
-        });
+      Vec<Compute<T>> even(0), odd(0);
+      for (int64_t y = rows.begin(); y < rows.end(); ++y) {
+        const int64_t i = rows.tap(y);
+        if (i < 0) continue;
+        const int64_t first = (plane * s_.OH + y) * s_.OW, tap = i * kernel(s_.kernel_w);
+        if (inside && windows_.grad.holds(first, reach_end - 1 + kLanes<T>)) {
+          even = add_row<0>(even, first, x, tap);
+          if (kStride == 2) odd = add_row<1>(odd, first, x, tap);
+        } else {
+          even = add_row_edge<0>(even, first, x, live, tap);
+          if (kStride == 2) odd = add_row_edge<1>(odd, first, x, live, tap);
+        }
       }
-      if constexpr (kStride == 2) {
-        const auto [low, high] = at::vec::interleave2(sums[0], sums[1]);
-        sums = {low, high};
+      if constexpr (kStride == 1) {
+        store(grad_input, even, room);
+      } else {
+        const auto [low, high] = at::vec::interleave2(even, odd);
+        store(grad_input, low, room);
+        store(grad_input + kLanes<T>, high, room - kLanes<T>);
       }
-#pragma GCC unroll 2
-      for (int64_t v = 0; v < kStride; ++v) store(grad_input + v * kLanes<T>, sums[v], room - v * kLanes<T>);
       grad_input += s_.W;
       room -= s_.W;
     }
+  }
+
+  // Adds what one row of windows gives to the columns of one phase. Descending taps are ascending windows.
+  template <int64_t kPhase>
+  C10_ALWAYS_INLINE Vec<Compute<T>> add_row(Vec<Compute<T>> sum, int64_t first, int64_t x, int64_t tap) const {
+#pragma GCC unroll 3
+    for (int64_t j = kernel(s_.kernel_w) - 1; j >= 0; --j) {
+      const int64_t distance = kPhase + padding() - j * dilation(s_.dilation_w);
+      if (distance % kStride == 0) sum = windows_.add(sum, first + x + distance / kStride, tap + j);
+    }
+    return sum;
+  }
+
+  template <int64_t kPhase>
+  Vec<Compute<T>> add_row_edge(Vec<Compute<T>> sum, int64_t first, int64_t x, int64_t live, int64_t tap) const {
+#pragma GCC unroll 3
+    for (int64_t j = kernel(s_.kernel_w) - 1; j >= 0; --j) {
+      const int64_t distance = kPhase + padding() - j * dilation(s_.dilation_w);
+      if (distance % kStride != 0) continue;
+      const int64_t window = x + distance / kStride;
+      const LaneRange lanes{std::max<int64_t>(-window, 0), std::min(live, s_.OW - window)};
+      sum = windows_.add_some(sum, first + window, lanes, tap + j);
+    }
+    return sum;
   }
 
   static int64_t kernel(int64_t size) { return kKernel ? kKernel : size; }
@@ -228,48 +251,108 @@ class ColumnGather {
   const Windows<T, uint8_t> windows_;
 };
 
-// f(window, element, image, channel) for the windows of the rows [begin, end) of N * OH (NHWC), in order. The element is
-// the one that the window's argmax names, as h W + w, or -1 if there is none.
-template <class A, class F>
-void for_each_window(const MaxPool2dShape& shape, const A* argmax, int64_t begin, int64_t end, const F& f) {
-  const MaxPool2dShape s = shape;  // a copy that nothing f writes can be
-  struct Offset {
-    int64_t h, w;
-  };
-  const auto divide = [&](int64_t tap) {
-    return Offset{tap / s.kernel_w * s.dilation_h, tap % s.kernel_w * s.dilation_w};
-  };
-  constexpr bool kTable = std::is_same_v<A, uint8_t>;  // saves the division
-  std::array<Offset, kTable ? 255 : 1> table;
-  for (int64_t tap = 0; kTable && tap < s.taps(); ++tap) table[tap] = divide(tap);
+// NCHW with 2x2 windows side by side, the most common of all: a vector of windows is four vectors of elements.
+template <class T>
+class TileBackward {
+ public:
+  TileBackward(const MaxPool2dShape& shape, Windows<T, uint8_t> windows) : s_(shape), windows_(windows) {}
 
-  int64_t window = begin * s.OW * s.C;
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t n = row / s.OH, h0 = row % s.OH * s.stride_h - s.padding_h;
-    for (int64_t x = 0, w0 = -s.padding_w; x < s.OW; ++x, w0 += s.stride_w) {
-      for (int64_t c = 0; c < s.C; ++c, ++window) {
-        const A tap = argmax[window];
-        int64_t element = -1;
-        if (static_cast<uint64_t>(tap) < static_cast<uint64_t>(s.taps())) {
-          const Offset offset = kTable ? table[tap] : divide(tap);
-          const int64_t h = h0 + offset.h, w = w0 + offset.w;
-          if (h >= 0 && h < s.H && w >= 0 && w < s.W) element = h * s.W + w;
-        }
-        f(window, element, n, c);
+  static int64_t row_pairs(const MaxPool2dShape& s) { return s.N * s.C * at::divup(s.H, 2); }
+
+  // Pairs of rows of the input, [begin, end) of row_pairs(); the last of a plane may be a single one, or have no windows.
+  void rows(int64_t begin, int64_t end, T* grad_input) const {
+    const int64_t pairs = at::divup(s_.H, 2);
+    const auto first_element = [&](int64_t pair) { return (pair / pairs * s_.H + pair % pairs * 2) * s_.W; };
+    T* const chunk_end = grad_input + first_element(end);
+    grad_input += first_element(begin);
+    int64_t y = begin % pairs, first = (begin / pairs * s_.OH + std::min(y, s_.OH)) * s_.OW;
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const bool two = 2 * y + 1 < s_.H;
+      const int64_t columns = y < s_.OH ? s_.OW : 0;
+      // Descending, so that surplus lanes fall on a row's start that is yet to be written.
+      for (int64_t w = (s_.W - 1) / kStrip * kStrip; w >= 0; w -= kStrip) {
+        tile(first + w / 2, columns - w / 2, grad_input + w, two ? grad_input + s_.W + w : nullptr, chunk_end);
+      }
+      grad_input += two ? 2 * s_.W : s_.W;
+      first += columns;
+      if (++y == pairs) y = 0;
+    }
+  }
+
+ private:
+  static constexpr int64_t kStrip = 2 * kLanes<T>;
+
+  void tile(int64_t first, int64_t columns, T* upper, T* lower, T* chunk_end) const {
+    const Vec<Compute<T>> zero(0);
+    const LaneRange lanes{0, std::min(kLanes<T>, columns)};
+    const auto store_row = [&](T* row, int64_t tap) {
+      const auto [low, high] = at::vec::interleave2(windows_.add_some(zero, first, lanes, tap),
+                                                    windows_.add_some(zero, first, lanes, tap + 1));
+      store(row, low, chunk_end - row);
+      store(row + kLanes<T>, high, chunk_end - row - kLanes<T>);
+    };
+    store_row(upper, 0);
+    if (lower) store_row(lower, 2);
+  }
+
+  const MaxPool2dShape s_;
+  const Windows<T, uint8_t> windows_;
+};
+
+// The elements that argmaxes name. A class because of the table that saves a division for a byte.
+template <class A>
+class Elements {
+ public:
+  Elements(const MaxPool2dShape& shape, const A* argmax) : s_(shape), argmax_(argmax) {
+    for (int64_t tap = 0; kTable && tap < s_.taps(); ++tap) table_[tap] = divide(tap);
+  }
+
+  // f(window, element, image, channel) for the windows of the rows [begin, end) of N * OH (NHWC), in order. The element
+  // is h W + w, or -1 if there is none.
+  template <class F>
+  void for_each(int64_t begin, int64_t end, const F& f) const {
+    int64_t window = begin * s_.OW * s_.C;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / s_.OH, h0 = row % s_.OH * s_.stride_h - s_.padding_h;
+      for (int64_t x = 0, w0 = -s_.padding_w; x < s_.OW; ++x, w0 += s_.stride_w) {
+        for (int64_t c = 0; c < s_.C; ++c, ++window) f(window, element(h0, w0, argmax_[window]), n, c);
       }
     }
   }
-}
 
-// Zeroes, then adds window by window; one image after the other. T must be able to hold partial sums.
+ private:
+  struct Offset {
+    int64_t h, w;
+  };
+
+  Offset divide(int64_t tap) const { return {tap / s_.kernel_w * s_.dilation_h, tap % s_.kernel_w * s_.dilation_w}; }
+
+  int64_t element(int64_t h0, int64_t w0, A tap) const {
+    if (static_cast<uint64_t>(tap) >= static_cast<uint64_t>(s_.taps())) return -1;
+    const Offset offset = kTable ? table_[tap] : divide(tap);
+    const int64_t h = h0 + offset.h, w = w0 + offset.w;
+    return h >= 0 && h < s_.H && w >= 0 && w < s_.W ? h * s_.W + w : -1;
+  }
+
+  static constexpr bool kTable = std::is_same_v<A, uint8_t>;
+  const MaxPool2dShape s_;
+  const A* const argmax_;
+  std::array<Offset, kTable ? 255 : 1> table_;
+};
+
+// Zeroes an image, then adds window by window. T must be able to hold partial sums.
 template <class T, class A>
 void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
-  const int64_t image_size = s.H * s.W * s.C, channels = s.C;
   at::parallel_for(0, s.N, rows_per_fork(s.OH * s.OW * s.C / 2), [=](int64_t begin, int64_t end) {
-    std::fill_n(grad_input + begin * image_size, (end - begin) * image_size, T(0));
-    for_each_window(s, argmax, begin * s.OH, end * s.OH, [=](int64_t window, int64_t element, int64_t n, int64_t c) {
-      if (element >= 0) grad_input[n * image_size + element * channels + c] += grad_output[window];
-    });
+    const Elements<A> elements(s, argmax);
+    const int64_t channels = s.C, image_size = s.H * s.W * channels;
+    for (int64_t n = begin; n < end; ++n) {
+      T* const image = grad_input + n * image_size;
+      std::fill_n(image, image_size, T(0));
+      elements.for_each(n * s.OH, (n + 1) * s.OH, [=](int64_t window, int64_t element, int64_t, int64_t c) {
+        if (element >= 0) image[element * channels + c] += grad_output[window];
+      });
+    }
   });
 }
 
@@ -294,8 +377,11 @@ void backward(const MaxPool2dBackwardArgs& args) {
       at::parallel_for(0, s.N * s.C * s.H, rows_per_fork(at::divup(s.W, kLanes<T>) * covering),
                        [&](int64_t begin, int64_t end) { decltype(kernel)(kernel).rows(begin, end, grad_input); });
     };
+    if (!s.channels_last && is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0) {
+      return at::parallel_for(0, TileBackward<T>::row_pairs(s), rows_per_fork(4 * at::divup(s.OW, kLanes<T>)), 
+                              [&](int64_t begin, int64_t end) { TileBackward<T>(s, windows).rows(begin, end, grad_input); });
+    }
     if (columns) {
-      if (is_square(s, 2, 2) && s.padding_w == 0) return gather(ColumnGather<2, 2, 0, T>(s, windows));
       if (is_square(s, 3, 2) && s.padding_w == 1) return gather(ColumnGather<2, 3, 1, T>(s, windows));
       if (is_square(s, 3, 1) && s.padding_w == 1) return gather(ColumnGather<1, 3, 1, T>(s, windows));
       if (s.stride_w == 2) return gather(ColumnGather<2, 0, 0, T>(s, windows));
@@ -320,20 +406,15 @@ void max_pool2d_backward(const MaxPool2dBackwardArgs& args) {
 
 namespace {
 
-// f(argmax) with the pointer in its type.
-template <class F>
-void with_argmax(const MaxPool2dShape& s, const void* argmax, const F& f) {
-  max_pool2d_argmax_is_u8(s.taps()) ? f(static_cast<const uint8_t*>(argmax)) : f(static_cast<const int64_t*>(argmax));
-}
-
 // f(window, element, image, channel) for all windows, in parallel.
 template <class F>
 void for_all_windows(const MaxPool2dShape& s, const void* argmax, const F& f) {
-  with_argmax(s, argmax, [&](const auto* taps) {
+  const auto run = [&](const auto* taps) {
     at::parallel_for(0, s.N * s.OH, rows_per_fork(s.OW * s.C), [&](int64_t begin, int64_t end) {
-      for_each_window(s, taps, begin, end, f);
+      Elements(s, taps).for_each(begin, end, f);
     });
-  });
+  };
+  max_pool2d_argmax_is_u8(s.taps()) ? run(static_cast<const uint8_t*>(argmax)) : run(static_cast<const int64_t*>(argmax));
 }
 
 }  // namespace
