@@ -44,9 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--compare", action="store_true", help="train the same network on stock torch layers as well")
     sub.add_argument("--plot", metavar="FILE.png", type=_png_file, help="draw loss and accuracy (needs matplotlib)")
     sub.add_argument("--save", metavar="FILE", type=_output_file, help="write the trained state_dict")
-    sub.add_argument("--epochs", metavar="N", type=_positive_int, default=20, help="default: %(default)s")
-    sub.add_argument("--batch-size", metavar="N", type=_positive_int, default=32, help="default: %(default)s")
-    sub.add_argument("--lr", type=_positive_float, help="initial learning rate (default: 0.003 for adam, 0.02 for sgd)")
+    sub.add_argument("--epochs", metavar="N", type=_positive_integer, default=20, help="default: %(default)s")
+    sub.add_argument("--batch-size", metavar="N", type=_positive_integer, default=32, help="default: %(default)s")
+    sub.add_argument(
+        "--lr", type=_positive_number, help="initial learning rate (default: 0.003 for adam, 0.02 for sgd)"
+    )
     sub.add_argument("--optimizer", choices=("sgd", "adam"), default="adam", help="default: %(default)s")
     sub.add_argument(
         "--seed",
@@ -55,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         help="of the parameters, the order of the images and the choice of test digits (default: %(default)s)",
     )
-    sub.add_argument("--threads", metavar="N", type=_positive_int, help="default: torch's own choice")
+    sub.add_argument("--threads", metavar="N", type=_positive_integer, help="default: torch's own choice")
     sub.add_argument("--kernel-size", type=int, choices=(5, 3), default=5, help="default: %(default)s")
 
     description = "print what pyops was built with and what it runs on"
@@ -74,9 +76,10 @@ def _train(args: argparse.Namespace) -> None:
         torch.manual_seed(args.seed)  # the same initial parameters for both
         models[name] = network(args.kernel_size)
 
+    threads = torch.get_num_threads()
     print(
         f"LeNet {args.kernel_size}x{args.kernel_size}, {len(digits.train.labels)} training and "
-        f"{len(digits.test.labels)} test images, {torch.get_num_threads()} threads"
+        f"{len(digits.test.labels)} test images, {threads} thread{'s' * (threads > 1)}"
     )
     total = len(models) * args.epochs * len(digits.train.labels)
     with tqdm(total=total, unit=" images", leave=False) as bar:
@@ -162,14 +165,14 @@ def _info(args: argparse.Namespace) -> None:
         print(f"{name:<13} {fact}")
 
 
-def _positive_int(text: str) -> int:
+def _positive_integer(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
 
 
-def _positive_float(text: str) -> float:
+def _positive_number(text: str) -> float:
     number = float(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")

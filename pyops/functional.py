@@ -17,6 +17,10 @@ Ints = int | Sequence[int]
 
 __all__ = ["conv2d", "linear", "max_pool2d", "relu"]
 
+# Plain functions, which Dynamo can trace, where it cannot trace an attribute of a Function.
+_relu, _inplace_relu = autograd.ReLU.call, InplaceReLU.call
+_linear, _conv2d, _max_pool2d = autograd.Linear.call, autograd.Conv2d.call, autograd.MaxPool2d.call
+
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
     r"""Rectified linear unit, :math:`\max(x, 0)` element by element, as :func:`torch.nn.functional.relu`.
@@ -35,10 +39,10 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     tensor([0., 0., 2.])
     """
     if not inplace:
-        return autograd.ReLU.call(input)
+        return _relu(input)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return input.copy_(autograd.ReLU.call(input))  # copy_ can be transformed in every way already
-    return InplaceReLU.call(input)
+        return input.copy_(_relu(input))  # copy_ can be transformed in every way already
+    return _inplace_relu(input)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -61,10 +65,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             [3., 3., 3., 3.]])
     """
     if weight.dim() == 1 and bias is None:
-        return autograd.Linear.call(input, weight.unsqueeze(0), None).squeeze(-1)
+        return _linear(input, weight.unsqueeze(0), None).squeeze(-1)
     if bias is not None and bias.dim() <= 1 and bias.numel() == 1 and weight.dim() == 2:
         bias = bias.expand(weight.shape[0])
-    return autograd.Linear.call(input, weight, bias)
+    return _linear(input, weight, bias)
 
 
 def conv2d(
@@ -105,7 +109,7 @@ def conv2d(
     """
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
-    return autograd.Conv2d.call(input, weight, bias, stride, padding, dilation, groups)
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def _padding_by_name(padding: str, input: Tensor, weight: Tensor, stride: Ints, dilation: Ints) -> Ints:
@@ -157,7 +161,7 @@ def max_pool2d(
              [13, 15]]]))
     """
     window = (kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
-    output, argmax = autograd.MaxPool2d.call(input, *window)
+    output, argmax = _max_pool2d(input, *window)
     if not return_indices:
         return output
     return output, torch.ops.pyops.max_pool2d_indices(argmax, input.shape[-2:], *window)

@@ -30,24 +30,9 @@ class Windows {
 
   Windows(Flat<T> grad_output, const A* taps) : grad(grad_output), argmax(taps) {}
 
-  // sum + the gradients of those windows of a vector, from `first` on, whose argmax is `tap`.
-  Vec<C> add(Vec<C> sum, int64_t first, int64_t tap) const {
-    return add_whole(sum, first, LaneRange{0, kLanes<T>}, tap);
-  }
-
-  // The same for some of the lanes, and without reading beyond the arrays.
-  Vec<C> add_some(Vec<C> sum, int64_t first, LaneRange lanes, int64_t tap) const {
-    if (lanes.begin >= lanes.end) return sum;
-    if (grad.holds(first, kLanes<T>)) return add_whole(sum, first, lanes, tap);
-    std::array<C, kLanes<T>> picked{};
-    for (int64_t l = lanes.begin; l < lanes.end; ++l) {
-      if (argmax[first + l] == static_cast<A>(tap)) picked[l] = grad.data[first + l];
-    }
-    return sum + Vec<C>::loadu(picked.data());
-  }
-
- private:
-  Vec<C> add_whole(Vec<C> sum, int64_t first, LaneRange lanes, int64_t tap) const {
+  // sum + the gradients of those windows of a vector, from `first` on, whose argmax is `tap`; `lanes` are the windows that
+  // count. Reads whole vectors.
+  Vec<C> add(Vec<C> sum, int64_t first, int64_t tap, LaneRange lanes = {0, kLanes<T>}) const {
 #ifdef CPU_CAPABILITY_AVX512
     // One comparison of bytes straight into a mask register, which Vectorized does not have.
     if constexpr (std::is_same_v<C, float> && std::is_same_v<A, uint8_t>) {
@@ -61,6 +46,17 @@ class Windows {
     const Vec<C> picked =
         Vec<C>::blendv(Vec<C>(0), load_lanes(grad.data + first), Vec<C>::loadu(chosen.data()) == Vec<C>(1));
     return sum + (lanes.end - lanes.begin < kLanes<T> ? lanes.select(picked, C(0)) : picked);
+  }
+
+  // The same without reading beyond the arrays.
+  Vec<C> add_edge(Vec<C> sum, int64_t first, int64_t tap, LaneRange lanes) const {
+    if (lanes.begin >= lanes.end) return sum;
+    if (grad.holds(first, kLanes<T>)) return add(sum, first, tap, lanes);
+    std::array<C, kLanes<T>> picked{};
+    for (int64_t l = lanes.begin; l < lanes.end; ++l) {
+      if (argmax[first + l] == static_cast<A>(tap)) picked[l] = grad.data[first + l];
+    }
+    return sum + Vec<C>::loadu(picked.data());
   }
 };
 
@@ -149,7 +145,7 @@ class ChannelGather {
         } else {
 #pragma GCC unroll 4
           for (int64_t v = 0; v < kVectors; ++v) {
-            sums[v] = windows_.add_some(sums[v], first + v * kLanes<T>, LaneRange{0, live}, tap);
+            sums[v] = windows_.add_edge(sums[v], first + v * kLanes<T>, tap, LaneRange{0, live});
           }
         }
       }
@@ -238,7 +234,7 @@ class ColumnGather {
       if (distance % kStride != 0) continue;
       const int64_t window = x + distance / kStride;
       const LaneRange lanes{std::max<int64_t>(-window, 0), std::min(live, s_.OW - window)};
-      sum = windows_.add_some(sum, first + window, lanes, tap + j);
+      sum = windows_.add_edge(sum, first + window, tap + j, lanes);
     }
     return sum;
   }
@@ -282,12 +278,15 @@ class TileBackward {
  private:
   static constexpr int64_t kStrip = 2 * kLanes<T>;
 
+  // The windows from `first` on, of which `columns` are left in their row.
   void tile(int64_t first, int64_t columns, T* upper, T* lower, T* chunk_end) const {
-    const Vec<Compute<T>> zero(0);
     const LaneRange lanes{0, std::min(kLanes<T>, columns)};
+    const bool whole = columns > 0 && windows_.grad.holds(first, kLanes<T>);
     const auto store_row = [&](T* row, int64_t tap) {
-      const auto [low, high] = at::vec::interleave2(windows_.add_some(zero, first, lanes, tap),
-                                                    windows_.add_some(zero, first, lanes, tap + 1));
+      const Vec<Compute<T>> zero(0);
+      const auto even = whole ? windows_.add(zero, first, tap, lanes) : windows_.add_edge(zero, first, tap, lanes);
+      const auto odd = whole ? windows_.add(zero, first, tap + 1, lanes) : windows_.add_edge(zero, first, tap + 1, lanes);
+      const auto [low, high] = at::vec::interleave2(even, odd);
       store(row, low, chunk_end - row);
       store(row + kLanes<T>, high, chunk_end - row - kLanes<T>);
     };
@@ -299,59 +298,65 @@ class TileBackward {
   const Windows<T, uint8_t> windows_;
 };
 
-// The elements that argmaxes name. A class because of the table that saves a division for a byte.
+// Where the elements that argmaxes name lie in an image: (h W + w) pitch. Divides each tap once, if they are bytes.
 template <class A>
 class Elements {
  public:
-  Elements(const MaxPool2dShape& shape, const A* argmax) : s_(shape), argmax_(argmax) {
+  Elements(const MaxPool2dShape& shape, const A* argmax, int64_t pitch) : s_(shape), argmax_(argmax), pitch_(pitch) {
     for (int64_t tap = 0; kTable && tap < s_.taps(); ++tap) table_[tap] = divide(tap);
   }
 
-  // f(window, element, image, channel) for the windows of the rows [begin, end) of N * OH (NHWC), in order. The element
-  // is h W + w, or -1 if there is none.
+  // f(window, element, channel) for the windows of a row of an image, in order; the element is -1 if there is none.
   template <class F>
-  void for_each(int64_t begin, int64_t end, const F& f) const {
-    int64_t window = begin * s_.OW * s_.C;
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t n = row / s_.OH, h0 = row % s_.OH * s_.stride_h - s_.padding_h;
-      for (int64_t x = 0, w0 = -s_.padding_w; x < s_.OW; ++x, w0 += s_.stride_w) {
-        for (int64_t c = 0; c < s_.C; ++c, ++window) f(window, element(h0, w0, argmax_[window]), n, c);
+  void for_row(int64_t n, int64_t y, const F& f) const {
+    const int64_t h0 = y * s_.stride_h - s_.padding_h;
+    int64_t window = (n * s_.OH + y) * s_.OW * s_.C;
+    for (int64_t x = 0, w0 = -s_.padding_w; x < s_.OW; ++x, w0 += s_.stride_w) {
+      for (int64_t c = 0; c < s_.C; ++c, ++window) {
+        const A tap = argmax_[window];
+        int64_t element = -1;
+        if (static_cast<uint64_t>(tap) < static_cast<uint64_t>(s_.taps())) {
+          const Tap t = kTable ? table_[tap] : divide(tap);
+          const bool in_bounds = static_cast<uint64_t>(h0 + t.h) < static_cast<uint64_t>(s_.H) &&
+                                 static_cast<uint64_t>(w0 + t.w) < static_cast<uint64_t>(s_.W);
+          if (in_bounds) element = (h0 * s_.W + w0) * pitch_ + t.offset;
+        }
+        f(window, element, c);
       }
     }
   }
 
  private:
-  struct Offset {
-    int64_t h, w;
+  struct Tap {
+    int64_t h, w, offset;
   };
 
-  Offset divide(int64_t tap) const { return {tap / s_.kernel_w * s_.dilation_h, tap % s_.kernel_w * s_.dilation_w}; }
-
-  int64_t element(int64_t h0, int64_t w0, A tap) const {
-    if (static_cast<uint64_t>(tap) >= static_cast<uint64_t>(s_.taps())) return -1;
-    const Offset offset = kTable ? table_[tap] : divide(tap);
-    const int64_t h = h0 + offset.h, w = w0 + offset.w;
-    return h >= 0 && h < s_.H && w >= 0 && w < s_.W ? h * s_.W + w : -1;
+  Tap divide(int64_t tap) const {
+    const int64_t h = tap / s_.kernel_w * s_.dilation_h, w = tap % s_.kernel_w * s_.dilation_w;
+    return {h, w, (h * s_.W + w) * pitch_};
   }
 
   static constexpr bool kTable = std::is_same_v<A, uint8_t>;
   const MaxPool2dShape s_;
   const A* const argmax_;
-  std::array<Offset, kTable ? 255 : 1> table_;
+  const int64_t pitch_;
+  std::array<Tap, kTable ? 255 : 1> table_;
 };
 
 // Zeroes an image, then adds window by window. T must be able to hold partial sums.
 template <class T, class A>
 void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
-  at::parallel_for(0, s.N, rows_per_fork(s.OH * s.OW * s.C / 2), [=](int64_t begin, int64_t end) {
-    const Elements<A> elements(s, argmax);
-    const int64_t channels = s.C, image_size = s.H * s.W * channels;
+  at::parallel_for(0, s.N, rows_per_fork(s.OH * s.OW * s.C / 2), [&](int64_t begin, int64_t end) {
+    const Elements<A> elements(s, argmax, s.C);
+    const int64_t image_size = s.H * s.W * s.C;
     for (int64_t n = begin; n < end; ++n) {
       T* const image = grad_input + n * image_size;
       std::fill_n(image, image_size, T(0));
-      elements.for_each(n * s.OH, (n + 1) * s.OH, [=](int64_t window, int64_t element, int64_t, int64_t c) {
-        if (element >= 0) image[element * channels + c] += grad_output[window];
-      });
+      for (int64_t y = 0; y < s.OH; ++y) {
+        elements.for_row(n, y, [image, grad_output](int64_t window, int64_t element, int64_t c) {
+          if (element >= 0) image[element + c] += grad_output[window];
+        });
+      }
     }
   });
 }
@@ -408,10 +413,14 @@ namespace {
 
 // f(window, element, image, channel) for all windows, in parallel.
 template <class F>
-void for_all_windows(const MaxPool2dShape& s, const void* argmax, const F& f) {
+void for_all_windows(const MaxPool2dShape& s, const void* argmax, int64_t pitch, const F& f) {
   const auto run = [&](const auto* taps) {
     at::parallel_for(0, s.N * s.OH, rows_per_fork(s.OW * s.C), [&](int64_t begin, int64_t end) {
-      Elements(s, taps).for_each(begin, end, f);
+      const Elements elements(s, taps, pitch);
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t n = row / s.OH;
+        elements.for_row(n, row % s.OH, [&](int64_t window, int64_t element, int64_t c) { f(window, element, n, c); });
+      }
     });
   };
   max_pool2d_argmax_is_u8(s.taps()) ? run(static_cast<const uint8_t*>(argmax)) : run(static_cast<const int64_t*>(argmax));
@@ -425,15 +434,15 @@ void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
     const MaxPool2dShape s = as_channels_last(args.shape);
     const auto* input = static_cast<const T*>(args.input);
     auto* output = static_cast<T*>(args.output);
-    for_all_windows(s, args.argmax, [=](int64_t window, int64_t element, int64_t n, int64_t c) {
-      output[window] = element < 0 ? T(0) : input[(n * s.H * s.W + element) * s.C + c];
+    for_all_windows(s, args.argmax, s.C, [=](int64_t window, int64_t element, int64_t n, int64_t c) {
+      output[window] = element < 0 ? T(0) : input[n * s.H * s.W * s.C + element + c];
     });
   });
 }
 
 void max_pool2d_indices(const MaxPool2dIndicesArgs& args) {
   // No element becomes element 0, so that every index may be used.
-  for_all_windows(as_channels_last(args.shape), args.argmax,
+  for_all_windows(as_channels_last(args.shape), args.argmax, 1,
                   [indices = args.indices](int64_t window, int64_t element, int64_t, int64_t) {
                     indices[window] = std::max<int64_t>(element, 0);
                   });

@@ -9,8 +9,6 @@ from pyops import _load
 
 Dims = tuple[int | None, ...]
 
-FUNCTIONS: dict[str, "type[OpFunction]"] = {}
-
 
 class OpFunction(torch.autograd.Function):
     """A differentiable function over the operator ``torch.ops.pyops.<op>``, which has the same arguments.
@@ -23,21 +21,7 @@ class OpFunction(torch.autograd.Function):
     Derivatives are computed by calling further OpFunctions, so every op can be differentiated any number of times.
     """
 
-    op: ClassVar[torch._ops.OpOverload]
-    _apply: ClassVar[Callable[..., Any]]
-
-    @classmethod
-    def call(cls, *args: Any) -> Any:
-        """The op on `args`, all of them given, by the cheapest way that is right where it is called."""
-        if torch.compiler.is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
-            return cls.op(*args)
-        if torch._C._are_functorch_transforms_active():
-            return cls.apply(*args)
-        if torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
-            for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                    return cls._apply(*args)
-        return cls.op(*args)
+    call: ClassVar[Callable[..., Any]]
 
     @staticmethod
     def fake(*args: Any) -> Any:
@@ -45,24 +29,39 @@ class OpFunction(torch.autograd.Function):
         raise NotImplementedError
 
 
-def implements(op: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
-    """Makes the decorated class the OpFunction of ``torch.ops.pyops.<op>``."""
+def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
+    """Makes the decorated class the OpFunction of ``torch.ops.pyops.<name>``, and gives it its `call`."""
 
     def register(cls: type[OpFunction]) -> type[OpFunction]:
-        cls.op = getattr(torch.ops.pyops, op).default
+        op = getattr(torch.ops.pyops, name).default
         # apply() less its Python half, which costs 10 us: it fills in default arguments and unwraps dead functorch
         # wrappers, and call() needs neither.
-        cls._apply = super(torch.autograd.Function, cls).apply
-        FUNCTIONS[f"pyops::{op}"] = cls
-        torch.library.register_fake(f"pyops::{op}", cls.fake)
-        torch.library.register_vmap(f"pyops::{op}", cls.vmap)
+        apply = super(torch.autograd.Function, cls).apply
+
+        def call(*args: Any) -> Any:
+            """The op on `args`, all of them given, by the cheapest way that is right where it is called."""
+            if torch.compiler.is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
+                return op(*args)
+            if torch._C._are_functorch_transforms_active():
+                return cls.apply(*args)
+            if torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+                for arg in args:
+                    if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                        return apply(*args)
+            return op(*args)
+
+        cls.call = staticmethod(call)
+        APPLY[f"pyops::{name}"] = apply
+        torch.library.register_fake(f"pyops::{name}", cls.fake)
+        torch.library.register_vmap(f"pyops::{name}", cls.vmap)
         return cls
 
     return register
 
 
 # The operators' Autograd kernel (csrc/autograd.cpp) calls this where somebody wants a derivative.
-_load._C.set_autograd(lambda name, args: FUNCTIONS[name]._apply(*args))
+APPLY: dict[str, Callable[..., Any]] = {}
+_load._C.set_autograd(lambda name, args: APPLY[name](*args))
 
 
 def batch_first(tensor: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:

@@ -93,4 +93,3 @@ class Linear(Bilinear):
 
 
 LinearBackward.forward_op = Linear
-

@@ -127,9 +127,7 @@ class MaxPool2dBackward(OpFunction):
         return vmap_images(MaxPool2dBackward, info, in_dims, [grad_output, argmax], rest)
 
     @staticmethod
-    def fake(
-        grad_output: torch.Tensor, argmax: torch.Tensor, input_size: Sequence[int], *window: Any
-    ) -> torch.Tensor:
+    def fake(grad_output: torch.Tensor, argmax: torch.Tensor, input_size: Sequence[int], *window: Any) -> torch.Tensor:
         return empty_images(grad_output, (*argmax.shape[:-2], *pair(input_size)), channels_last(argmax))
 
 
