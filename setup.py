@@ -1,0 +1,119 @@
+"""Builds pyops against the torch that the user has: the tensor side `pyops._C`, and the CPU kernels once per
+instruction set as `pyops._cpu_*`, of which pyops/_load.py loads one. Everything else is said in pyproject.toml.
+
+Environment: CXX, MAX_JOBS (compilers at a time), PYOPS_WERROR=1 (a warning fails the build).
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from glob import glob
+from importlib import metadata
+from pathlib import Path
+
+import setuptools
+from packaging.requirements import Requirement  # setuptools brings it
+from setuptools.errors import PlatformError
+
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+TORCH = next(r for r in map(Requirement, PROJECT["dependencies"]) if r.name == "torch")
+
+
+def torch_version() -> str | None:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# pip's build isolation hides the user's site-packages, but the interpreter is the user's and knows where they are.
+# Appended, so that they provide torch and nothing that the isolated environment has itself.
+if torch_version() is None:
+    sys.path += {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+
+# Without a torch that fits, the commands that only ask for metadata still work.
+torch_fits = torch_version() is not None and TORCH.specifier.contains(torch_version(), prereleases=True)
+if torch_fits:
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler, include_paths, library_paths
+else:
+    from setuptools.command.build_ext import build_ext as BuildExtension
+
+# What ATen guarantees for each capability, by its own names and flags.
+CPU_CAPABILITIES = {"DEFAULT": []}
+if platform.machine() == "x86_64":
+    CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+    CPU_CAPABILITIES["AVX512"] += ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own headers (gcc bug 105593)
+
+
+def extension(name: str, folder: str, flags: list[str]) -> setuptools.Extension:
+    return setuptools.Extension(
+        f"pyops.{name}",
+        sources=sorted(glob(f"{folder}/*.cpp")),
+        depends=glob("csrc/**/*.h", recursive=True),
+        extra_compile_args=flags,
+        language="c++",
+    )
+
+
+EXTENSIONS = [extension("_C", "csrc", ["-O2"])]
+for capability, flags in CPU_CAPABILITIES.items():
+    macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
+    EXTENSIONS.append(extension(f"_cpu_{capability.lower()}", "csrc/cpu", ["-O3", *macros, *flags]))
+
+
+class build_ext(BuildExtension):
+    def run(self) -> None:
+        if not torch_fits:
+            found = torch_version() or "none"
+            raise PlatformError(
+                f"building pyops needs {TORCH}, but found {found}; without --no-build-isolation pip gets it"
+            )
+        compiler = shlex.split(get_cxx_compiler())
+        if shutil.which(compiler[0]) is None:
+            raise PlatformError(
+                f"building pyops needs a C++ compiler, but found no {compiler[0]}; install g++ or set CXX"
+            )
+        # Kept from build to build, one per torch: ninja does not see that system headers, such as torch's, change.
+        self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        super().run()
+        self.write_build_info(compiler)
+
+    def build_extension(self, ext: setuptools.Extension) -> None:
+        # OpenMP at compile time only, for at::parallel_for is serial without; its runtime must be the one torch brings.
+        ext.extra_compile_args[:0] = ["-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+        ext.extra_compile_args += [flag for path in include_paths() for flag in ("-isystem", path)]
+        if os.environ.get("PYOPS_WERROR") == "1":
+            ext.extra_compile_args.append("-Werror")
+        ext.library_dirs = library_paths()
+        ext.libraries = ["c10", "torch_cpu", "torch_python"]
+        # The capabilities share their sources: each extension needs a folder of its own for the objects.
+        build_temp = self.build_temp
+        self.build_temp = f"{build_temp}/{ext.name}"
+        super().build_extension(ext)
+        self.build_temp = build_temp
+
+    def write_build_info(self, compiler: list[str]) -> None:
+        info = {
+            "version": PROJECT["version"],
+            "torch": str(torch.__version__),
+            "compiler": subprocess.check_output([*compiler, "--version"], text=True).splitlines()[0],
+            "cpu_capabilities": list(CPU_CAPABILITIES),
+            "cuda": None,
+            "cuda_archs": [],
+        }
+        lines = ["# Written by setup.py: what this build of pyops is.", *(f"{k} = {v!r}" for k, v in info.items())]
+        Path(self.get_ext_fullpath("pyops._C")).with_name("_build_info.py").write_text("\n".join(lines) + "\n")
+
+
+setuptools.setup(
+    ext_modules=EXTENSIONS,
+    cmdclass={"build_ext": build_ext},
+    setup_requires=[] if torch_fits else [str(TORCH)],  # pip installs it for the build; the user's will be the same
+)
