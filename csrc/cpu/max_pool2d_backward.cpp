@@ -298,32 +298,23 @@ class TileBackward {
   const Windows<T, uint8_t> windows_;
 };
 
-// Where the elements that argmaxes name lie in an image: (h W + w) pitch. Divides each tap once, if they are bytes.
+// Finds the elements that argmaxes name, in an image whose element (h, w) of channel c is number
+// (h W + w) pitch + c channel_step.
 template <class A>
 class Elements {
  public:
-  Elements(const MaxPool2dShape& shape, const A* argmax, int64_t pitch) : s_(shape), argmax_(argmax), pitch_(pitch) {
+  Elements(const MaxPool2dShape& shape, const A* argmax, int64_t pitch, int64_t channel_step)
+      : s_(shape), argmax_(argmax), pitch_(pitch), channel_step_(channel_step) {
     for (int64_t tap = 0; kTable && tap < s_.taps(); ++tap) table_[tap] = divide(tap);
+    const int64_t last_w = s_.W - 1 - (s_.kernel_w - 1) * s_.dilation_w + s_.padding_w;
+    inside_begin_ = std::min(s_.OW, at::divup(s_.padding_w, s_.stride_w));
+    inside_end_ = last_w < 0 ? inside_begin_ : std::max(inside_begin_, std::min(s_.OW, last_w / s_.stride_w + 1));
   }
 
-  // f(window, element, channel) for the windows of a row of an image, in order; the element is -1 if there is none.
+  // f(window, element) for the windows of row y of image n, in order; the element is -1 if there is none.
   template <class F>
   void for_row(int64_t n, int64_t y, const F& f) const {
-    const int64_t h0 = y * s_.stride_h - s_.padding_h;
-    int64_t window = (n * s_.OH + y) * s_.OW * s_.C;
-    for (int64_t x = 0, w0 = -s_.padding_w; x < s_.OW; ++x, w0 += s_.stride_w) {
-      for (int64_t c = 0; c < s_.C; ++c, ++window) {
-        const A tap = argmax_[window];
-        int64_t element = -1;
-        if (static_cast<uint64_t>(tap) < static_cast<uint64_t>(s_.taps())) {
-          const Tap t = kTable ? table_[tap] : divide(tap);
-          const bool in_bounds = static_cast<uint64_t>(h0 + t.h) < static_cast<uint64_t>(s_.H) &&
-                                 static_cast<uint64_t>(w0 + t.w) < static_cast<uint64_t>(s_.W);
-          if (in_bounds) element = (h0 * s_.W + w0) * pitch_ + t.offset;
-        }
-        f(window, element, c);
-      }
-    }
+    s_.C == 1 ? for_row<true>(n, y, f) : for_row<false>(n, y, f);
   }
 
  private:
@@ -331,15 +322,57 @@ class Elements {
     int64_t h, w, offset;
   };
 
+  template <bool kOneChannel, class F>
+  void for_row(int64_t n, int64_t y, const F& f) const {
+    const int64_t h0 = y * s_.stride_h - s_.padding_h;
+    const bool inside = h0 >= 0 && h0 + (s_.kernel_h - 1) * s_.dilation_h < s_.H;
+    const int64_t begin = inside ? inside_begin_ : s_.OW, end = inside ? inside_end_ : s_.OW;
+    if (begin > 0) for_columns<false, kOneChannel>(n, y, 0, begin, f);
+    if (end > begin) for_columns<true, kOneChannel>(n, y, begin, end, f);
+    if (s_.OW > end) for_columns<false, kOneChannel>(n, y, end, s_.OW, f);
+  }
+
+  // Not inlined, because the loop needs all the registers there are: half the time.
+  template <bool kInside, bool kOneChannel, class F>
+  C10_NOINLINE void for_columns(int64_t n, int64_t y, int64_t x, int64_t end, const F f) const {
+    const uint64_t H = s_.H, W = s_.W, taps = s_.taps();
+    const int64_t C = kOneChannel ? 1 : s_.C, pitch = pitch_, channel_step = channel_step_, stride_w = s_.stride_w;
+    const int64_t h0 = y * s_.stride_h - s_.padding_h;
+    int64_t w0 = x * stride_w - s_.padding_w, first = (h0 * s_.W + w0) * pitch;
+    int64_t window = ((n * s_.OH + y) * s_.OW + x) * C;
+    for (; x < end; ++x, w0 += stride_w, first += stride_w * pitch) {
+      for (int64_t c = 0; c < C; ++c, ++window) {
+        const A argmax = argmax_[window];
+        int64_t element = -1;
+        if (static_cast<uint64_t>(argmax) < taps) {
+          const Tap tap = find(argmax);
+          if (kInside || (static_cast<uint64_t>(h0 + tap.h) < H && static_cast<uint64_t>(w0 + tap.w) < W)) {
+            element = first + tap.offset + c * channel_step;
+          }
+        }
+        f(window, element);
+      }
+    }
+  }
+
+  Tap find(A argmax) const {
+    if constexpr (kTable) {
+      return table_[argmax];
+    } else {
+      return divide(argmax);
+    }
+  }
+
   Tap divide(int64_t tap) const {
     const int64_t h = tap / s_.kernel_w * s_.dilation_h, w = tap % s_.kernel_w * s_.dilation_w;
     return {h, w, (h * s_.W + w) * pitch_};
   }
 
-  static constexpr bool kTable = std::is_same_v<A, uint8_t>;
+  static constexpr bool kTable = std::is_same_v<A, uint8_t>;  // spares the division
   const MaxPool2dShape s_;
   const A* const argmax_;
-  const int64_t pitch_;
+  const int64_t pitch_, channel_step_;
+  int64_t inside_begin_, inside_end_;  // the columns of windows whose taps are all in bounds
   std::array<Tap, kTable ? 255 : 1> table_;
 };
 
@@ -347,14 +380,14 @@ class Elements {
 template <class T, class A>
 void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
   at::parallel_for(0, s.N, rows_per_fork(s.OH * s.OW * s.C / 2), [&](int64_t begin, int64_t end) {
-    const Elements<A> elements(s, argmax, s.C);
+    const Elements<A> elements(s, argmax, s.C, 1);
     const int64_t image_size = s.H * s.W * s.C;
     for (int64_t n = begin; n < end; ++n) {
       T* const image = grad_input + n * image_size;
       std::fill_n(image, image_size, T(0));
       for (int64_t y = 0; y < s.OH; ++y) {
-        elements.for_row(n, y, [image, grad_output](int64_t window, int64_t element, int64_t c) {
-          if (element >= 0) image[element + c] += grad_output[window];
+        elements.for_row(n, y, [image, grad_output](int64_t window, int64_t element) {
+          if (element >= 0) image[element] += grad_output[window];
         });
       }
     }
@@ -369,11 +402,12 @@ void backward(const MaxPool2dBackwardArgs& args) {
   auto* grad_input = static_cast<T*>(args.grad_input);
   const Windows<T, A> windows{{grad_output, s.N * s.C * s.OH * s.OW}, argmax};
 
-  // Gathering costs a fraction 1 / kLanes of a scattered element per tap (and a whole one where only one lane is used).
-  const bool overlap = s.stride_h <= (s.kernel_h - 1) * s.dilation_h || s.stride_w <= (s.kernel_w - 1) * s.dilation_w;
+  // Gathering costs about taps / kLanes of a scattered element, more where many lanes lie idle. It is also the way of a
+  // 16-bit type whose partial sums need float32.
   const bool columns = !s.channels_last && s.stride_w <= 2 && std::is_same_v<A, uint8_t>;
-  const bool large = s.taps() > kLanes<T> && overlap;
-  if ((large || !(s.channels_last || columns)) && !(is_reduced<T> && overlap)) {
+  const bool overlap = s.stride_h <= (s.kernel_h - 1) * s.dilation_h || s.stride_w <= (s.kernel_w - 1) * s.dilation_w;
+  const bool full_lanes = columns || (s.channels_last && s.C >= 2 * kLanes<T>);
+  if ((s.taps() > kLanes<T> || !full_lanes) && !(is_reduced<T> && overlap)) {
     return scatter(as_channels_last(s), grad_output, argmax, grad_input);
   }
   const int64_t covering = at::divup(s.taps(), s.stride_h * s.stride_w) + 1;
@@ -411,15 +445,15 @@ void max_pool2d_backward(const MaxPool2dBackwardArgs& args) {
 
 namespace {
 
-// f(window, element, image, channel) for all windows, in parallel.
+// f(window, element, image) for all windows, in parallel; elements are numbered as in Elements.
 template <class F>
-void for_all_windows(const MaxPool2dShape& s, const void* argmax, int64_t pitch, const F& f) {
+void for_all_windows(const MaxPool2dShape& s, const void* argmax, int64_t pitch, int64_t channel_step, const F& f) {
   const auto run = [&](const auto* taps) {
     at::parallel_for(0, s.N * s.OH, rows_per_fork(s.OW * s.C), [&](int64_t begin, int64_t end) {
-      const Elements elements(s, taps, pitch);
+      const Elements elements(s, taps, pitch, channel_step);
       for (int64_t row = begin; row < end; ++row) {
         const int64_t n = row / s.OH;
-        elements.for_row(n, row % s.OH, [&](int64_t window, int64_t element, int64_t c) { f(window, element, n, c); });
+        elements.for_row(n, row % s.OH, [n, f](int64_t window, int64_t element) { f(window, element, n); });
       }
     });
   };
@@ -434,18 +468,18 @@ void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
     const MaxPool2dShape s = as_channels_last(args.shape);
     const auto* input = static_cast<const T*>(args.input);
     auto* output = static_cast<T*>(args.output);
-    for_all_windows(s, args.argmax, s.C, [=](int64_t window, int64_t element, int64_t n, int64_t c) {
-      output[window] = element < 0 ? T(0) : input[n * s.H * s.W * s.C + element + c];
+    const int64_t image_size = s.H * s.W * s.C;
+    for_all_windows(s, args.argmax, s.C, 1, [=](int64_t window, int64_t element, int64_t n) {
+      output[window] = element < 0 ? T(0) : input[n * image_size + element];
     });
   });
 }
 
 void max_pool2d_indices(const MaxPool2dIndicesArgs& args) {
   // No element becomes element 0, so that every index may be used.
-  for_all_windows(as_channels_last(args.shape), args.argmax, 1,
-                  [indices = args.indices](int64_t window, int64_t element, int64_t, int64_t) {
-                    indices[window] = std::max<int64_t>(element, 0);
-                  });
+  for_all_windows(
+      as_channels_last(args.shape), args.argmax, 1, 0,
+      [indices = args.indices](int64_t window, int64_t element, int64_t) { indices[window] = std::max<int64_t>(element, 0); });
 }
 
 }  // namespace pyops::cpu
