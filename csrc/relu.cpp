@@ -25,13 +25,15 @@ Tensor relu(const Tensor& input) {
   return output;
 }
 
-Tensor& relu_(Tensor& input) {
+void relu_(const Tensor& input) {
   const DType dtype = real_dtype("relu_", input);
   at::assert_no_internal_overlap(input);
-  if (input.numel() == 0) return input;
-  if (!input.is_non_overlapping_and_dense()) return input.copy_(relu(input));
-  kernels(input).relu({dtype, input.numel(), input.const_data_ptr(), input.mutable_data_ptr()});
-  return input;
+  if (input.numel() == 0) return;
+  if (input.is_non_overlapping_and_dense()) {
+    kernels(input).relu({dtype, input.numel(), input.const_data_ptr(), input.mutable_data_ptr()});
+  } else {
+    input.copy_(relu(input));
+  }
 }
 
 Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
@@ -51,7 +53,7 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
 
 TORCH_LIBRARY_FRAGMENT(pyops, m) {
   m.def("relu(Tensor input) -> Tensor");
-  m.def("relu_(Tensor(a!) input) -> Tensor(a!)");
+  m.def("relu_(Tensor(a!) input) -> ()");  // torch.compile takes no custom op that returns its argument
   m.def("relu_backward(Tensor grad_output, Tensor output) -> Tensor");
 }
 

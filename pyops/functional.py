@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 from pyops import autograd
 from pyops.autograd.relu import InplaceReLU
@@ -38,11 +39,14 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     >>> relu(torch.tensor([-1.0, 0.0, 2.0]))
     tensor([0., 0., 2.])
     """
+    if has_torch_function_unary(input):
+        return handle_torch_function(relu, (input,), input, inplace=inplace)
     if not inplace:
         return _relu(input)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return input.copy_(_relu(input))  # copy_ can be transformed in every way already
-    return _inplace_relu(input)
+    _inplace_relu(input)
+    return input
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -64,6 +68,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     tensor([[3., 3., 3., 3.],
             [3., 3., 3., 3.]])
     """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear, (input, weight, bias), input, weight, bias=bias)
     if weight.dim() == 1 and bias is None:
         return _linear(input, weight.unsqueeze(0), None).squeeze(-1)
     if bias is not None and bias.dim() <= 1 and bias.numel() == 1 and weight.dim() == 2:
@@ -107,6 +113,9 @@ def conv2d(
     tensor([[[[4., 4.],
               [4., 4.]]]])
     """
+    if has_torch_function_variadic(input, weight, bias):
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias=bias, **options)
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
     return _conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -160,6 +169,9 @@ def max_pool2d(
              [13., 15.]]]), tensor([[[ 5,  7],
              [13, 15]]]))
     """
+    if has_torch_function_unary(input):
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
+        return handle_torch_function(max_pool2d, (input,), input, kernel_size, **options, return_indices=return_indices)
     window = (kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
     output, argmax = _max_pool2d(input, *window)
     if not return_indices:

@@ -9,46 +9,60 @@
 #include "sums.h"
 
 namespace pyops::cpu {
+namespace {
+
+template <class T>
+void forward(const LinearArgs& x) {
+  const T *input = static_cast<const T*>(x.input), *weight = static_cast<const T*>(x.weight);
+  const Output<T> out{static_cast<T*>(x.output), Axis::plain(x.N), Axis::plain(1), nullptr,
+                      static_cast<const T*>(x.bias)};
+  gemm(1, x.M, x.N, x.K, [&](int64_t) {
+    return GemmArgs<T, T>{{input, x.K, 1}, {weight, 1, x.K}, out, 0, x.K};
+  });
+}
+
+template <class T>
+void input_gradient(const LinearBackwardArgs& x) {
+  const T *grad_output = static_cast<const T*>(x.grad_output), *weight = static_cast<const T*>(x.weight);
+  const Output<T> out{static_cast<T*>(x.grad_input), Axis::plain(x.K), Axis::plain(1)};
+  gemm(1, x.M, x.K, x.N, [&](int64_t) {
+    return GemmArgs<T, T>{{grad_output, x.N, 1}, {weight, x.K, 1}, out, 0, x.N};
+  });
+}
+
+// A small weight has too few blocks for the threads: then the batch is cut too, into a number of parts that depends on
+// the shape only, and their sums are added in order.
+template <class T>
+void weight_gradient(const LinearBackwardArgs& x) {
+  using C = Compute<T>;
+  const T *grad_output = static_cast<const T*>(x.grad_output), *input = static_cast<const T*>(x.input);
+  const Matrix<T> a{grad_output, 1, x.N}, b{input, x.K, 1};
+  const Output<T> out{static_cast<T*>(x.grad_weight), Axis::plain(x.K), Axis::plain(1)};
+  const int64_t blocks = ceil_div(x.N, MC) * ceil_div(x.K, NC), chunks = ceil_div(x.M, KC);
+  const int64_t parts = std::min(ceil_div(enough_tasks, blocks), chunks);
+  if (parts <= 1) return gemm(1, x.N, x.K, x.M, [&](int64_t) { return GemmArgs<T, T>{a, b, out, 0, x.M}; });
+
+  const int64_t part = ceil_div(chunks, parts) * KC;
+  C* sums = scratch<C>(Scratch::partial_sums, parts * x.N * x.K);
+  gemm(parts, x.N, x.K, part, [&](int64_t i) {
+    const Output<C> partial{sums + i * x.N * x.K, Axis::plain(x.K), Axis::plain(1)};
+    return GemmArgs<T, C>{a, b, partial, std::min(i * part, x.M), std::min((i + 1) * part, x.M)};
+  });
+  sum_parts(out, sums, parts, x.N * x.K, x.N, x.K);
+}
+
+}  // namespace
 
 void linear(const LinearArgs& x) {
-  dispatch_floating(x.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    gemm<T>(1, x.M, x.N, x.K, [&](int64_t) {
-      return GemmOperands<T, DenseMatrix<T>, DenseMatrix<T>>{
-          {static_cast<const T*>(x.input), x.K, 1},
-          {static_cast<const T*>(x.weight), 1, x.K},
-          {static_cast<T*>(x.output), Axis::plain(x.N), Axis::plain(1), nullptr, static_cast<const T*>(x.bias)},
-          0,
-          x.K};
-    });
-  });
+  dispatch_floating(x.dtype, [&](auto zero) { forward<decltype(zero)>(x); });
 }
 
 void linear_backward(const LinearBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const T* grad_output = static_cast<const T*>(x.grad_output);
-    if (x.grad_input) {
-      gemm<T>(1, x.M, x.K, x.N, [&](int64_t) {
-        return GemmOperands<T, DenseMatrix<T>, DenseMatrix<T>>{
-            {grad_output, x.N, 1},
-            {static_cast<const T*>(x.weight), x.K, 1},
-            {static_cast<T*>(x.grad_input), Axis::plain(x.K), Axis::plain(1)},
-            0,
-            x.N};
-      });
-    }
-    if (x.grad_weight) {
-      T* grad_weight = static_cast<T*>(x.grad_weight);
-      gemm_split_k<Compute<T>>(
-          1, x.N, x.K, x.M,
-          [&](int64_t, const Output<Compute<T>>& out, int64_t k_begin, int64_t k_end) {
-            return GemmOperands<Compute<T>, DenseMatrix<T>, DenseMatrix<T>>{
-                {grad_output, 1, x.N}, {static_cast<const T*>(x.input), x.K, 1}, out, k_begin, k_end};
-          },
-          [&](int64_t, int64_t n, int64_t k, Compute<T> sum) { grad_weight[n * x.K + k] = static_cast<T>(sum); });
-    }
-    if (x.grad_bias) sum_rows(static_cast<T*>(x.grad_bias), grad_output, x.M, x.N);
+    if (x.grad_input) input_gradient<T>(x);
+    if (x.grad_weight) weight_gradient<T>(x);
+    if (x.grad_bias) sum_rows(static_cast<T*>(x.grad_bias), static_cast<const T*>(x.grad_output), x.M, x.N);
   });
 }
 

@@ -7,6 +7,7 @@
 //
 // Every element is computed by itself: the result does not depend on threads or position. A NaN stays a NaN and passes
 // its gradient, -0.0 stays -0.0 and blocks it. output may be input: each vector is read before it is written.
+#include <algorithm>
 #include <limits>
 
 #include "common.h"
@@ -26,8 +27,8 @@ using Lane = std::conditional_t<is_reduced<T>, int16_t, T>;
 // -inf in the bits of a 16-bit float. As signed integers, negative floats run from -0.0 = INT16_MIN through -inf to
 // the negative NaNs, which end at -1.
 template <class T>
-constexpr int16_t kMinusInfinityBits = std::is_same_v<T, c10::Half> ? int16_t(0xFC00 - 0x10000)
-                                                                      : int16_t(0xFF80 - 0x10000);
+constexpr int16_t kMinusInfinityBits =
+    std::is_same_v<T, c10::Half> ? int16_t(0xFC00 - 0x10000) : int16_t(0xFF80 - 0x10000);
 
 template <class T>
 Vec<Lane<T>> rectified(const Vec<Lane<T>>& input) {

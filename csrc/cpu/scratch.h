@@ -1,5 +1,6 @@
 // Working memory of the CPU kernels: per thread and per use one buffer that only grows, so that after the first calls
-// nothing is allocated any more. Sizes are bounded by the blocking constants of gemm.h and by the size of a weight.
+// nothing is allocated any more. Sizes are bounded by the block sizes of gemm.h and window.h, by the size of a weight and
+// (image_sums, 16-bit types only) by that of an image.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,22 @@
 
 namespace pyops::cpu {
 
-enum class Scratch { packed_a, packed_b, block_sums, transposed, weight, taps, tap_index, partial_sums, count };
+enum class Scratch {
+  a,
+  a_offsets,
+  a_steps,
+  b,
+  b_offsets,
+  b_steps,
+  sums,
+  grad_rows,
+  weight,
+  taps,
+  tap_index,
+  partial_sums,
+  image_sums,
+  count
+};
 
 inline void* scratch_bytes(Scratch use, size_t size) {
   struct Free {

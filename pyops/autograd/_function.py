@@ -52,11 +52,25 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
 
         cls.call = staticmethod(call)
         APPLY[f"pyops::{name}"] = apply
-        torch.library.register_fake(f"pyops::{name}", cls.fake)
+        torch.library.register_fake(f"pyops::{name}", on_one_device(name, cls.fake))
         torch.library.register_vmap(f"pyops::{name}", cls.vmap)
         return cls
 
     return register
+
+
+def on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake` after a check that the real kernels make too: torch calls it if any of the tensors is on the meta device."""
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        devices = {str(arg.device): None for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{name}: expected all tensors to be on the same device, but got {' and '.join(devices)}"
+            )
+        return fake(*args, **kwargs)
+
+    return checked
 
 
 # The operators' Autograd kernel (csrc/autograd.cpp) calls this where somebody wants a derivative.

@@ -47,13 +47,18 @@ class ReLU(OpFunction):
 
 @implements("relu_")
 class InplaceReLU(ReLU):
-    """:class:`ReLU` that overwrites its input and returns it. A leaf that requires grad is refused, as by stock."""
+    """:class:`ReLU` that overwrites its input. A leaf that requires grad is refused, as by stock.
+
+    ``apply`` returns the input, the operator ``torch.ops.pyops.relu_`` nothing, because torch traces no custom operator
+    that returns what it was given.
+    """
 
     @staticmethod
     def forward(input: torch.Tensor) -> torch.Tensor:
         if input.requires_grad and input.is_leaf:  # torch itself would only notice after the overwriting
             raise RuntimeError("relu_: a leaf Variable that requires grad is being used in an in-place operation.")
-        return torch.ops.pyops.relu_.default(input)
+        torch.ops.pyops.relu_.default(input)
+        return input
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -66,11 +71,12 @@ class InplaceReLU(ReLU):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, input: torch.Tensor) -> tuple[torch.Tensor, int]:
-        return InplaceReLU.call(input), in_dims[0]
+        InplaceReLU.call(input)
+        return input, in_dims[0]
 
     @staticmethod
-    def fake(input: torch.Tensor) -> torch.Tensor:
-        return input
+    def fake(input: torch.Tensor) -> None:
+        return None
 
 
 @implements("relu_backward")

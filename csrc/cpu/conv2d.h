@@ -1,0 +1,60 @@
+// What the forward and the gradients of conv2d share: the layout of images, and `correlate`, the product of the patches
+// of a source with weights, which is both the forward and the gradient of the input.
+#pragma once
+
+#include "window.h"
+
+namespace pyops::cpu {
+
+// How a batch of images [N, channels, height, width] lies in memory.
+struct Layout {
+  int64_t image_stride, channel_stride, y_stride, x_stride;
+
+  Layout(int64_t channels, int64_t height, int64_t width, bool channels_last)
+      : image_stride(channels * height * width),
+        channel_stride(channels_last ? 1 : height * width),
+        y_stride(channels_last ? width * channels : width),
+        x_stride(channels_last ? channels : 1) {}
+};
+
+// The input as the forward and the gradient of the weight see it.
+template <class T>
+Source<T> input_source(const Conv2dShape& s, const void* input) {
+  Tap* taps = scratch<Tap>(Scratch::taps, s.kernel_h * s.kernel_w);
+  for (int64_t i = 0; i < s.kernel_h; ++i)
+    for (int64_t j = 0; j < s.kernel_w; ++j)
+      taps[i * s.kernel_w + j] = {i * s.dilation_h - s.padding_top, j * s.dilation_w - s.padding_left};
+  const Layout in(s.C, s.H, s.W, s.channels_last);
+  return {static_cast<const T*>(input), in.image_stride, in.channel_stride, in.y_stride, in.x_stride, s.N, s.H, s.W,
+          s.C / s.groups, s.stride_h, s.stride_w, s.OH, s.OW, taps, s.kernel_h * s.kernel_w, s.N * in.image_stride};
+}
+
+// output[g, o, pixel] = bias + sum over (channel, tap) of weight[g, o, channel, tap] * source(pixel, channel, tap)
+template <class T>
+struct Correlation {
+  Source<T> source;
+  bool channels_last;  // source and output
+  int64_t groups, out_channels;  // of a group
+  T* output;                     // of group 0, at the first pixel
+  int64_t out_channel_stride;
+  Axis out_pixels;
+  const T* bias;  // null: none
+
+  int64_t depth() const { return source.channels * source.tap_count; }  // K
+  int64_t weights() const { return groups * out_channels * depth(); }
+
+  // Which way the vectors run: along x, with a broadcast weight, or along the output channels, with a broadcast value of
+  // the source. Whichever leaves fewer lanes idle; the latter transposes an output that is channels-first.
+  bool pixel_vectors() const {
+    constexpr int64_t lanes = Vec<Compute<T>>::size();
+    const auto use = [](int64_t count) { return static_cast<double>(count) / (ceil_div(count, lanes) * lanes); };
+    const double pixels = use(source.out_width), channels = use(out_channels);
+    return channels_last ? channels < 0.25 * pixels : channels < 1.2 * pixels;
+  }
+};
+
+// weight: [groups][out_channels][channel, tap], in order.
+template <class T>
+void correlate(const Correlation<T>& x, const T* weight);
+
+}  // namespace pyops::cpu

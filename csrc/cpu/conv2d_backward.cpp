@@ -1,0 +1,187 @@
+// The gradients of conv2d.
+//
+//   grad_input   is a correlation of grad_output with the weight, its input and output channels exchanged. The pixels whose
+//                coordinates have the same remainders by the stride meet the same taps, so each of the stride_h x stride_w
+//                remainders (a phase) is a correlation of stride 1 with its share of the taps: no zeros are multiplied
+//                and every element is written once, where col2im would add into it.
+//   grad_weight  [K, O] = window(input) [K, pixels] grad_output^T [pixels, O], with K = (channel, tap): both operands are
+//                read where they lie in a window of the input and a transposed band of grad_output. The batch is cut into
+//                parts whose number depends on the shape only; their sums are added in order.
+//   grad_bias    sums of grad_output over all but the channels.
+//
+// Guarantees: those of gemm.h; the sums run over the taps inside of the image only, also where values are infinite.
+#include "conv2d.h"
+#include "nonfinite.h"
+#include "sums.h"
+
+namespace pyops::cpu {
+namespace {
+
+// weight [g][o][c][tap] -> [g][c][o][the taps in tap_index]
+template <class T>
+const T* exchange_channels(const Conv2dShape& s, const T* weight, const int64_t* tap_index, int64_t tap_count) {
+  const int64_t out = s.O / s.groups, in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
+  T* exchanged = scratch<T>(Scratch::partial_sums, s.O * in * tap_count);
+  for_each_task(s.C, 16.0 * s.O * in * tap_count, [&](int64_t channel) {
+    const int64_t g = channel / in, c = channel % in;
+    T* target = exchanged + channel * out * tap_count;
+    for (int64_t o = 0; o < out; ++o) {
+      const T* source = weight + ((g * out + o) * in + c) * kernel;
+      for (int64_t t = 0; t < tap_count; ++t) *target++ = source[tap_index[t]];
+    }
+  });
+  return exchanged;
+}
+
+template <class T>
+void input_gradient(const Conv2dBackwardArgs& x) {
+  const Conv2dShape& s = x.shape;
+  const int64_t kernel = s.kernel_h * s.kernel_w;
+  const Layout grad(s.O, s.OH, s.OW, s.channels_last), image(s.C, s.H, s.W, s.channels_last);
+  Tap* taps = scratch<Tap>(Scratch::taps, kernel);
+  int64_t* tap_index = scratch<int64_t>(Scratch::tap_index, kernel);
+  for (int64_t phase_y = 0; phase_y < std::min(s.stride_h, s.H); ++phase_y) {
+    for (int64_t phase_x = 0; phase_x < std::min(s.stride_w, s.W); ++phase_x) {
+      // Pixel phase + stride * q of the input is under tap (i, j) of output pixel q + (phase + padding - i dilation) /
+      // stride, where that is whole.
+      int64_t tap_count = 0;
+      for (int64_t i = 0; i < s.kernel_h; ++i) {
+        for (int64_t j = 0; j < s.kernel_w; ++j) {
+          const int64_t y = phase_y + s.padding_top - i * s.dilation_h, x = phase_x + s.padding_left - j * s.dilation_w;
+          if (y % s.stride_h != 0 || x % s.stride_w != 0) continue;
+          taps[tap_count] = {y / s.stride_h, x / s.stride_w};
+          tap_index[tap_count++] = i * s.kernel_w + j;
+        }
+      }
+      const int64_t height = ceil_div(s.H - phase_y, s.stride_h), width = ceil_div(s.W - phase_x, s.stride_w);
+      const Source<T> source{static_cast<const T*>(x.grad_output), grad.image_stride, grad.channel_stride,
+                             grad.y_stride, grad.x_stride, s.N, s.OH, s.OW, s.O / s.groups, 1, 1, height, width, taps,
+                             tap_count, s.N * grad.image_stride};
+      correlate<T>({source, s.channels_last, s.groups, s.C / s.groups,
+                    static_cast<T*>(x.grad_input) + phase_y * image.y_stride + phase_x * image.x_stride,
+                    image.channel_stride,
+                    {width, height * width, image.image_stride, s.stride_h * image.y_stride,
+                     s.stride_w * image.x_stride},
+                    nullptr},
+                   exchange_channels(s, static_cast<const T*>(x.weight), tap_index, tap_count));
+    }
+  }
+}
+
+// The pixels of a band of grad_output as rows of `vectors` vectors over the output channels [o, o + count) of group g.
+template <class T>
+Vectors<Compute<T>> grad_rows(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size();
+  const int64_t pixels = b.images * b.rows * s.OW, width = ceil_div(count, lanes) * lanes, plane = s.OH * s.OW;
+  const int64_t channel = b.g * (s.O / s.groups) + o, first = b.n * plane + b.y * s.OW;
+  const int64_t* offsets = multiples(Scratch::b_offsets, width / lanes, lanes);
+  if constexpr (std::is_same_v<T, C>) {
+    if (s.channels_last && count == width)
+      return {grad_output + first * s.O + channel, offsets, multiples(Scratch::b_steps, pixels, s.O)};
+  }
+  C* copy = scratch<C>(Scratch::grad_rows, pixels * width);
+  if (s.channels_last) {
+    for (int64_t p = 0; p < pixels; ++p)
+      copy_values(copy + p * width, grad_output + (first + p) * s.O + channel, count, 1);
+  } else {
+    const int64_t pixels_of_image = b.rows * s.OW;
+    for (int64_t n = 0; n < b.images; ++n)
+      transpose(copy + n * pixels_of_image * width, width,
+                grad_output + ((b.n + n) * s.O + channel) * plane + b.y * s.OW, plane, count, pixels_of_image);
+  }
+  for (int64_t p = 0; p < pixels && count < width; ++p)
+    std::fill(copy + p * width + count, copy + (p + 1) * width, C(0));
+  return {copy, offsets, multiples(Scratch::b_steps, pixels, width)};
+}
+
+template <class T>
+void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size(), most_rows = 384, most_columns = 256;
+  const int64_t out = s.O / s.groups, taps = source.tap_count, K = source.channels * taps;
+  const int64_t c_block = std::clamp(most_rows / taps, int64_t{1}, source.channels), o_block = std::min(out, most_columns);
+  const int64_t c_blocks = ceil_div(source.channels, c_block), o_blocks = ceil_div(out, o_block);
+  const Extent extent(source);
+  const BandSize size(source, extent, c_block);
+  const int64_t row_bands = ceil_div(s.OH, size.rows), bands = ceil_div(s.N, size.images) * row_bands;
+  const double flops = 2.0 * s.N * s.OH * s.OW * s.O * K;
+  const int64_t blocks = s.groups * c_blocks * o_blocks;
+  const int64_t parts = std::min(ceil_div(tasks_worth(flops), blocks), bands);
+
+  C* partial = scratch<C>(Scratch::partial_sums, parts * s.groups * K * out);
+  for_each_task(blocks * parts, flops, [&](int64_t task) {
+    const int64_t part = task % parts, o = task / parts % o_blocks * o_block;
+    const int64_t c = task / parts / o_blocks % c_blocks * c_block, g = task / parts / o_blocks / c_blocks;
+    const int64_t channels = std::min(c_block, source.channels - c), rows = channels * taps;
+    const int64_t columns = std::min(o_block, out - o), vectors = ceil_div(columns, lanes), stride = vectors * lanes;
+    C* sums = scratch<C>(Scratch::sums, rows * stride);
+    const int64_t begin = part * bands / parts, end = (part + 1) * bands / parts;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
+      const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
+      const Window<C> w = window_of(source, extent, band, s.channels_last, /*overread=*/false);
+      const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
+      const int64_t* pixels = pixel_offsets(Scratch::a_steps, w, band, s.OW);
+      const Vectors<C> grad = grad_rows(s, grad_output, band, o, columns);
+      for_each_chunk(0, band.images * band.rows * s.OW, [&](int64_t k, int64_t kc, bool first, bool) {
+        multiply<C>(rows, vectors, kc, {w.data, patch, pixels + k}, {grad.data, grad.offsets, grad.steps + k}, sums,
+                    stride, i > begin || !first);
+      });
+    }
+    C* target = partial + ((part * s.groups + g) * K + c * taps) * out + o;
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * stride, columns, target + r * out);
+  });
+  for (int64_t g = 0; g < s.groups; ++g)
+    sum_parts(Output<T>{grad_weight + g * out * K, Axis::plain(1), Axis::plain(K)}, partial + g * K * out, parts,
+              s.groups * K * out, K, out);
+}
+
+template <class T>
+void weight_gradient(const Conv2dBackwardArgs& x) {
+  const Conv2dShape& s = x.shape;
+  const Source<T> source = input_source<T>(s, x.input);
+  const T* grad_output = static_cast<const T*>(x.grad_output);
+  T* grad_weight = static_cast<T*>(x.grad_weight);
+  const int64_t count = s.N * s.O * s.OH * s.OW;
+  if (!leaves_image(source) || all_finite(grad_output, count))
+    return weight_gradient_finite(s, source, grad_output, grad_weight);
+
+  weight_gradient_finite(s, source, finite_part(grad_output, count).data(), grad_weight);
+  const Layout grad(s.O, s.OH, s.OW, s.channels_last);
+  const int64_t in = source.channels, taps = source.tap_count;
+  for_each_task(s.O * in, 2.0 * count * in * taps, [&](int64_t task) {
+    const int64_t o = task / in, channel = o / (s.O / s.groups) * in + task % in;
+    for (int64_t n = 0; n < s.N; ++n) {
+      const T* image = grad_output + n * grad.image_stride + o * grad.channel_stride;
+      for (int64_t t = 0; t < taps; ++t) {
+        for_each_inside(source, n, channel, source.taps[t], [&](int64_t y, int64_t column, T value) {
+          const T g = image[y * grad.y_stride + column * grad.x_stride];
+          if (!is_finite(g)) add_product(grad_weight[task * taps + t], g, value);
+        });
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void conv2d_backward(const Conv2dBackwardArgs& x) {
+  dispatch_floating(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Conv2dShape& s = x.shape;
+    if (x.grad_input) input_gradient<T>(x);
+    if (x.grad_weight) weight_gradient<T>(x);
+    if (x.grad_bias) {
+      T* grad_bias = static_cast<T*>(x.grad_bias);
+      const T* grad_output = static_cast<const T*>(x.grad_output);
+      if (s.channels_last) {
+        sum_rows(grad_bias, grad_output, s.N * s.OH * s.OW, s.O);
+      } else {
+        sum_planes(grad_bias, grad_output, s.N, s.O, s.OH * s.OW);
+      }
+    }
+  });
+}
+
+}  // namespace pyops::cpu

@@ -1,0 +1,52 @@
+// The inner product of every matrix product here: sums[i, j] (+)= sum over k of A[i, k] B[k, j], in register tiles.
+//
+// Neither operand has to be a matrix in memory. Each element of A and each vector of B is found by adding an offset of
+// its row or vector and one of its k, so that the patches of an image are multiplied where the image lies, without
+// being gathered (no im2col): a tap of a convolution is just another offset.
+//
+// A tile of `rows` x `vectors` accumulators stays in registers over all k: with AVX-512, 6 x 4 vectors of 16 floats do 24
+// fused multiply-adds on 4 loads and 6 broadcasts, and 12 x 2 and 16 x 1 serve narrow products. Every sum is one chain
+// of fused multiply-adds in the order of k, whatever tile computes it: results do not depend on how tiles are laid.
+#pragma once
+
+#include <array>
+
+#include "common.h"
+
+namespace pyops::cpu {
+
+// A[i, k] = data[offsets[i] + steps[k]]
+template <class T>
+struct Rows {
+  const T* data;
+  const int64_t* offsets;
+  const int64_t* steps;
+};
+
+// B[k, j * lanes ...] is the vector at data + offsets[j] + steps[k]; all its lanes are read.
+template <class T>
+struct Vectors {
+  const T* data;
+  const int64_t* offsets;
+  const int64_t* steps;
+};
+
+// Rows of a register tile by its width in vectors (1 to max_vectors): what the registers hold beside a row of B.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr std::array<int, 4> tile_rows = {16, 12, 8, 6};  // 32 registers
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr std::array<int, 2> tile_rows = {12, 6};  // 16 registers
+#else
+constexpr std::array<int, 1> tile_rows = {4};  // 16 registers, of which a Vectorized takes two
+#endif
+constexpr int max_vectors = static_cast<int>(tile_rows.size());
+
+// sums: row-major, rows x (vectors * lanes), at distance sums_stride. accumulate: add to what is there.
+template <class T>
+void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums, int64_t sums_stride,
+              bool accumulate);
+
+extern template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, float*, int64_t, bool);
+extern template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, double*, int64_t, bool);
+
+}  // namespace pyops::cpu

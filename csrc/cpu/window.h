@@ -1,0 +1,191 @@
+// The part of a batch of images that a task of a convolution reads, laid out so that every tap of every output pixel is
+// an offset: value(pixel, channel, tap) = data[pixel_offset + channel_offset + tap_offset]. Then a convolution is a
+// product of tile.h, with no patches gathered (no im2col), no test for borders and any stride, dilation and layout.
+//
+// Where no tap leaves the image the tensor itself is read. Else the part is copied into cache, each value once: with
+// zeros around it, in the compute type and, for channels-first images with a stride along x, with the columns sorted by
+// their remainder by the stride, so that the values that neighbouring pixels meet are neighbours too.
+#pragma once
+
+#include "gemm.h"
+
+namespace pyops::cpu {
+
+struct Tap {
+  int64_t dy, dx;
+};
+
+// A convolution's view of its source images: output pixel (y, x) and tap t meet at (y * step_h + t.dy, x * step_w + t.dx).
+template <class In>
+struct Source {
+  const In* images;  // of the first group
+  int64_t image_stride, channel_stride, y_stride, x_stride;
+  int64_t count, height, width;
+  int64_t channels;  // of a group
+  int64_t step_h, step_w;
+  int64_t out_height, out_width;
+  const Tap* taps;
+  int64_t tap_count;
+  int64_t end;  // number of elements of the tensor, from `images` on
+
+  int64_t pixels() const { return out_height * out_width; }
+};
+
+// The smallest and largest coordinates that some tap of output rows [0, out_height) meets.
+struct Extent {
+  int64_t top, bottom, left, right;
+
+  template <class In>
+  explicit Extent(const Source<In>& s) : top(0), bottom(0), left(0), right(0) {
+    for (int64_t t = 0; t < s.tap_count; ++t) {
+      const auto [dy, dx] = s.taps[t];
+      top = t == 0 ? dy : std::min(top, dy), bottom = t == 0 ? dy : std::max(bottom, dy);
+      left = t == 0 ? dx : std::min(left, dx), right = t == 0 ? dx : std::max(right, dx);
+    }
+    bottom += (s.out_height - 1) * s.step_h;
+    right += (s.out_width - 1) * s.step_w;
+  }
+};
+
+template <class In>
+bool leaves_image(const Source<In>& s) {
+  const Extent e(s);
+  return e.top < 0 || e.left < 0 || e.bottom >= s.height || e.right >= s.width;
+}
+
+// Output rows [y, y + rows) of images [n, n + images), of channels [c, c + channels) of group g.
+struct Band {
+  int64_t g, c, channels, n, images, y, rows;
+};
+
+template <class T>
+struct Window {
+  const T* data;
+  int64_t image_stride, channel_stride;
+  int64_t y_step, x_step;  // from one output pixel to the next
+  // Tap (dy, dx) is at (dy - top) * row_stride + place(dx - left).
+  int64_t top, left, row_stride, remainder_stride, column_stride, step_w;
+
+  int64_t tap_offset(Tap tap) const {
+    const int64_t x = tap.dx - left;
+    return (tap.dy - top) * row_stride + x % step_w * remainder_stride + x / step_w * column_stride;
+  }
+};
+
+// How a copied window is laid out: images, then channels or (channels last) rows and columns.
+template <class In>
+Window<Compute<In>> window_layout(const Source<In>& s, const Extent& e, int64_t channels, int64_t rows,
+                                  bool channels_last) {
+  const int64_t height = (rows - 1) * s.step_h + e.bottom - (s.out_height - 1) * s.step_h - e.top + 1;
+  const int64_t width = e.right - e.left + 1;
+  if (channels_last) {
+    const int64_t row = width * channels;
+    return {nullptr, height * row, 1,   s.step_h * row, s.step_w * channels, e.top,
+            e.left,  row,          channels, s.step_w * channels, s.step_w};
+  }
+  const int64_t per_remainder = ceil_div(width, s.step_w), row = per_remainder * s.step_w;
+  return {nullptr, channels * height * row, height * row, s.step_h * row, 1, e.top, e.left, row, per_remainder, 1,
+          s.step_w};
+}
+
+template <class In>
+void copy_row(Compute<In>* target, const In* row, int64_t x, int64_t step, int64_t count, int64_t width,
+              int64_t x_stride) {
+  using T = Compute<In>;
+  // Elements [begin, end) of the target lie inside of the image.
+  const int64_t begin = std::min(x < 0 ? ceil_div(-x, step) : 0, count);
+  const int64_t end = x < width ? std::max(begin, std::min((width - 1 - x) / step + 1, count)) : begin;
+  std::fill(target, target + begin, T(0));
+  copy_values(target + begin, row + (x + begin * step) * x_stride, end - begin, step * x_stride);
+  std::fill(target + end, target + count, T(0));
+}
+
+// The window of `band`. `overread`: whether the reader takes whole vectors along x, up to a vector past the last pixel.
+template <class In>
+Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool overread) {
+  using T = Compute<In>;
+  constexpr int64_t lanes = Vec<T>::size();
+  const In* images = s.images + (b.g * s.channels + b.c) * s.channel_stride;
+  if constexpr (std::is_same_v<In, T>) {
+    const int64_t last = (b.g * s.channels + b.c + b.channels - 1) * s.channel_stride +
+                         (b.n + b.images - 1) * s.image_stride +
+                         (e.bottom - (s.out_height - b.y - b.rows) * s.step_h) * s.y_stride + e.right * s.x_stride;
+    const bool inside = e.top >= 0 && e.left >= 0 && e.bottom < s.height && e.right < s.width;
+    if (inside && (!overread || (s.step_w * s.x_stride == 1 && last + lanes < s.end)))
+      return {images + b.n * s.image_stride + (b.y * s.step_h + e.top) * s.y_stride + e.left * s.x_stride,
+              s.image_stride, s.channel_stride, s.step_h * s.y_stride, s.step_w * s.x_stride, e.top, e.left,
+              s.y_stride, s.x_stride, s.step_w * s.x_stride, s.step_w};
+  }
+
+  Window<T> w = window_layout(s, e, b.channels, b.rows, channels_last);
+  T* copy = scratch<T>(Scratch::b, b.images * w.image_stride + lanes);
+  w.data = copy;
+  const int64_t width = e.right - e.left + 1, top = b.y * s.step_h + e.top;
+  const int64_t height = w.image_stride / (channels_last ? w.row_stride : b.channels * w.row_stride);
+  for (int64_t n = 0; n < b.images; ++n) {
+    for (int64_t row = 0; row < height; ++row) {
+      const int64_t y = top + row;
+      const bool inside = y >= 0 && y < s.height;
+      const In* source = images + (b.n + n) * s.image_stride + (inside ? y : 0) * s.y_stride;
+      const int64_t image_width = inside ? s.width : 0;  // a row outside is all zeros
+      T* target = copy + n * w.image_stride + row * w.row_stride;
+      if (channels_last) {
+        const int64_t begin = std::clamp(-e.left, int64_t{0}, width);
+        const int64_t end = std::clamp(image_width - e.left, begin, width);
+        std::fill(target, target + begin * b.channels, T(0));
+        for (int64_t x = begin; x < end; ++x)
+          copy_values(target + x * b.channels, source + (x + e.left) * s.x_stride, b.channels, s.channel_stride);
+        std::fill(target + end * b.channels, target + width * b.channels, T(0));
+      } else {
+        for (int64_t c = 0; c < b.channels; ++c)
+          for (int64_t r = 0; r < s.step_w; ++r)
+            copy_row(target + c * w.channel_stride + r * w.remainder_stride, source + c * s.channel_stride, e.left + r,
+                     s.step_w, w.remainder_stride, image_width, s.x_stride);
+      }
+    }
+  }
+  return w;
+}
+
+// How many output rows of how many images make a window of a good size for the cache.
+struct BandSize {
+  int64_t rows, images;
+
+  template <class In>
+  BandSize(const Source<In>& s, const Extent& e, int64_t channels) {
+    constexpr int64_t cached = (256 << 10) / sizeof(Compute<In>), enough_pixels = 256;
+    const int64_t row = channels * (e.right - e.left + 1);
+    const int64_t more = e.bottom - (s.out_height - 1) * s.step_h - e.top + 1;  // source rows of one output row
+    rows = std::clamp((cached / row - more) / s.step_h + 1, int64_t{1}, s.out_height);
+    // Of even size, and small images together.
+    rows = ceil_div(s.out_height, ceil_div(s.out_height, rows));
+    const int64_t image = row * ((rows - 1) * s.step_h + more);
+    images = rows < s.out_height ? 1
+                                 : std::clamp(std::min(cached / image, ceil_div(enough_pixels, s.pixels())),
+                                              int64_t{1}, s.count);
+  }
+};
+
+// The offsets of a window's pixels, row by row.
+template <class T>
+const int64_t* pixel_offsets(Scratch use, const Window<T>& w, const Band& b, int64_t out_width) {
+  int64_t* offsets = scratch<int64_t>(use, b.images * b.rows * out_width);
+  int64_t i = 0;
+  for (int64_t n = 0; n < b.images; ++n)
+    for (int64_t y = 0; y < b.rows; ++y)
+      for (int64_t x = 0; x < out_width; ++x) offsets[i++] = n * w.image_stride + y * w.y_step + x * w.x_step;
+  return offsets;
+}
+
+// The offsets of (channel, tap).
+template <class In>
+const int64_t* patch_offsets(Scratch use, const Window<Compute<In>>& w, const Source<In>& s, int64_t channels) {
+  int64_t* offsets = scratch<int64_t>(use, channels * s.tap_count);
+  for (int64_t t = 0; t < s.tap_count; ++t) {
+    const int64_t tap = w.tap_offset(s.taps[t]);
+    for (int64_t c = 0; c < channels; ++c) offsets[c * s.tap_count + t] = c * w.channel_stride + tap;
+  }
+  return offsets;
+}
+
+}  // namespace pyops::cpu
