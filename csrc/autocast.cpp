@@ -10,7 +10,8 @@ namespace {
 
 using at::Tensor;
 
-// Casts arguments as stock's "lower_precision_fp" ops do: floating tensors of that device, weights cast once and cached.
+// Casts arguments as stock's "lower_precision_fp" ops do: floating tensors of that device, weights cast once and
+// cached.
 class Cast {
  public:
   explicit Cast(const Tensor& like)
@@ -38,11 +39,10 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
 template <c10::DispatchKey key>
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("pyops::conv2d", "")
-          .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef, at::IntArrayRef,
-                        at::IntArrayRef, int64_t)>();
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("pyops::conv2d", "")
+                             .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef,
+                                           at::IntArrayRef, at::IntArrayRef, int64_t)>();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const Cast cast(input);
   return op.call(cast(input), cast(weight), cast(bias), stride, padding, dilation, groups);

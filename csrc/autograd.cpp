@@ -56,7 +56,9 @@ void relu_in_place_counted(const c10::OperatorHandle& op, c10::DispatchKeySet ke
 
 }  // namespace
 
-void set_autograd(pybind11::object function) { apply_function = function.release().ptr(); }
+void set_autograd(pybind11::object function) {
+  apply_function = function.release().ptr();
+}
 
 TORCH_LIBRARY_IMPL(pyops, Autograd, m) {
   for (const char* op : {"relu", "relu_", "relu_backward", "linear", "linear_backward", "conv2d", "conv2d_backward",

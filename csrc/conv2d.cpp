@@ -39,18 +39,24 @@ Window make_window(const char* op, IntArrayRef stride, IntArrayRef padding, IntA
   TORCH_CHECK(groups > 0, op, ": non-positive groups is not supported, got groups=", groups);
   TORCH_CHECK(all_at_least(0, padding), op, ": negative padding is not supported, got padding=", padding);
   TORCH_CHECK(all_at_least(1, stride), op, ": non-positive stride is not supported, got stride=", stride);
-  TORCH_CHECK(all_at_least(1, dilation), op,
-              ": non-positive dilation is not supported, dilation should be greater than zero, got dilation=",
-              dilation);
+  TORCH_CHECK(
+      all_at_least(1, dilation), op,
+      ": non-positive dilation is not supported, dilation should be greater than zero, got dilation=", dilation);
   const int64_t top = padding.front(), left = padding[padding.size() > 1 ? 1 : 0];
   const bool four = padding.size() == 4;
-  return {{stride.front(), stride.back()}, {dilation.front(), dilation.back()},
-          top, left, four ? padding[2] : top, four ? padding[3] : left, groups};
+  return {{stride.front(), stride.back()},
+          {dilation.front(), dilation.back()},
+          top,
+          left,
+          four ? padding[2] : top,
+          four ? padding[3] : left,
+          groups};
 }
 
 // The shape of the convolution, after every check that needs the sizes; an unbatched input counts as a batch of one.
 Conv2dShape make_shape(const char* op, IntArrayRef input, IntArrayRef weight, const Window& window) {
-  TORCH_CHECK(weight.size() == 4, op, ": expected weight to be 4-dimensional, (out_channels, in_channels / groups, kH, ",
+  TORCH_CHECK(weight.size() == 4, op,
+              ": expected weight to be 4-dimensional, (out_channels, in_channels / groups, kH, ",
               "kW), but got weight of size ", weight, " and input of size ", input, " (Expected ", weight.size(),
               "-dimensional input for ", weight.size(), "-dimensional weight)");
   TORCH_CHECK(input.size() == 3 || input.size() == 4, op,
@@ -90,8 +96,12 @@ Conv2dShape make_shape(const char* op, IntArrayRef input, IntArrayRef weight, co
 }
 
 // An unbatched image as a batch of one, and back.
-Tensor to_batch(const Tensor& images) { return images.dim() == 3 ? images.unsqueeze(0) : images; }
-Tensor from_batch(const Tensor& images, bool batched) { return batched ? images : images.squeeze(0); }
+Tensor to_batch(const Tensor& images) {
+  return images.dim() == 3 ? images.unsqueeze(0) : images;
+}
+Tensor from_batch(const Tensor& images, bool batched) {
+  return batched ? images : images.squeeze(0);
+}
 
 Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
               IntArrayRef padding, IntArrayRef dilation, int64_t groups) {

@@ -56,13 +56,13 @@ struct LinearBackwardArgs {
 };
 
 struct Conv2dShape {
-  int64_t N, C, H, W;    // input
-  int64_t O, OH, OW;     // output: [N, O, OH, OW]
-  int64_t groups;        // divides C and O; weight: [O, C / groups, kernel_h, kernel_w]
+  int64_t N, C, H, W;  // input
+  int64_t O, OH, OW;   // output: [N, O, OH, OW]
+  int64_t groups;      // divides C and O; weight: [O, C / groups, kernel_h, kernel_w]
   int64_t kernel_h, kernel_w, stride_h, stride_w;
   int64_t padding_top, padding_left;  // bottom and right follow from OH and OW
   int64_t dilation_h, dilation_w;
-  bool channels_last;    // input, output and their gradients are stored N H W C rather than N C H W
+  bool channels_last;  // input, output and their gradients are stored N H W C rather than N C H W
 };
 
 // output[n, o, y, x] = bias[o] + sum over c, i, j of
@@ -98,8 +98,11 @@ struct MaxPool2dShape {
   int64_t taps() const { return kernel_h * kernel_w; }
 };
 
-// The argmax of a window is the number of the winning tap, i * kernel_w + j: a uint8 where 255 taps suffice, else int64.
-inline bool max_pool2d_argmax_is_u8(int64_t taps) { return taps <= 255; }
+// The argmax of a window is the number of the winning tap, i * kernel_w + j: a uint8 where 255 taps suffice, else
+// int64.
+inline bool max_pool2d_argmax_is_u8(int64_t taps) {
+  return taps <= 255;
+}
 
 // output = the largest in-bounds tap of the window, argmax = its number. A tap wins if (v > max) || isnan(v):
 // ties keep the first, of several NaNs the last one wins; a window of -inf gives its first in-bounds tap.

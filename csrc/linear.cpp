@@ -13,11 +13,14 @@ namespace {
 
 using at::Tensor;
 
-int64_t rows(const Tensor& tensor) { return c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)); }
+int64_t rows(const Tensor& tensor) {
+  return c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
+}
 
 void check_matrices(const char* op, const Tensor& input, const Tensor& weight) {
-  TORCH_CHECK(input.dim() >= 1 && weight.dim() >= 1, op, ": both arguments to linear need to be at least 1D, but they are ",
-              input.dim(), "D and ", weight.dim(), "D");
+  TORCH_CHECK(input.dim() >= 1 && weight.dim() >= 1, op,
+              ": both arguments to linear need to be at least 1D, but they are ", input.dim(), "D and ", weight.dim(),
+              "D");
   TORCH_CHECK(weight.dim() == 2, op, ": expected weight of 2 dimensions (out_features, in_features), but got ",
               weight.sizes());
   check_same_kind(op, "input", input, "weight", weight);
@@ -40,8 +43,8 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   if (output.numel() == 0) return output;
   const Tensor x = input.contiguous(), w = weight.contiguous();
   const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
-  kernels(input).linear({dtype, rows(input), N, weight.size(1), x.const_data_ptr(), w.const_data_ptr(),
-                         data_or_null(b), output.mutable_data_ptr()});
+  kernels(input).linear({dtype, rows(input), N, weight.size(1), x.const_data_ptr(), w.const_data_ptr(), data_or_null(b),
+                         output.mutable_data_ptr()});
   return output;
 }
 

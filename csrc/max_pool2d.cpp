@@ -22,8 +22,8 @@ struct Window {
 };
 
 Pair to_pair(const char* op, const char* name, const char* rule, IntArrayRef values) {
-  TORCH_CHECK(values.size() == 1 || values.size() == 2, op, ": ", name, " must ", rule, ", but got ", name,
-              "=", values);
+  TORCH_CHECK(values.size() == 1 || values.size() == 2, op, ": ", name, " must ", rule, ", but got ", name, "=",
+              values);
   check_magnitude(op, name, values);
   return {values.front(), values.back()};
 }
@@ -31,9 +31,8 @@ Pair to_pair(const char* op, const char* name, const char* rule, IntArrayRef val
 Window make_window(const char* op, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
                    IntArrayRef dilation, bool ceil_mode) {
   const Pair k = to_pair(op, "kernel_size", "either be a single int, or a tuple of two ints", kernel_size);
-  const Pair s = stride.empty()
-                     ? k
-                     : to_pair(op, "stride", "either be omitted, a single int, or a tuple of two ints", stride);
+  const Pair s =
+      stride.empty() ? k : to_pair(op, "stride", "either be omitted, a single int, or a tuple of two ints", stride);
   const Pair p = to_pair(op, "padding", "either be a single int, or a tuple of two ints", padding);
   const Pair d = to_pair(op, "dilation", "be either a single int, or a tuple of two ints", dilation);
   TORCH_CHECK(s.h != 0 && s.w != 0, op, ": stride should not be zero, but got kernel_size=", kernel_size,
@@ -107,8 +106,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntArrayRef kernel_si
   Tensor argmax = at::empty(sizes, input.options().dtype(argmax_dtype(shape)), format);
   if (output.numel() == 0) return {output, argmax};
   const Tensor x = input.contiguous(format);
-  kernels(input).max_pool2d(
-      {dtype, shape, x.const_data_ptr(), output.mutable_data_ptr(), argmax.mutable_data_ptr()});
+  kernels(input).max_pool2d({dtype, shape, x.const_data_ptr(), output.mutable_data_ptr(), argmax.mutable_data_ptr()});
   return {output, argmax};
 }
 
@@ -164,8 +162,7 @@ Tensor max_pool2d_gather(const Tensor& input, const Tensor& argmax, IntArrayRef 
   Tensor output = at::empty(argmax.sizes(), input.options(), format);
   if (output.numel() == 0) return output;
   const Tensor x = input.contiguous(format), a = argmax.contiguous(format);
-  kernels(input).max_pool2d_gather(
-      {dtype, shape, x.const_data_ptr(), a.const_data_ptr(), output.mutable_data_ptr()});
+  kernels(input).max_pool2d_gather({dtype, shape, x.const_data_ptr(), a.const_data_ptr(), output.mutable_data_ptr()});
   return output;
 }
 

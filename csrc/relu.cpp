@@ -44,8 +44,8 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
   if (grad_input.numel() == 0) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input);
   const Tensor dense_output = with_layout_of(output, grad_input);
-  kernels(output).relu_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(),
-                                 dense_output.const_data_ptr(), grad_input.mutable_data_ptr()});
+  kernels(output).relu_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(), dense_output.const_data_ptr(),
+                                 grad_input.mutable_data_ptr()});
   return grad_input;
 }
 

@@ -25,15 +25,29 @@ Source<T> input_source(const Conv2dShape& s, const void* input) {
     for (int64_t j = 0; j < s.kernel_w; ++j)
       taps[i * s.kernel_w + j] = {i * s.dilation_h - s.padding_top, j * s.dilation_w - s.padding_left};
   const Layout in(s.C, s.H, s.W, s.channels_last);
-  return {static_cast<const T*>(input), in.image_stride, in.channel_stride, in.y_stride, in.x_stride, s.N, s.H, s.W,
-          s.C / s.groups, s.stride_h, s.stride_w, s.OH, s.OW, taps, s.kernel_h * s.kernel_w, s.N * in.image_stride};
+  return {static_cast<const T*>(input),
+          in.image_stride,
+          in.channel_stride,
+          in.y_stride,
+          in.x_stride,
+          s.N,
+          s.H,
+          s.W,
+          s.C / s.groups,
+          s.stride_h,
+          s.stride_w,
+          s.OH,
+          s.OW,
+          taps,
+          s.kernel_h * s.kernel_w,
+          s.N * in.image_stride};
 }
 
 // output[g, o, pixel] = bias + sum over (channel, tap) of weight[g, o, channel, tap] * source(pixel, channel, tap)
 template <class T>
 struct Correlation {
   Source<T> source;
-  bool channels_last;  // source and output
+  bool channels_last;            // source and output
   int64_t groups, out_channels;  // of a group
   T* output;                     // of group 0, at the first pixel
   int64_t out_channel_stride;
@@ -43,8 +57,8 @@ struct Correlation {
   int64_t depth() const { return source.channels * source.tap_count; }  // K
   int64_t weights() const { return groups * out_channels * depth(); }
 
-  // Which way the vectors run: along x, with a broadcast weight, or along the output channels, with a broadcast value of
-  // the source. Whichever leaves fewer lanes idle; the latter transposes an output that is channels-first.
+  // Which way the vectors run: along x, with a broadcast weight, or along the output channels, with a broadcast value
+  // of the source. Whichever leaves fewer lanes idle; the latter transposes an output that is channels-first.
   bool pixel_vectors() const {
     constexpr int64_t lanes = Vec<Compute<T>>::size();
     const auto use = [](int64_t count) { return static_cast<double>(count) / (ceil_div(count, lanes) * lanes); };

@@ -1,12 +1,14 @@
 // The gradients of conv2d.
 //
-//   grad_input   is a correlation of grad_output with the weight, its input and output channels exchanged. The pixels whose
-//                coordinates have the same remainders by the stride meet the same taps, so each of the stride_h x stride_w
-//                remainders (a phase) is a correlation of stride 1 with its share of the taps: no zeros are multiplied
-//                and every element is written once, where col2im would add into it.
-//   grad_weight  [K, O] = window(input) [K, pixels] grad_output^T [pixels, O], with K = (channel, tap): both operands are
-//                read where they lie in a window of the input and a transposed band of grad_output. The batch is cut into
-//                parts whose number depends on the shape only; their sums are added in order.
+//   grad_input   is a correlation of grad_output with the weight, its input and output channels exchanged. The pixels
+//   whose
+//                coordinates have the same remainders by the stride meet the same taps, so each of the stride_h x
+//                stride_w remainders (a phase) is a correlation of stride 1 with its share of the taps: no zeros are
+//                multiplied and every element is written once, where col2im would add into it.
+//   grad_weight  [K, O] = window(input) [K, pixels] grad_output^T [pixels, O], with K = (channel, tap): both operands
+//   are
+//                read where they lie in a window of the input and a transposed band of grad_output. The batch is cut
+//                into parts whose number depends on the shape only; their sums are added in order.
 //   grad_bias    sums of grad_output over all but the channels.
 //
 // Guarantees: those of gemm.h; the sums run over the taps inside of the image only, also where values are infinite.
@@ -54,16 +56,32 @@ void input_gradient(const Conv2dBackwardArgs& x) {
         }
       }
       const int64_t height = ceil_div(s.H - phase_y, s.stride_h), width = ceil_div(s.W - phase_x, s.stride_w);
-      const Source<T> source{static_cast<const T*>(x.grad_output), grad.image_stride, grad.channel_stride,
-                             grad.y_stride, grad.x_stride, s.N, s.OH, s.OW, s.O / s.groups, 1, 1, height, width, taps,
-                             tap_count, s.N * grad.image_stride};
-      correlate<T>({source, s.channels_last, s.groups, s.C / s.groups,
-                    static_cast<T*>(x.grad_input) + phase_y * image.y_stride + phase_x * image.x_stride,
-                    image.channel_stride,
-                    {width, height * width, image.image_stride, s.stride_h * image.y_stride,
-                     s.stride_w * image.x_stride},
-                    nullptr},
-                   exchange_channels(s, static_cast<const T*>(x.weight), tap_index, tap_count));
+      const Source<T> source{static_cast<const T*>(x.grad_output),
+                             grad.image_stride,
+                             grad.channel_stride,
+                             grad.y_stride,
+                             grad.x_stride,
+                             s.N,
+                             s.OH,
+                             s.OW,
+                             s.O / s.groups,
+                             1,
+                             1,
+                             height,
+                             width,
+                             taps,
+                             tap_count,
+                             s.N * grad.image_stride};
+      correlate<T>(
+          {source,
+           s.channels_last,
+           s.groups,
+           s.C / s.groups,
+           static_cast<T*>(x.grad_input) + phase_y * image.y_stride + phase_x * image.x_stride,
+           image.channel_stride,
+           {width, height * width, image.image_stride, s.stride_h * image.y_stride, s.stride_w * image.x_stride},
+           nullptr},
+          exchange_channels(s, static_cast<const T*>(x.weight), tap_index, tap_count));
     }
   }
 }
@@ -100,7 +118,8 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size(), most_rows = 384, most_columns = 256;
   const int64_t out = s.O / s.groups, taps = source.tap_count, K = source.channels * taps;
-  const int64_t c_block = std::clamp(most_rows / taps, int64_t{1}, source.channels), o_block = std::min(out, most_columns);
+  const int64_t c_block = std::clamp(most_rows / taps, int64_t{1}, source.channels),
+                o_block = std::min(out, most_columns);
   const int64_t c_blocks = ceil_div(source.channels, c_block), o_blocks = ceil_div(out, o_block);
   const Extent extent(source);
   const BandSize size(source, extent, c_block);

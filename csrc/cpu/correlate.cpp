@@ -3,8 +3,9 @@
 // A task is a band of output rows (or several small images) of one group and, if there are few bands, a part of the
 // output channels. With K = (channel, tap):
 //
-//   vectors along x:         output [O, pixels] = weight [O, K] window [K, pixels]      vectors are read from the window
-//   vectors along channels:  output [pixels, O] = window [pixels, K] weight^T [K, O]    values are broadcast from it
+//   vectors along x:         output [O, pixels] = weight [O, K] window [K, pixels]      vectors are read from the
+//   window vectors along channels:  output [pixels, O] = window [pixels, K] weight^T [K, O]    values are broadcast
+//   from it
 //
 // In the second case the weights are transposed once into panels. Guarantees: those of gemm.h.
 #include "conv2d.h"
@@ -34,9 +35,8 @@ void multiply_along_pixels(const Task<T>& t, const Extent& extent) {
   const int64_t* patch = patch_offsets(Scratch::b_steps, w, x.source, x.source.channels);
   const int64_t* rows = multiples(Scratch::a_offsets, t.o_count, K);
   const int64_t* row_steps = multiples(Scratch::a_steps, K, 1);
-  const Output<T> out{x.output + (t.band.g * x.out_channels) * x.out_channel_stride,
-                      Axis::plain(x.out_channel_stride), x.out_pixels,
-                      x.bias ? x.bias + t.band.g * x.out_channels : nullptr};
+  const Output<T> out{x.output + (t.band.g * x.out_channels) * x.out_channel_stride, Axis::plain(x.out_channel_stride),
+                      x.out_pixels, x.bias ? x.bias + t.band.g * x.out_channels : nullptr};
 
   const int64_t lines = t.band.images * t.band.rows, lines_at_once = std::max(NC / (row_vectors * lanes), int64_t{1});
   for (int64_t line = 0; line < lines; line += lines_at_once) {

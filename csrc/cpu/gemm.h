@@ -1,5 +1,5 @@
-// C[M, N] = A[M, K] B[K, N] + bias for matrices in memory, and what every product here shares: the cut of K into chunks,
-// the tasks of the threads, and the writing of sums into an output of any layout.
+// C[M, N] = A[M, K] B[K, N] + bias for matrices in memory, and what every product here shares: the cut of K into
+// chunks, the tasks of the threads, and the writing of sums into an output of any layout.
 //
 // C is cut into blocks of at most MC x NC, the tasks. In a block, K is cut into chunks of at most KC, over which
 // multiply() of tile.h keeps a register tile at a time. A matrix of the compute type (float, or double for double) is
@@ -26,14 +26,15 @@ constexpr int64_t KC = 192;  // a panel of B, KC x 64 floats = 48 KB, stays in t
 constexpr int64_t MC = 192;  // a block of A, MC x KC floats = 144 KB, and
 constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 288 KB, share an L2 cache of 1 MB or more
 
-inline constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 // f(k, kc, first, last) for each chunk of [begin, end); once, with kc = 0, where that is empty.
 template <class F>
 void for_each_chunk(int64_t begin, int64_t end, const F& f) {
   const int64_t chunks = std::max(ceil_div(end - begin, KC), int64_t{1}), size = ceil_div(end - begin, chunks);
-  for (int64_t k = begin, i = 0; i < chunks; ++i, k += size)
-    f(k, std::min(size, end - k), i == 0, i == chunks - 1);
+  for (int64_t k = begin, i = 0; i < chunks; ++i, k += size) f(k, std::min(size, end - k), i == 0, i == chunks - 1);
 }
 
 // Work below this many operations, some 20 us of a core, is not worth a fork of the threads.
@@ -159,17 +160,31 @@ void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride
     }
     return;
   }
+  // Row by row, for rows may be pages apart; where the columns go is found once for all rows.
+  struct Run {
+    int64_t column, count, offset;
+    Vec<T> bias;
+  };
+  constexpr int most_runs = 32;
   for (int64_t c = 0; c < columns;) {
-    const int64_t count = std::min({lanes, columns - c, out.columns.run(column + c)});
-    const int64_t column_offset = out.columns.offset(column + c);
-    const Vec<T> column_bias = out.column_bias ? load(out.column_bias + column + c, count) : Vec<T>(0);
-    for (int64_t r = 0; r < rows; ++r) {
-      Vec<T> value = Vec<T>::loadu(sums + r * sums_stride + c, count);
-      if (out.column_bias) value = value + column_bias;
-      if (out.row_bias) value = value + Vec<T>(static_cast<T>(out.row_bias[row + r]));
-      store(out.data + out.rows.offset(row + r) + column_offset, value, count);
+    Run runs[most_runs];
+    int run_count = 0;
+    for (; c < columns && run_count < most_runs; ++run_count) {
+      const int64_t count = std::min({lanes, columns - c, out.columns.run(column + c)});
+      runs[run_count] = {c, count, out.columns.offset(column + c),
+                         out.column_bias ? load(out.column_bias + column + c, count) : Vec<T>(0)};
+      c += count;
     }
-    c += count;
+    for (int64_t r = 0; r < rows; ++r) {
+      Out* target = out.data + out.rows.offset(row + r);
+      const Vec<T> row_bias(out.row_bias ? static_cast<T>(out.row_bias[row + r]) : T(0));
+      for (int i = 0; i < run_count; ++i) {
+        Vec<T> value = Vec<T>::loadu(sums + r * sums_stride + runs[i].column, runs[i].count);
+        if (out.column_bias) value = value + runs[i].bias;
+        if (out.row_bias) value = value + row_bias;
+        store(target + runs[i].offset, value, runs[i].count);
+      }
+    }
   }
 }
 
@@ -219,7 +234,8 @@ Rows<Compute<In>> rows_of(const Matrix<In>& a, int64_t elements, int64_t m, int6
   return {copy, multiples(Scratch::a_offsets, mc, kc), multiples(Scratch::a_steps, kc, 1)};
 }
 
-// Copies B[k .., n ..], kc x nc, into panels of panel_width columns, zeros past nc. Panel p begins at p * kc * panel_width.
+// Copies B[k .., n ..], kc x nc, into panels of panel_width columns, zeros past nc. Panel p begins at p * kc *
+// panel_width.
 template <class T, class In>
 void pack_panels(T* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t n, int64_t nc, int64_t panel_width) {
   for (int64_t c = 0; c < nc; c += panel_width, panels += kc * panel_width) {
@@ -231,7 +247,8 @@ void pack_panels(T* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t 
         copy_values(panels + i * panel_width, b.at(k + i, n + c), columns, b.column_stride);
     }
     if (columns < panel_width)
-      for (int64_t i = 0; i < kc; ++i) std::fill(panels + i * panel_width + columns, panels + (i + 1) * panel_width, T(0));
+      for (int64_t i = 0; i < kc; ++i)
+        std::fill(panels + i * panel_width + columns, panels + (i + 1) * panel_width, T(0));
   }
 }
 
@@ -260,8 +277,7 @@ Vectors<Compute<In>> vectors_of(const Matrix<In>& b, bool in_place, int64_t k, i
   const int64_t vectors = ceil_div(nc, lanes);
   if constexpr (std::is_same_v<In, T>) {
     if (in_place && b.column_stride == 1 && nc % lanes == 0)
-      return {b.at(k, n), multiples(Scratch::b_offsets, vectors, lanes),
-              multiples(Scratch::b_steps, kc, b.row_stride)};
+      return {b.at(k, n), multiples(Scratch::b_offsets, vectors, lanes), multiples(Scratch::b_steps, kc, b.row_stride)};
   }
   const int64_t width = panel_width<T>(nc);
   T* panels = scratch<T>(Scratch::b, ceil_div(nc, width) * width * kc);

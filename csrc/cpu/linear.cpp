@@ -16,18 +16,14 @@ void forward(const LinearArgs& x) {
   const T *input = static_cast<const T*>(x.input), *weight = static_cast<const T*>(x.weight);
   const Output<T> out{static_cast<T*>(x.output), Axis::plain(x.N), Axis::plain(1), nullptr,
                       static_cast<const T*>(x.bias)};
-  gemm(1, x.M, x.N, x.K, [&](int64_t) {
-    return GemmArgs<T, T>{{input, x.K, 1}, {weight, 1, x.K}, out, 0, x.K};
-  });
+  gemm(1, x.M, x.N, x.K, [&](int64_t) { return GemmArgs<T, T>{{input, x.K, 1}, {weight, 1, x.K}, out, 0, x.K}; });
 }
 
 template <class T>
 void input_gradient(const LinearBackwardArgs& x) {
   const T *grad_output = static_cast<const T*>(x.grad_output), *weight = static_cast<const T*>(x.weight);
   const Output<T> out{static_cast<T*>(x.grad_input), Axis::plain(x.K), Axis::plain(1)};
-  gemm(1, x.M, x.K, x.N, [&](int64_t) {
-    return GemmArgs<T, T>{{grad_output, x.N, 1}, {weight, x.K, 1}, out, 0, x.N};
-  });
+  gemm(1, x.M, x.K, x.N, [&](int64_t) { return GemmArgs<T, T>{{grad_output, x.N, 1}, {weight, x.K, 1}, out, 0, x.N}; });
 }
 
 // A small weight has too few blocks for the threads: then the batch is cut too, into a number of parts that depends on

@@ -51,7 +51,7 @@ Vec<Compute<T>> load_strided(const T* p, int64_t stride) {
 // Writes a vector of windows; `room` is the number of elements this chunk has yet to write.
 template <class T, class A>
 void store_windows(const Best<Compute<T>, A>& best, T* output, A* argmax, int64_t room) {
-  store(output, best.max(), room);
+  store_lanes(output, best.max(), room);
   const auto tap = best.tap();
   if (room >= kLanes<T>) {
     std::copy_n(tap.begin(), kLanes<T>, argmax);

@@ -32,7 +32,7 @@ Vec<Compute<T>> load_lanes(const T* p) {
 
 // The first `count` lanes of `values` to p; count may be anything, so that the caller can pass the room that is left.
 template <class T>
-void store(T* p, const Vec<Compute<T>>& values, int64_t count) {
+void store_lanes(T* p, const Vec<Compute<T>>& values, int64_t count) {
   const int64_t lanes = std::min(count, kLanes<T>);
   if (lanes <= 0) return;
   if constexpr (is_reduced<T>) {

@@ -147,7 +147,7 @@ class ChannelGather {
       }
     }
 #pragma GCC unroll 4
-    for (int64_t v = 0; v < kVectors; ++v) store(grad_input + v * kLanes<T>, sums[v], room - v * kLanes<T>);
+    for (int64_t v = 0; v < kVectors; ++v) store_lanes(grad_input + v * kLanes<T>, sums[v], room - v * kLanes<T>);
   }
 
   const MaxPool2dShape s_;
@@ -200,11 +200,11 @@ class ColumnGather {
         }
       }
       if constexpr (kStride == 1) {
-        store(grad_input, even, room);
+        store_lanes(grad_input, even, room);
       } else {
         const auto [low, high] = at::vec::interleave2(even, odd);
-        store(grad_input, low, room);
-        store(grad_input + kLanes<T>, high, room - kLanes<T>);
+        store_lanes(grad_input, low, room);
+        store_lanes(grad_input + kLanes<T>, high, room - kLanes<T>);
       }
       grad_input += s_.W;
       room -= s_.W;
@@ -285,8 +285,8 @@ class TileBackward {
       const auto odd =
           whole ? windows_.add(zero, first, tap + 1, lanes) : windows_.add_edge(zero, first, tap + 1, lanes);
       const auto [low, high] = at::vec::interleave2(even, odd);
-      store(row, low, chunk_end - row);
-      store(row + kLanes<T>, high, chunk_end - row - kLanes<T>);
+      store_lanes(row, low, chunk_end - row);
+      store_lanes(row + kLanes<T>, high, chunk_end - row - kLanes<T>);
     };
     store_row(upper, 0);
     if (lower) store_row(lower, 2);

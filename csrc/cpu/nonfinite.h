@@ -5,7 +5,8 @@
 // leaves the image and the other operand is not finite, the product is taken with that operand's finite part (its
 // infinities and NaN set to the smallest number of their sign), and the remaining terms are added here one by one, over
 // the taps inside only. Any such term makes its sum infinite or NaN, so neither their order nor their rounding matters,
-// nor what the smallest number added to it: with an infinite factor that is the same infinity, where a 0 would give NaN.
+// nor what the smallest number added to it: with an infinite factor that is the same infinity, where a 0 would give
+// NaN.
 //
 // This costs a look at the smaller operand, and time for each value that is not finite.
 #pragma once

@@ -71,7 +71,9 @@ template <class T>
 constexpr auto tiles = all_tiles<T>(std::make_integer_sequence<int, max_vectors>{});
 
 // The share of the next of `parts` parts of `count`, as even as they can be: 13 in 4 parts is 4, 3, 3, 3.
-int64_t next_share(int64_t count, int64_t parts) { return (count + parts - 1) / parts; }
+int64_t next_share(int64_t count, int64_t parts) {
+  return (count + parts - 1) / parts;
+}
 
 }  // namespace
 

@@ -4,9 +4,10 @@
 // its row or vector and one of its k, so that the patches of an image are multiplied where the image lies, without
 // being gathered (no im2col): a tap of a convolution is just another offset.
 //
-// A tile of `rows` x `vectors` accumulators stays in registers over all k: with AVX-512, 6 x 4 vectors of 16 floats do 24
-// fused multiply-adds on 4 loads and 6 broadcasts, and 12 x 2 and 16 x 1 serve narrow products. Every sum is one chain
-// of fused multiply-adds in the order of k, whatever tile computes it: results do not depend on how tiles are laid.
+// A tile of `rows` x `vectors` accumulators stays in registers over all k: with AVX-512, 6 x 4 vectors of 16 floats do
+// 24 fused multiply-adds on 4 loads and 6 broadcasts, and 12 x 2 and 16 x 1 serve narrow products. Every sum is one
+// chain of fused multiply-adds in the order of k, whatever tile computes it: results do not depend on how tiles are
+// laid.
 #pragma once
 
 #include <array>

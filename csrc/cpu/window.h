@@ -15,7 +15,8 @@ struct Tap {
   int64_t dy, dx;
 };
 
-// A convolution's view of its source images: output pixel (y, x) and tap t meet at (y * step_h + t.dy, x * step_w + t.dx).
+// A convolution's view of its source images: output pixel (y, x) and tap t meet at (y * step_h + t.dy, x * step_w +
+// t.dx).
 template <class In>
 struct Source {
   const In* images;  // of the first group
@@ -80,8 +81,8 @@ Window<Compute<In>> window_layout(const Source<In>& s, const Extent& e, int64_t 
   const int64_t width = e.right - e.left + 1;
   if (channels_last) {
     const int64_t row = width * channels;
-    return {nullptr, height * row, 1,   s.step_h * row, s.step_w * channels, e.top,
-            e.left,  row,          channels, s.step_w * channels, s.step_w};
+    return {nullptr,  height * row,        1,       s.step_h * row, s.step_w * channels, e.top, e.left, row,
+            channels, s.step_w * channels, s.step_w};
   }
   const int64_t per_remainder = ceil_div(width, s.step_w), row = per_remainder * s.step_w;
   return {nullptr, channels * height * row, height * row, s.step_h * row, 1, e.top, e.left, row, per_remainder, 1,
@@ -113,8 +114,16 @@ Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& 
     const bool inside = e.top >= 0 && e.left >= 0 && e.bottom < s.height && e.right < s.width;
     if (inside && (!overread || (s.step_w * s.x_stride == 1 && last + lanes < s.end)))
       return {images + b.n * s.image_stride + (b.y * s.step_h + e.top) * s.y_stride + e.left * s.x_stride,
-              s.image_stride, s.channel_stride, s.step_h * s.y_stride, s.step_w * s.x_stride, e.top, e.left,
-              s.y_stride, s.x_stride, s.step_w * s.x_stride, s.step_w};
+              s.image_stride,
+              s.channel_stride,
+              s.step_h * s.y_stride,
+              s.step_w * s.x_stride,
+              e.top,
+              e.left,
+              s.y_stride,
+              s.x_stride,
+              s.step_w * s.x_stride,
+              s.step_w};
   }
 
   Window<T> w = window_layout(s, e, b.channels, b.rows, channels_last);
@@ -160,9 +169,9 @@ struct BandSize {
     // Of even size, and small images together.
     rows = ceil_div(s.out_height, ceil_div(s.out_height, rows));
     const int64_t image = row * ((rows - 1) * s.step_h + more);
-    images = rows < s.out_height ? 1
-                                 : std::clamp(std::min(cached / image, ceil_div(enough_pixels, s.pixels())),
-                                              int64_t{1}, s.count);
+    images = rows < s.out_height
+                 ? 1
+                 : std::clamp(std::min(cached / image, ceil_div(enough_pixels, s.pixels())), int64_t{1}, s.count);
   }
 };
 
