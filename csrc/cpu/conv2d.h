@@ -20,27 +20,31 @@ struct Layout {
 // The input as the forward and the gradient of the weight see it.
 template <class T>
 Source<T> input_source(const Conv2dShape& s, const void* input) {
-  Tap* taps = scratch<Tap>(Scratch::taps, s.kernel_h * s.kernel_w);
-  for (int64_t i = 0; i < s.kernel_h; ++i)
-    for (int64_t j = 0; j < s.kernel_w; ++j)
-      taps[i * s.kernel_w + j] = {i * s.dilation_h - s.padding_top, j * s.dilation_w - s.padding_left};
   const Layout in(s.C, s.H, s.W, s.channels_last);
-  return {static_cast<const T*>(input),
-          in.image_stride,
-          in.channel_stride,
-          in.y_stride,
-          in.x_stride,
-          s.N,
-          s.H,
-          s.W,
-          s.C / s.groups,
-          s.stride_h,
-          s.stride_w,
-          s.OH,
-          s.OW,
-          taps,
-          s.kernel_h * s.kernel_w,
-          s.N * in.image_stride};
+  Tap* taps = scratch<Tap>(Scratch::taps, s.kernel_h * s.kernel_w);
+  Source<T> source{static_cast<const T*>(input),
+                   in.image_stride,
+                   in.channel_stride,
+                   in.y_stride,
+                   in.x_stride,
+                   s.N,
+                   s.H,
+                   s.W,
+                   s.C / s.groups,
+                   s.stride_h,
+                   s.stride_w,
+                   s.OH,
+                   s.OW,
+                   taps,
+                   0,
+                   s.N * in.image_stride};
+  for (int64_t i = 0; i < s.kernel_h; ++i) {
+    for (int64_t j = 0; j < s.kernel_w; ++j) {
+      const int64_t dy = i * s.dilation_h - s.padding_top, dx = j * s.dilation_w - s.padding_left;
+      if (is_met(source, dy, dx)) taps[source.tap_count++] = {dy, dx, i * s.kernel_w + j};
+    }
+  }
+  return source;
 }
 
 // output[g, o, pixel] = bias + sum over (channel, tap) of weight[g, o, channel, tap] * source(pixel, channel, tap)

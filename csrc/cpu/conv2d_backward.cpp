@@ -19,9 +19,9 @@
 namespace pyops::cpu {
 namespace {
 
-// weight [g][o][c][tap] -> [g][c][o][the taps in tap_index]
+// weight [g][o][c][kernel] -> [g][c][o][taps]
 template <class T>
-const T* exchange_channels(const Conv2dShape& s, const T* weight, const int64_t* tap_index, int64_t tap_count) {
+const T* exchange_channels(const Conv2dShape& s, const T* weight, const Tap* taps, int64_t tap_count) {
   const int64_t out = s.O / s.groups, in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
   T* exchanged = scratch<T>(Scratch::partial_sums, s.O * in * tap_count);
   for_each_task(s.C, 16.0 * s.O * in * tap_count, [&](int64_t channel) {
@@ -29,61 +29,54 @@ const T* exchange_channels(const Conv2dShape& s, const T* weight, const int64_t*
     T* target = exchanged + channel * out * tap_count;
     for (int64_t o = 0; o < out; ++o) {
       const T* source = weight + ((g * out + o) * in + c) * kernel;
-      for (int64_t t = 0; t < tap_count; ++t) *target++ = source[tap_index[t]];
+      for (int64_t t = 0; t < tap_count; ++t) *target++ = source[taps[t].index];
     }
   });
   return exchanged;
 }
 
+// The pixels of the input whose coordinates have the remainders phase_y, phase_x by the stride.
 template <class T>
-void input_gradient(const Conv2dBackwardArgs& x) {
+void input_gradient_of_phase(const Conv2dBackwardArgs& x, int64_t phase_y, int64_t phase_x) {
   const Conv2dShape& s = x.shape;
-  const int64_t kernel = s.kernel_h * s.kernel_w;
   const Layout grad(s.O, s.OH, s.OW, s.channels_last), image(s.C, s.H, s.W, s.channels_last);
-  Tap* taps = scratch<Tap>(Scratch::taps, kernel);
-  int64_t* tap_index = scratch<int64_t>(Scratch::tap_index, kernel);
-  for (int64_t phase_y = 0; phase_y < std::min(s.stride_h, s.H); ++phase_y) {
-    for (int64_t phase_x = 0; phase_x < std::min(s.stride_w, s.W); ++phase_x) {
-      // Pixel phase + stride * q of the input is under tap (i, j) of output pixel q + (phase + padding - i dilation) /
-      // stride, where that is whole.
-      int64_t tap_count = 0;
-      for (int64_t i = 0; i < s.kernel_h; ++i) {
-        for (int64_t j = 0; j < s.kernel_w; ++j) {
-          const int64_t y = phase_y + s.padding_top - i * s.dilation_h, x = phase_x + s.padding_left - j * s.dilation_w;
-          if (y % s.stride_h != 0 || x % s.stride_w != 0) continue;
-          taps[tap_count] = {y / s.stride_h, x / s.stride_w};
-          tap_index[tap_count++] = i * s.kernel_w + j;
-        }
-      }
-      const int64_t height = ceil_div(s.H - phase_y, s.stride_h), width = ceil_div(s.W - phase_x, s.stride_w);
-      const Source<T> source{static_cast<const T*>(x.grad_output),
-                             grad.image_stride,
-                             grad.channel_stride,
-                             grad.y_stride,
-                             grad.x_stride,
-                             s.N,
-                             s.OH,
-                             s.OW,
-                             s.O / s.groups,
-                             1,
-                             1,
-                             height,
-                             width,
-                             taps,
-                             tap_count,
-                             s.N * grad.image_stride};
-      correlate<T>(
-          {source,
-           s.channels_last,
-           s.groups,
-           s.C / s.groups,
-           static_cast<T*>(x.grad_input) + phase_y * image.y_stride + phase_x * image.x_stride,
-           image.channel_stride,
-           {width, height * width, image.image_stride, s.stride_h * image.y_stride, s.stride_w * image.x_stride},
-           nullptr},
-          exchange_channels(s, static_cast<const T*>(x.weight), tap_index, tap_count));
+  const int64_t height = ceil_div(s.H - phase_y, s.stride_h), width = ceil_div(s.W - phase_x, s.stride_w);
+  Tap* taps = scratch<Tap>(Scratch::taps, s.kernel_h * s.kernel_w);
+  Source<T> source{static_cast<const T*>(x.grad_output),
+                   grad.image_stride,
+                   grad.channel_stride,
+                   grad.y_stride,
+                   grad.x_stride,
+                   s.N,
+                   s.OH,
+                   s.OW,
+                   s.O / s.groups,
+                   1,
+                   1,
+                   height,
+                   width,
+                   taps,
+                   0,
+                   s.N * grad.image_stride};
+  // Pixel phase + stride * q of the input is under tap (i, j) of output pixel q + (phase + padding - i dilation) /
+  // stride, where that is whole.
+  for (int64_t i = 0; i < s.kernel_h; ++i) {
+    for (int64_t j = 0; j < s.kernel_w; ++j) {
+      const int64_t y = phase_y + s.padding_top - i * s.dilation_h, x = phase_x + s.padding_left - j * s.dilation_w;
+      if (y % s.stride_h != 0 || x % s.stride_w != 0) continue;
+      const int64_t dy = y / s.stride_h, dx = x / s.stride_w;
+      if (is_met(source, dy, dx)) taps[source.tap_count++] = {dy, dx, i * s.kernel_w + j};
     }
   }
+  correlate<T>({source,
+                s.channels_last,
+                s.groups,
+                s.C / s.groups,
+                static_cast<T*>(x.grad_input) + phase_y * image.y_stride + phase_x * image.x_stride,
+                image.channel_stride,
+                {width, height * width, image.image_stride, s.stride_h * image.y_stride, s.stride_w * image.x_stride},
+                nullptr},
+               exchange_channels(s, static_cast<const T*>(x.weight), taps, source.tap_count));
 }
 
 // The pixels of a band of grad_output as rows of `vectors` vectors over the output channels [o, o + count) of group g.
@@ -118,6 +111,9 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size(), most_rows = 384, most_columns = 256;
   const int64_t out = s.O / s.groups, taps = source.tap_count, K = source.channels * taps;
+  const int64_t kernel = s.kernel_h * s.kernel_w;
+  if (taps < kernel) std::fill(grad_weight, grad_weight + s.O * source.channels * kernel, T(0));
+  if (taps == 0) return;
   const int64_t c_block = std::clamp(most_rows / taps, int64_t{1}, source.channels),
                 o_block = std::min(out, most_columns);
   const int64_t c_blocks = ceil_div(source.channels, c_block), o_blocks = ceil_div(out, o_block);
@@ -151,9 +147,13 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
     C* target = partial + ((part * s.groups + g) * K + c * taps) * out + o;
     for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * stride, columns, target + r * out);
   });
+  T* target = grad_weight;
+  if (taps < kernel) target = scratch<T>(Scratch::weight, s.O * K);
   for (int64_t g = 0; g < s.groups; ++g)
-    sum_parts(Output<T>{grad_weight + g * out * K, Axis::plain(1), Axis::plain(K)}, partial + g * K * out, parts,
+    sum_parts(Output<T>{target + g * out * K, Axis::plain(1), Axis::plain(K)}, partial + g * K * out, parts,
               s.groups * K * out, K, out);
+  for (int64_t f = 0; f < s.O * source.channels && taps < kernel; ++f)
+    for (int64_t t = 0; t < taps; ++t) grad_weight[f * kernel + source.taps[t].index] = target[f * taps + t];
 }
 
 template <class T>
@@ -168,7 +168,7 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
 
   weight_gradient_finite(s, source, finite_part(grad_output, count).data(), grad_weight);
   const Layout grad(s.O, s.OH, s.OW, s.channels_last);
-  const int64_t in = source.channels, taps = source.tap_count;
+  const int64_t in = source.channels, taps = source.tap_count, kernel = s.kernel_h * s.kernel_w;
   for_each_task(s.O * in, 2.0 * count * in * taps, [&](int64_t task) {
     const int64_t o = task / in, channel = o / (s.O / s.groups) * in + task % in;
     for (int64_t n = 0; n < s.N; ++n) {
@@ -176,7 +176,7 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
       for (int64_t t = 0; t < taps; ++t) {
         for_each_inside(source, n, channel, source.taps[t], [&](int64_t y, int64_t column, T value) {
           const T g = image[y * grad.y_stride + column * grad.x_stride];
-          if (!is_finite(g)) add_product(grad_weight[task * taps + t], g, value);
+          if (!is_finite(g)) add_product(grad_weight[task * kernel + source.taps[t].index], g, value);
         });
       }
     }
@@ -189,7 +189,10 @@ void conv2d_backward(const Conv2dBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Conv2dShape& s = x.shape;
-    if (x.grad_input) input_gradient<T>(x);
+    if (x.grad_input)
+      for (int64_t phase_y = 0; phase_y < std::min(s.stride_h, s.H); ++phase_y)
+        for (int64_t phase_x = 0; phase_x < std::min(s.stride_w, s.W); ++phase_x)
+          input_gradient_of_phase<T>(x, phase_y, phase_x);
     if (x.grad_weight) weight_gradient<T>(x);
     if (x.grad_bias) {
       T* grad_bias = static_cast<T*>(x.grad_bias);

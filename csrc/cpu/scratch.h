@@ -21,7 +21,6 @@ enum class Scratch {
   grad_rows,
   weight,
   taps,
-  tap_index,
   partial_sums,
   image_sums,
   count

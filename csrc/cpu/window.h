@@ -13,6 +13,7 @@ namespace pyops::cpu {
 
 struct Tap {
   int64_t dy, dx;
+  int64_t index;  // in the kernel, row by row
 };
 
 // A convolution's view of its source images: output pixel (y, x) and tap t meet at (y * step_h + t.dy, x * step_w +
@@ -32,6 +33,17 @@ struct Source {
   int64_t pixels() const { return out_height * out_width; }
 };
 
+// Whether some output pixel meets the image at this tap. Taps that none does are left out from the start: with a large
+// dilation or padding they may be most of the kernel.
+template <class In>
+bool is_met(const Source<In>& s, int64_t dy, int64_t dx) {
+  const auto met = [](int64_t offset, int64_t step, int64_t out_size, int64_t size) {
+    const int64_t first = offset < 0 ? ceil_div(-offset, step) : 0;  // output pixel at or after the image's first
+    return first < out_size && first * step + offset < size;
+  };
+  return met(dy, s.step_h, s.out_height, s.height) && met(dx, s.step_w, s.out_width, s.width);
+}
+
 // The smallest and largest coordinates that some tap of output rows [0, out_height) meets.
 struct Extent {
   int64_t top, bottom, left, right;
@@ -39,7 +51,7 @@ struct Extent {
   template <class In>
   explicit Extent(const Source<In>& s) : top(0), bottom(0), left(0), right(0) {
     for (int64_t t = 0; t < s.tap_count; ++t) {
-      const auto [dy, dx] = s.taps[t];
+      const int64_t dy = s.taps[t].dy, dx = s.taps[t].dx;
       top = t == 0 ? dy : std::min(top, dy), bottom = t == 0 ? dy : std::max(bottom, dy);
       left = t == 0 ? dx : std::min(left, dx), right = t == 0 ? dx : std::max(right, dx);
     }

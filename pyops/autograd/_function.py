@@ -60,7 +60,7 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
 
 
 def on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake` after a check that the real kernels make too: torch calls it if any of the tensors is on the meta device."""
+    """`fake` after a check that the real kernels make too: torch calls it if any tensor is on the meta device."""
 
     def checked(*args: Any, **kwargs: Any) -> Any:
         devices = {str(arg.device): None for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)}

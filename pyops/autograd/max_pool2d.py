@@ -101,7 +101,7 @@ class MaxPool2d(OpFunction):
 
 @implements("max_pool2d_backward")
 class MaxPool2dBackward(OpFunction):
-    """``(grad_output, argmax, (H, W), *window)`` -> grad_input [.., H, W]: each element the sum over its windows won."""
+    """``(grad_output, argmax, (H, W), *window)`` -> grad_input [.., H, W]: each element the sum over windows won."""
 
     @staticmethod
     def forward(grad_output: torch.Tensor, *args: Any) -> torch.Tensor:

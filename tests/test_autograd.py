@@ -1,0 +1,379 @@
+"""The derivatives: right in every mode and order, no more computed than asked for, no more kept than needed.
+
+Values of first gradients are compared with stock's in the test file of each op.
+"""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tensors import place, random
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import pyops
+from pyops import functional as F
+from pyops.testing import gradcheck_input
+
+ops = torch.ops.pyops
+POOL = {"kernel_size": (3, 2), "stride": (2, 1), "padding": 1, "dilation": (1, 2), "ceil_mode": True}
+POOL_ARGS = tuple(POOL.values())
+SHAPES = {"linear": [(3, 4), (5, 4), (5,)], "conv2d": [(2, 3, 5, 5), (4, 3, 3, 3), (4,)]}  # input, weight, bias
+
+
+def leaf(*shape):
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def relu_op_in_place(x):
+    x = x * 1
+    ops.relu_(x)
+    return x
+
+
+# ---- gradcheck ----
+
+CASES = {
+    "relu": (F.relu, lambda: [gradcheck_input(3, 5)]),
+    "relu_apply": (pyops.autograd.ReLU.apply, lambda: [gradcheck_input(7)]),
+    "relu_op": (ops.relu, lambda: [gradcheck_input(2, 3)]),
+    "relu_in_place": (lambda x: F.relu(x * 1, inplace=True), lambda: [gradcheck_input(2, 3)]),
+    "relu_op_in_place": (relu_op_in_place, lambda: [gradcheck_input(2, 3)]),
+    "linear": (F.linear, lambda: [leaf(2, 3, 4), leaf(5, 4), leaf(5)]),
+    "linear_no_bias": (F.linear, lambda: [leaf(3, 4), leaf(5, 4)]),
+    "linear_1d": (F.linear, lambda: [leaf(4), leaf(5, 4), leaf(5)]),
+    "linear_apply": (pyops.autograd.Linear.apply, lambda: [leaf(3, 4), leaf(5, 4), leaf(5)]),
+    "linear_op": (ops.linear, lambda: [leaf(3, 4), leaf(5, 4), leaf(5)]),
+    "conv2d": (lambda *t: F.conv2d(*t, padding=1), lambda: [leaf(2, 2, 4, 3), leaf(3, 2, 3, 3), leaf(3)]),
+    "conv2d_strided": (
+        lambda *t: F.conv2d(*t, stride=(2, 1), padding=(1, 2), dilation=(1, 2)),
+        lambda: [leaf(1, 2, 5, 4), leaf(2, 2, 3, 2), leaf(2)],
+    ),
+    "conv2d_groups": (lambda *t: F.conv2d(*t, groups=2), lambda: [leaf(2, 4, 3, 3), leaf(4, 2, 2, 2)]),
+    "conv2d_same": (lambda *t: F.conv2d(*t, padding="same"), lambda: [leaf(1, 1, 4, 3), leaf(2, 1, 2, 4), leaf(2)]),
+    "conv2d_unbatched": (F.conv2d, lambda: [leaf(2, 4, 3), leaf(3, 2, 2, 2), leaf(3)]),
+    "conv2d_channels_last": (
+        lambda x, w: F.conv2d(x.to(memory_format=torch.channels_last), w, padding=1),
+        lambda: [leaf(2, 2, 3, 3), leaf(2, 2, 3, 3)],
+    ),
+    "conv2d_apply": (pyops.autograd.Conv2d.apply, lambda: [leaf(1, 2, 3, 3), leaf(2, 2, 2, 2), leaf(2)]),
+    "conv2d_op": (ops.conv2d, lambda: [leaf(1, 2, 3, 3), leaf(2, 2, 2, 2), leaf(2)]),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 2), lambda: [gradcheck_input(2, 2, 4, 5)]),
+    "max_pool2d_overlapping": (lambda x: F.max_pool2d(x, **POOL), lambda: [gradcheck_input(1, 2, 6, 5)]),
+    "max_pool2d_unbatched": (lambda x: F.max_pool2d(x, **POOL), lambda: [gradcheck_input(2, 6, 5)]),
+    "max_pool2d_indices": (
+        lambda x: F.max_pool2d(x, 3, 2, return_indices=True)[0],
+        lambda: [gradcheck_input(1, 1, 5, 5)],
+    ),
+    "max_pool2d_many_taps": (lambda x: F.max_pool2d(x, (2, 128), 1), lambda: [gradcheck_input(1, 1, 3, 130)]),
+    "max_pool2d_apply": (lambda x: pyops.autograd.MaxPool2d.apply(x, 2)[0], lambda: [gradcheck_input(1, 1, 4, 4)]),
+    "max_pool2d_op": (lambda x: ops.max_pool2d(x, 2)[0], lambda: [gradcheck_input(1, 1, 4, 4)]),
+}
+every_case = pytest.mark.parametrize(("function", "inputs"), CASES.values(), ids=CASES)
+
+
+@every_case
+def test_gradcheck(function, inputs):
+    """Reverse mode, forward mode, both batched by vmap (which torch refuses for forward mode of in-place operators)."""
+    batched_forward = function is not relu_op_in_place
+    assert gradcheck(
+        function, inputs(), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=batched_forward
+    )
+
+
+@every_case
+def test_gradgradcheck(function, inputs):
+    """Second derivatives, in reverse over reverse and forward over reverse mode."""
+    assert gradgradcheck(function, inputs(), check_fwd_over_rev=True, check_batched_grad=True)
+
+
+def backward_cases():
+    """The backward ops, called directly: differentiable in every tensor they take."""
+    argmax = ops.max_pool2d(torch.randn(1, 2, 6, 5), *POOL_ARGS)[1]
+    mask = [True, True, True]
+    conv = ((2, 4, 5, 5), (6, 2, 3, 3), (2, 1), (1, 0), 1, 2)
+    grad = ops.conv2d(torch.zeros(conv[0]), torch.zeros(conv[1]), None, *conv[2:])
+    return {
+        "relu_backward": (lambda g: ops.relu_backward(g, torch.randn(3, 4).double()), [leaf(3, 4)]),
+        "linear_backward": (lambda *t: ops.linear_backward(*t, mask), [leaf(2, 3), leaf(2, 4), leaf(3, 4)]),
+        "conv2d_backward": (
+            lambda *t: ops.conv2d_backward(*t, *conv, mask),
+            [leaf(*grad.shape), leaf(*conv[0]), leaf(*conv[1])],
+        ),
+        "max_pool2d_backward": (
+            lambda g: ops.max_pool2d_backward(g, argmax, (6, 5), *POOL_ARGS),
+            [leaf(*argmax.shape)],
+        ),
+        "max_pool2d_gather": (lambda x: ops.max_pool2d_gather(x, argmax, *POOL_ARGS), [leaf(1, 2, 6, 5)]),
+    }
+
+
+@pytest.mark.parametrize("op", backward_cases())
+def test_gradcheck_of_backward_ops(op):
+    function, inputs = backward_cases()[op]
+    fixed = torch.get_rng_state()
+
+    def seeded(*tensors):
+        torch.set_rng_state(fixed)
+        return function(*tensors)
+
+    assert gradcheck(seeded, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(seeded, inputs)
+
+
+def test_third_derivative():
+    x, w = leaf(3, 4), leaf(2, 4)
+    third = torch.randn(3, 4, dtype=torch.float64)
+
+    def derivative(linear):
+        y = linear(x, w).pow(4).sum()
+        for _ in range(3):
+            (g,) = torch.autograd.grad(y, x, create_graph=True)
+            y = (g * third).sum()
+        return torch.autograd.grad(y, w)[0]
+
+    torch.testing.assert_close(derivative(F.linear), derivative(torch.nn.functional.linear))
+
+
+@pytest.mark.parametrize("which", ["input", "weight", "bias"])
+@pytest.mark.parametrize(("op", "shapes"), SHAPES.items())
+def test_forward_mode_by_one_tensor(op, shapes, which):
+    """The tangent is that of the one tensor that has one, whichever it is."""
+    primals = [torch.randn(s, dtype=torch.float64) for s in shapes]
+    i = ["input", "weight", "bias"].index(which)
+    tangent = torch.randn_like(primals[i])
+
+    def tangent_of(function):
+        with forward_ad.dual_level():
+            dual = [forward_ad.make_dual(p, tangent) if j == i else p for j, p in enumerate(primals)]
+            return forward_ad.unpack_dual(function(*dual)).tangent
+
+    expected = tangent_of(getattr(torch.nn.functional, op))
+    torch.testing.assert_close(tangent_of(getattr(F, op)), expected)
+    torch.testing.assert_close(tangent_of(getattr(ops, op)), expected)
+
+
+# ---- opcheck: schema, fake kernel (shapes and strides), autograd registration, tracing ----
+
+
+def images(where, *shape, requires_grad=False):
+    return random(shape, torch.float32, where).requires_grad_(requires_grad)
+
+
+def opcheck_calls(where):
+    """Arguments of every op, whose tensors lie in memory as `where` says."""
+    x, w = images(where, 2, 4, 7, 6, requires_grad=True), images(where, 6, 2, 3, 2, requires_grad=True)
+    bias = torch.randn(6, requires_grad=True)
+    conv = ((2, 1), (1, 0), (1, 2), 2)
+    grad = images(where, *ops.conv2d(x, w, bias, *conv).shape, requires_grad=True)
+    conv_backward = (x.shape, w.shape, *conv)
+    a, b = images(where, 2, 3, 5, requires_grad=True), images(where, 4, 5, requires_grad=True)
+    linear_grad = images(where, 2, 3, 4, requires_grad=True)
+    argmax = ops.max_pool2d(x, *POOL_ARGS)[1]
+    pool_grad = images(where, *argmax.shape, requires_grad=True)
+    fixed = [t.detach() for t in (x, w, grad)]
+    return {
+        "relu": [(x,), (x[0, 0, 0],), (fixed[0],)],
+        "relu_backward": [(x, fixed[0])],
+        "linear": [(a, b), (a, b, torch.randn(4, requires_grad=True)), (a[0, 0], b), (a.detach(), b)],
+        "linear_backward": [
+            (linear_grad, a, b, [True, True, True]),
+            (linear_grad, a, None, [False, True, False]),
+            (linear_grad, None, b, [True, False, True]),
+        ],
+        "conv2d": [
+            (x, w, bias, *conv),
+            (x[0], w, None, *conv),
+            (x, w, None, 1, (0, 1, 2, 1), 1, 2),
+            (fixed[0], w, bias, *conv),
+        ],
+        "conv2d_backward": [
+            (grad, x, w, *conv_backward, [True, True, True]),
+            (grad, None, w, *conv_backward, [True, False, False]),
+            (grad, x, None, *conv_backward, [False, True, True]),
+            (fixed[2][0], fixed[0][0], fixed[1], x.shape[1:], *conv_backward[1:], [True, True, False]),
+        ],
+        "max_pool2d": [(x, *POOL_ARGS), (x[0], 2), (fixed[0], 2)],
+        "max_pool2d_backward": [(pool_grad, argmax, (7, 6), *POOL_ARGS), (pool_grad[0], argmax[0], (7, 6), *POOL_ARGS)],
+        "max_pool2d_gather": [(x, argmax, *POOL_ARGS), (x[0], argmax[0], *POOL_ARGS)],
+        "max_pool2d_indices": [(argmax, (7, 6), *POOL_ARGS), (argmax[0], (7, 6), *POOL_ARGS)],
+    } | ({} if where == "expanded" else {"relu_": [(fixed[0].clone(),), (place(fixed[0], where),)]})
+
+
+OPS = sorted(opcheck_calls("contiguous"))
+LAYOUTS = ["contiguous", "channels_last", "transposed", "sliced", "expanded"]
+CALLS = [(op, where) for op in OPS for where in LAYOUTS if (op, where) != ("relu_", "expanded")]
+
+
+def test_every_op_is_opchecked():
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("pyops::")}
+    assert registered == set(OPS)
+
+
+@pytest.mark.parametrize(("op", "where"), CALLS)
+def test_opcheck(op, where):
+    # Tracing is slow, and what it adds depends on the layout in the strides only, which test_faketensor compares.
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    for i, args in enumerate(opcheck_calls(where)[op]):
+        tracing = ["test_aot_dispatch_dynamic"] if where in ("contiguous", "channels_last") and i == 0 else []
+        torch.library.opcheck(getattr(ops, op).default, args, test_utils=tests + tracing)
+
+
+@pytest.mark.parametrize(("op", "where"), [call for call in CALLS if call[0] != "relu_"])
+def test_fake_strides_are_real(op, where):
+    for args in opcheck_calls(where)[op]:
+        args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+        fake_args = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(t, torch.Tensor) else t
+            for t in args
+        ]
+        real, fake = (getattr(ops, op)(*a) for a in (args, fake_args))
+        for r, f in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (real, fake)), strict=True):
+            assert (r is None) == (f is None)
+            if r is not None:
+                assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
+
+
+# ---- only what is asked for ----
+
+
+class CallLog(TorchDispatchMode):
+    """The arguments and results of the calls of one op."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.calls = getattr(ops, op).default, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is self.op:
+            self.calls.append((args, result))
+        return result
+
+
+MASKS = [(i, w, b) for i in (False, True) for w in (False, True) for b in (False, True) if i or w or b]
+
+
+@pytest.mark.parametrize(("mask", "bias"), [(m, b) for m in MASKS for b in (True, False) if b or not m[2]], ids=str)
+@pytest.mark.parametrize(("op", "shapes"), SHAPES.items())
+def test_backward_computes_what_is_asked_for(op, shapes, bias, mask):
+    tensors = [torch.randn(s).requires_grad_(wanted) for s, wanted in zip(shapes, mask, strict=True)]
+    with CallLog(f"{op}_backward") as log:
+        getattr(F, op)(*tensors[: 3 if bias else 2]).sum().backward()
+    assert [t.grad is not None for t in tensors] == list(mask)
+    ((args, gradients),) = log.calls
+    assert tuple(args[-1]) == mask
+    assert tuple(g is not None for g in gradients) == mask
+    assert args[1] is None or mask[1], "input is there for the gradient of weight only"
+    assert args[2] is None or mask[0], "weight is there for the gradient of input only"
+
+
+@pytest.mark.parametrize("function", [lambda x: F.relu(x), lambda x: F.max_pool2d(x, 2), lambda x: F.conv2d(x, x)])
+def test_nothing_is_recorded_where_no_gradient_is_wanted(function):
+    x = torch.randn(1, 1, 4, 4)
+    assert function(x).grad_fn is None
+    with torch.no_grad():
+        assert function(x.requires_grad_()).grad_fn is None
+    with torch.inference_mode():
+        assert function(x).is_inference()
+
+
+# ---- saved tensors ----
+
+
+def saved_by(function):
+    """The tensors that `function` keeps for backward, and its result."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        result = function()
+    return kept, result
+
+
+def is_one_of(tensor, others):
+    return any(tensor.data_ptr() == other.data_ptr() for other in others)
+
+
+def test_relu_saves_its_output():
+    x = torch.randn(100, requires_grad=True)
+    for function in (F.relu, ops.relu, pyops.autograd.ReLU.apply):
+        kept, output = saved_by(lambda function=function: function(x))
+        assert len(kept) == 1 and is_one_of(kept[0], [output])
+
+
+@pytest.mark.parametrize("where", ["contiguous", "channels_last", "sliced"])
+def test_max_pool2d_saves_one_byte_for_each_output(where):
+    x = images(where, 2, 3, 8, 8, requires_grad=True)
+    for function in (F.max_pool2d, lambda *a: ops.max_pool2d(*a)[0]):
+        kept, output = saved_by(lambda function=function: function(x, 2))
+        assert [t.nbytes for t in kept] == [output.numel()]
+        assert kept[0].dtype == torch.uint8 and not is_one_of(kept[0], [x, output])
+
+
+@pytest.mark.parametrize(("op", "shapes"), SHAPES.items())
+def test_linear_and_conv2d_save_what_the_gradients_need(op, shapes):
+    for function in (getattr(F, op), getattr(ops, op)):
+        for mask in MASKS:
+            x, w, b = (torch.randn(s).requires_grad_(wanted) for s, wanted in zip(shapes, mask, strict=True))
+            kept, _ = saved_by(lambda t=(x, w, b), function=function: function(*t))
+            expected = ([x] if mask[1] else []) + ([w] if mask[0] else [])
+            assert sum(t.nbytes for t in kept) == sum(t.nbytes for t in expected)
+            assert all(is_one_of(t, expected) for t in kept)
+
+
+def test_nothing_outlives_the_graph():
+    """A tensor kept as an attribute of a Function's context would keep the graph alive as a cycle."""
+    gc.disable()
+    try:
+        x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        w = torch.randn(4, 3, 3, 3, requires_grad=True)
+        fc = torch.randn(5, 4 * 9, requires_grad=True)
+        hidden = [F.conv2d(x, w)]
+        hidden.append(F.relu(hidden[-1]))
+        hidden.append(F.max_pool2d(hidden[-1], 2))
+        hidden.append(F.linear(hidden[-1].flatten(1), fc))
+        references = [weakref.ref(t) for t in hidden]
+        hidden.clear()
+        assert [r() for r in references] == [None] * 4
+    finally:
+        gc.enable()
+
+
+# ---- the rest of autograd ----
+
+
+def test_argmax_and_indices_have_no_gradient():
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    assert not F.max_pool2d(x, 2, return_indices=True)[1].requires_grad
+    assert not ops.max_pool2d(x, 2)[1].requires_grad
+    assert not pyops.autograd.MaxPool2d.apply(x, 2)[1].requires_grad
+
+
+def test_integers_have_no_gradient():
+    x = torch.ones(1, 1, 4, 4, dtype=torch.int32)
+    assert F.relu(x).grad_fn is None and F.max_pool2d(x, 2).grad_fn is None
+
+
+def test_backward_twice_needs_retain_graph():
+    x = torch.randn(3, requires_grad=True)
+    y = F.relu(x)
+    y.sum().backward(retain_graph=True)
+    y.sum().backward(retain_graph=False)
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+
+
+def test_saved_output_that_is_overwritten_is_noticed():
+    x = torch.randn(3, requires_grad=True)
+    y = F.relu(x)
+    y += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_checkpoint():
+    x, w = leaf(3, 4), leaf(5, 4)
+    direct = torch.autograd.grad(F.relu(F.linear(x, w)).sum(), [x, w])
+    recomputed = torch.utils.checkpoint.checkpoint(lambda a, b: F.relu(F.linear(a, b)), x, w, use_reentrant=False)
+    for a, b in zip(direct, torch.autograd.grad(recomputed.sum(), [x, w]), strict=True):
+        assert torch.equal(a, b)

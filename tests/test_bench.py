@@ -1,0 +1,99 @@
+"""The benchmark scripts run, tell stock from pyops, and write what they measured. No time is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_log import KernelLog
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))  # as `python bench/ops.py` does
+
+import harness  # noqa: E402
+import lenet  # noqa: E402
+import measure  # noqa: E402
+import ops  # noqa: E402
+
+
+@pytest.mark.parametrize(
+    ("script", "name"),
+    [("ops.py", "relu 8 forward"), ("lenet.py", "LeNet inference, batch 1")],
+)
+def test_script(script, name, tmp_path):
+    files = ["--json", tmp_path / "results.json", "--plot", tmp_path / "ratios.png"]
+    command = [sys.executable, BENCH / script, "--filter", f"{name}$", "--threads", "1", *files]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert name in printed
+    assert "stock/ours" in printed
+
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["versions"]["torch"] == torch.__version__
+    assert {"cpu", "cores", "capability", "load"} == set(report["machine"])
+    assert {"commit", "date", "means"} < set(report)
+    assert report["limits"]["1"]["torch.float32 GFLOP/s"] > 0
+    [result] = report["results"]
+    assert result["name"] == name
+    assert result["ratio"] == pytest.approx(result["stock_median"] / result["ours_median"])
+    assert result["passed"] == (result["ratio"] >= result["gate"])
+    assert 0 < result["ours_min"] <= result["ours_median"]
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratio_is_above_one_where_pyops_is_faster():
+    assert measure.Timing(stock=[3.0, 4.0, 9.0], ours=[2.0, 1.0, 5.0]).ratio == 2
+
+
+def test_geometric_mean_per_number_of_threads():
+    def result(threads, ratio):
+        times = dict.fromkeys(("stock_min", "stock_median", "ours_min", "ours_median", "of_limit"), 1.0)
+        return harness.Result(
+            "group", "case", "torch.float32", threads, ratio=ratio, gate=1, flops=1, bytes=1, limit="FMA", limit_gate=0,
+            passed=True, **times,
+        )  # fmt: skip
+
+    group = harness.Group("group", [], mean_gate=3)
+    means = harness.geometric_means(group, [result(1, 1.0), result(1, 4.0), result(2, 8.0), result(2, 2.0)])
+    assert [(mean.threads, mean.ratio, mean.passed) for mean in means] == [
+        (1, pytest.approx(2), False),
+        (2, pytest.approx(4), True),
+    ]
+
+
+OP_CASES = [
+    *[ops.Case("relu", (8,), timed=timed) for timed in ("forward", "forward with grad", "grad_input")],
+    *[ops.Case("max_pool2d", (1, 1, 4, 4), None, (2,), timed) for timed in ("forward", "grad_input")],
+    *[ops.Case("linear", (2, 8), (3, 8), timed=timed) for timed in ops.PASSES],
+    *[ops.Case("conv2d", (2, 3, 4, 4), (3, 3, 3, 3), (2, 1), timed, layout=ops.NHWC) for timed in ops.PASSES],
+]
+
+
+PROGRAMS = [program for group in lenet.GROUPS for program in group.cases if "1024" not in program.name]
+
+
+@pytest.mark.parametrize("case", OP_CASES + PROGRAMS, ids=lambda case: case.name)
+def test_each_side_runs_its_own_kernels(case):
+    work = case.prepare()
+    with KernelLog() as log:
+        work.stock()
+    assert log.stock
+    assert not log.ours
+    with KernelLog() as log:
+        work.ours()
+    assert log.ours
+    assert not log.stock
+
+
+def test_amount_of_work():
+    work = ops.Case("conv2d", (8, 128, 28, 28), (64, 4, 3, 3), (2, 1, 1, 32), "grad_weight", bias=False).prepare()
+    output = 8 * 64 * 14 * 14
+    assert work.flops == 2 * output * 4 * 3 * 3
+    assert work.bytes == 4 * (8 * 128 * 28 * 28 + 64 * 4 * 3 * 3 + output)
+
+
+def test_every_case_has_a_name_of_its_own():
+    for groups in (ops.GROUPS, lenet.GROUPS):
+        names = [case.name for group in groups for case in group.cases]
+        assert len(names) == len(set(names))

@@ -1,0 +1,231 @@
+"""conv2d: output and gradients against float64, for every geometry, layout and dtype."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import assert_close, check, gradients
+from tensors import FLOATING, LAYOUTS, layouts, place, random
+
+from pyops.functional import conv2d
+
+every_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=str)
+both_formats = pytest.mark.parametrize("where", ["contiguous", "channels_last"])
+
+
+def operands(input_shape, weight_shape, dtype=torch.float32, where="contiguous", bias=True):
+    return [
+        random(input_shape, dtype, where),
+        random(weight_shape, dtype, where),
+        random(weight_shape[:1], dtype) if bias else None,
+    ]
+
+
+GEOMETRIES = [
+    # input, weight, options
+    ((2, 1, 32, 32), (6, 1, 5, 5), {}),  # LeNet
+    ((2, 6, 14, 14), (16, 6, 5, 5), {}),
+    ((2, 16, 6, 6), (16, 16, 3, 3), {}),
+    ((2, 3, 9, 8), (4, 3, 1, 1), {}),
+    ((2, 3, 9, 8), (4, 3, 1, 1), {"stride": 2}),
+    ((2, 3, 9, 8), (4, 3, 1, 1), {"padding": 2}),  # a border where no tap meets the image
+    ((2, 3, 9, 8), (4, 3, 3, 2), {"stride": (2, 1), "padding": (1, 0)}),
+    ((2, 3, 9, 8), (4, 3, 3, 2), {"stride": (1, 3), "padding": (0, 2), "dilation": (2, 3)}),
+    ((1, 2, 11, 10), (3, 2, 3, 3), {"stride": 2, "padding": 2, "dilation": 2}),
+    ((1, 2, 11, 10), (3, 2, 3, 3), {"stride": 3, "dilation": 2}),  # rows of the input that no window covers
+    ((1, 2, 11, 10), (3, 2, 2, 2), {"stride": 5}),
+    ((2, 2, 5, 6), (3, 2, 5, 6), {}),  # a window as large as the image
+    ((2, 2, 3, 3), (3, 2, 5, 5), {"padding": 1}),  # and larger
+    ((1, 1, 1, 1), (1, 1, 1, 1), {}),
+    ((1, 2, 1, 40), (3, 2, 1, 7), {"padding": (0, 3)}),
+    ((1, 2, 40, 1), (3, 2, 7, 1), {"padding": (3, 0)}),
+    ((2, 4, 7, 7), (6, 2, 3, 3), {"groups": 2}),
+    ((2, 4, 7, 7), (4, 1, 3, 3), {"groups": 4, "padding": 1}),  # depthwise
+    ((2, 4, 7, 7), (12, 1, 3, 3), {"groups": 4, "padding": 1, "stride": 2}),  # with a multiplier
+    ((1, 20, 5, 5), (20, 2, 3, 3), {"groups": 10, "dilation": 2}),
+    ((1, 70, 4, 5), (67, 70, 3, 3), {"padding": 1}),  # K beyond one chunk, odd channels
+    ((3, 5, 30, 31), (33, 5, 3, 3), {"padding": 1}),
+]
+
+
+@every_dtype
+@both_formats
+@pytest.mark.parametrize(("input_shape", "weight_shape", "options"), GEOMETRIES)
+def test_geometries(input_shape, weight_shape, options, where, dtype):
+    check("conv2d", operands(input_shape, weight_shape, dtype, where), options, grad_layout=where)
+
+
+@both_formats
+@pytest.mark.parametrize("dilation", [1, 2, (2, 3)])
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 3), (4, 3), (2, 5)])
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # stock's, about the copy that it makes
+def test_named_padding(padding, kernel, dilation, where):
+    """Even kernels need one more row or column at the bottom or right for "same"."""
+    options = {"padding": padding, "dilation": dilation}
+    check("conv2d", operands((2, 2, 13, 14), (3, 2, *kernel), where=where), options)
+    check("conv2d", operands((2, 13, 14), (3, 2, *kernel)), options)
+
+
+@every_dtype
+@pytest.mark.parametrize("where", LAYOUTS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+def test_unbatched(bias, where, dtype):
+    weight = random((6, 2, 3, 3), dtype)
+    tensors = [random((4, 8, 9), dtype, where), weight, random((6,), dtype) if bias else None]
+    check("conv2d", tensors, {"groups": 2, "padding": 1}, grad_layout=where)
+
+
+@pytest.mark.parametrize("grad_where", LAYOUTS)
+@pytest.mark.parametrize("weight_where", LAYOUTS)
+@pytest.mark.parametrize("where", LAYOUTS)
+def test_layouts(where, weight_where, grad_where):
+    tensors = [random((2, 4, 7, 6), where=where), random((6, 2, 3, 3), where=weight_where), random((6,))]
+    check("conv2d", tensors, {"groups": 2, "padding": 1}, grad_layout=grad_where)
+
+
+EMPTY = [
+    ((0, 3, 6, 6), (4, 3, 3, 3), 1),
+    ((0, 4, 6, 6), (4, 2, 3, 3), 2),
+    ((2, 0, 6, 6), (4, 0, 3, 3), 1),
+    ((0, 6, 6), (4, 0, 3, 3), 1),
+    ((0, 0, 6, 6), (4, 0, 3, 3), 1),
+]
+
+
+@both_formats
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize(("input_shape", "weight_shape", "groups"), EMPTY)
+def test_empty(input_shape, weight_shape, groups, bias, where):
+    tensors = operands(input_shape, weight_shape, where=where, bias=bias)
+    output = conv2d(*tensors, groups=groups)
+    assert output.shape == torch.nn.functional.conv2d(*tensors, groups=groups).shape
+    for tensor, grad in zip(
+        tensors, gradients(lambda *t: conv2d(*t, groups=groups), tensors, torch.ones_like(output)), strict=True
+    ):
+        assert tensor is None or (grad.shape == tensor.shape and not grad.any())
+
+
+@st.composite
+def geometries(draw):
+    """Shapes of input and weight, and the options, of a convolution with at least one output pixel."""
+    groups = draw(st.integers(1, 3))
+    in_channels, out_channels = (groups * draw(st.integers(1, 5)) for _ in range(2))
+    size, kernels, options = [], [], {"stride": [], "padding": [], "dilation": []}
+    for _ in range(2):
+        kernel, stride, dilation = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        padding = draw(st.integers(0, 4))
+        covered = (draw(st.integers(1, 7)) - 1) * stride + (kernel - 1) * dilation + 1  # by the windows
+        size.append(max(1, covered + draw(st.integers(0, stride - 1)) - 2 * padding))
+        kernels.append(kernel)
+        for values, value in zip(options.values(), (stride, padding, dilation), strict=True):
+            values.append(value)
+    batch = draw(st.sampled_from([(), (1,), (2,), (3,)]))
+    return (*batch, in_channels, *size), (out_channels, in_channels // groups, *kernels), options | {"groups": groups}
+
+
+@given(st.data())
+def test_any_geometry_and_layout(data):
+    input_shape, weight_shape, options = data.draw(geometries())
+    dtype = data.draw(st.sampled_from(FLOATING))
+    rank = len(input_shape)
+    some_layout = st.one_of(layouts(rank), st.just("channels_last"))
+    tensors = [
+        random(input_shape, dtype, data.draw(some_layout)),
+        random(weight_shape, dtype, data.draw(layouts(4))),
+        random(weight_shape[:1], dtype, data.draw(layouts(1))) if data.draw(st.booleans()) else None,
+    ]
+    check("conv2d", tensors, options, grad_layout=data.draw(some_layout))
+
+
+def in_bounds_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1):
+    """conv2d tap by tap, each over the output pixels for which it lies inside the image: no zeros take part."""
+    size = [n + 2 * padding - dilation * (k - 1) for n, k in zip(input.shape[2:], weight.shape[2:], strict=True)]
+    height, width = ((n - 1) // stride + 1 for n in size)
+    output = torch.zeros(input.shape[0], weight.shape[0], height, width, dtype=input.dtype)
+    for i, j in product(*map(range, weight.shape[2:])):
+        rows = [y for y in range(height) if 0 <= y * stride - padding + i * dilation < input.shape[2]]
+        columns = [x for x in range(width) if 0 <= x * stride - padding + j * dilation < input.shape[3]]
+        if not rows or not columns:
+            continue
+        y, x = rows[0] * stride - padding + i * dilation, columns[0] * stride - padding + j * dilation
+        met = input[:, :, y : y + len(rows) * stride : stride, x : x + len(columns) * stride : stride]
+        terms = (met[:, None] * weight[None, :, :, i, j, None, None]).sum(2)
+        output[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] += terms
+    return output if bias is None else output + bias[:, None, None]
+
+
+BORDERS = [
+    {"padding": 1},
+    {"padding": 2},
+    {"padding": 1, "stride": 2},
+    {"padding": 2, "dilation": 2},
+    {"padding": 3, "stride": 3, "dilation": 2},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@both_formats
+@pytest.mark.parametrize("options", BORDERS, ids=str)
+@pytest.mark.parametrize("infinite", ["weight", "input", "grad_output", "weight_nan", "all"])
+def test_the_border_is_not_multiplied(infinite, options, where, dtype):
+    """An infinite value times the padding would be NaN; but the sum runs over the taps inside the image only."""
+    input, weight = random((2, 3, 8, 9), dtype, where), random((4, 3, 3, 3), dtype, where)
+    shape = in_bounds_conv2d(input, weight, **options).shape
+    grad = random(shape, dtype, where)
+    if infinite in ("weight", "all"):
+        weight[0, 0, 0, 0], weight[1, 2, 2, 1], weight[3, :, 1, 2] = math.inf, -math.inf, math.inf
+    if infinite == "weight_nan":
+        weight[0, 0, 0, 0], weight[3, 1, 2, 2] = math.nan, math.nan
+    if infinite in ("input", "all"):
+        input[0, 0, 0, 0], input[1, 2, -1, 3], input[1, 1, 4, -1] = math.inf, -math.inf, math.inf
+    if infinite in ("grad_output", "all"):
+        grad[0, 0, 0, 0], grad[1, 3, -1, -1], grad[1, 1, 0, 2] = math.inf, -math.inf, math.inf
+
+    def ours(*tensors):
+        return conv2d(*tensors, **options)
+
+    def reference(*tensors):
+        return in_bounds_conv2d(*tensors, **options)
+
+    tensors = [input, weight]
+    doubles, magnitudes = [t.double() for t in tensors], [t.double().abs() for t in tensors]
+    assert_close("output", ours(*tensors), reference(*doubles), reference(*magnitudes))
+    triples = zip(
+        ("input", "weight"),
+        gradients(ours, tensors, grad),
+        gradients(reference, doubles, grad.double()),
+        gradients(reference, magnitudes, grad.double().abs()),
+        strict=True,
+    )
+    for name, actual, expected, magnitude in triples:
+        assert_close(f"gradient of {name}", actual, expected, magnitude)
+
+
+def test_sums_stay_accurate():
+    """Weight and bias gradients of a large batch are long sums of one sign."""
+    input, grad = torch.rand(64, 1, 40, 40) + 0.5, torch.rand(64, 2, 38, 38) + 0.5
+    tensors = [input, torch.ones(2, 1, 3, 3), torch.zeros(2)]
+    _, weight_grad, bias_grad = gradients(conv2d, tensors, grad)
+    doubles = [t.double() for t in tensors]
+    _, exact_weight_grad, exact_bias_grad = gradients(torch.nn.functional.conv2d, doubles, grad.double())
+    torch.testing.assert_close(weight_grad.double(), exact_weight_grad, rtol=1e-6, atol=0)
+    torch.testing.assert_close(bias_grad.double(), exact_bias_grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.slow
+@both_formats
+def test_more_than_2_to_the_31_elements(where):
+    """The output has them; input and weight are small."""
+    channels, side = 2**15 + 1, 2**8
+    input, weight = torch.zeros(1, 1, side, side), torch.zeros(channels, 1, 1, 1)
+    input[0, 0, 0, 0], input[0, 0, -1, -1], weight[0], weight[-1] = 3, 5, 7, 2
+    if where == "channels_last":  # with one channel the input is in both formats
+        input, weight = input.expand(1, 2, side, side) * 1, weight.expand(channels, 2, 1, 1) / 2
+    output = conv2d(place(input.bfloat16(), where), weight.bfloat16())
+    assert output[0, 0, 0, 0] == 21 and output[0, -1, 0, 0] == 6
+    assert output[0, 0, -1, -1] == 35 and output[0, -1, -1, -1] == 10
+    assert output.count_nonzero() == 4

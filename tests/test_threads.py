@@ -1,0 +1,126 @@
+"""The number of threads changes nothing but the time: every result has the same bits, in every run."""
+
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+import torch
+from tensors import FLOATING, INTEGER, place, random
+
+ops = torch.ops.pyops
+
+POOL = ((3, 3), (2, 2), (1, 1), (1, 1), False)  # overlapping windows: backward adds up
+WIDE_POOL = ((16, 17), (5, 3), (8, 8), (1, 1), True)  # int64 argmax
+CONV = ((1, 1), (1, 1), (1, 1), 1)
+
+
+def pooled(input, window):
+    output, argmax = ops.max_pool2d(input, *window)
+    results = [output, argmax, ops.max_pool2d_indices(argmax, input.shape[-2:], *window)]
+    if input.is_floating_point():
+        grad = random(output.shape, output.dtype)
+        results.append(ops.max_pool2d_backward(grad, argmax, input.shape[-2:], *window))
+        results.append(ops.max_pool2d_gather(input, argmax, *window))
+    return results
+
+
+def convolved(input, weight, stride, padding, dilation, groups):
+    options = (stride, padding, dilation, groups)
+    output = ops.conv2d(input, weight, random(weight.shape[:1], weight.dtype), *options)
+    grad = random(output.shape, output.dtype)
+    sizes = (input.shape, weight.shape)
+    return [output, *ops.conv2d_backward(grad, input, weight, *sizes, *options, [True] * 3)]
+
+
+def multiplied(input, weight):
+    output = ops.linear(input, weight, random(weight.shape[:1], weight.dtype))
+    return [output, *ops.linear_backward(random(output.shape, output.dtype), input, weight, [True] * 3)]
+
+
+def rectified(input):
+    output = ops.relu(input)
+    grad = random(input.shape, input.dtype)
+    in_place = input.clone()
+    ops.relu_(in_place)
+    return [output, ops.relu_backward(grad, output), in_place]
+
+
+def images(channels_first, dtype, where):
+    return place(random(channels_first, dtype), where)
+
+
+# Each large enough for seven threads, with odd sizes, so that the shares differ.
+CASES = {
+    "relu": lambda dtype, where: rectified(images((3, 11, 101, 151), dtype, where)),
+    "linear": lambda dtype, where: multiplied(random((519, 131), dtype, where), random((203, 131), dtype, where)),
+    "linear_long_sum": lambda dtype, where: multiplied(random((5003, 17), dtype, where), random((9, 17), dtype)),
+    "conv2d": lambda dtype, where: convolved(
+        images((9, 5, 31, 33), dtype, where), images((19, 5, 3, 3), dtype, where), *CONV
+    ),
+    "conv2d_one_image": lambda dtype, where: convolved(
+        images((1, 3, 97, 89), dtype, where), images((7, 3, 5, 5), dtype, where), (2, 1), 2, 1, 1
+    ),
+    "conv2d_groups": lambda dtype, where: convolved(
+        images((3, 12, 41, 43), dtype, where), images((24, 1, 3, 3), dtype, where), *CONV[:-1], 12
+    ),
+    "max_pool2d": lambda dtype, where: pooled(images((7, 11, 85, 91), dtype, where), POOL),
+    "max_pool2d_wide": lambda dtype, where: pooled(images((3, 7, 45, 51), dtype, where), WIDE_POOL),
+}
+COMBINATIONS = [
+    (case, dtype)
+    for case, dtype in product(CASES, FLOATING + INTEGER)
+    if dtype.is_floating_point or case.startswith(("relu", "max_pool2d"))
+]
+
+
+@pytest.mark.parametrize("where", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("case", "dtype"), COMBINATIONS, ids=str)
+def test_same_bits(case, dtype, where):
+    expected = None
+    for threads in (1, 2, 2, 3, 7):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        results = CASES[case](dtype, where)
+        bits = [t.contiguous().view(torch.uint8) for t in results]
+        expected = expected or bits
+        for i, (actual, first) in enumerate(zip(bits, expected, strict=True)):
+            assert torch.equal(actual, first), f"result {i} differs with {threads} threads"
+
+
+def test_every_op_forks():
+    """Each op in turn is allowed one thread more than the pool has: it grows if the op's work is really shared."""
+    program = """
+import os, torch, pyops
+ops = torch.ops.pyops
+x, w, b = torch.randn(2000, 300), torch.randn(300, 300), torch.randn(300)
+images, weight = torch.randn(16, 16, 64, 64), torch.randn(16, 16, 3, 3)
+pool = (2, 2, 0, 1, False)
+output, argmax = ops.max_pool2d(images.repeat(4, 1, 1, 1), *pool)
+conv = (images.shape, weight.shape, 1, 1, 1, 1)
+calls = {
+    "relu": lambda: ops.relu(images),
+    "relu_": lambda: ops.relu_(images),
+    "relu_backward": lambda: ops.relu_backward(images, images),
+    "linear": lambda: ops.linear(x, w, b),
+    "linear_backward, input": lambda: ops.linear_backward(x, x, w, [True, False, False]),
+    "linear_backward, weight": lambda: ops.linear_backward(x, x, w, [False, True, False]),
+    "conv2d": lambda: ops.conv2d(images, weight, None, 1, 1, 1, 1),
+    "conv2d_backward, input": lambda: ops.conv2d_backward(images, images, weight, *conv, [True, False, False]),
+    "conv2d_backward, weight": lambda: ops.conv2d_backward(images, images, weight, *conv, [False, True, False]),
+    "max_pool2d": lambda: ops.max_pool2d(images, *pool),
+    "max_pool2d_backward": lambda: ops.max_pool2d_backward(output, argmax, (64, 64), *pool),
+    "max_pool2d_indices": lambda: ops.max_pool2d_indices(argmax, (64, 64), *pool),
+}
+for threads, (name, call) in enumerate(calls.items(), start=2):
+    torch.set_num_threads(threads)
+    before = len(os.listdir("/proc/self/task"))
+    call()
+    if len(os.listdir("/proc/self/task")) <= before:
+        print(name)
+"""
+    # One thread at the start: what happens before the first call must not fill the pool.
+    program = "import torch; torch.set_num_threads(1)" + program
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split("\n") == [""], "ops that ran on one thread"
