@@ -47,6 +47,7 @@ bool is_met(const Source<In>& s, int64_t dy, int64_t dx) {
 // The smallest and largest coordinates that some tap of output rows [0, out_height) meets.
 struct Extent {
   int64_t top, bottom, left, right;
+  int64_t span_h, span_w;  // of the taps of one pixel
 
   template <class In>
   explicit Extent(const Source<In>& s) : top(0), bottom(0), left(0), right(0) {
@@ -55,6 +56,7 @@ struct Extent {
       top = t == 0 ? dy : std::min(top, dy), bottom = t == 0 ? dy : std::max(bottom, dy);
       left = t == 0 ? dx : std::min(left, dx), right = t == 0 ? dx : std::max(right, dx);
     }
+    span_h = bottom - top + 1, span_w = right - left + 1;
     bottom += (s.out_height - 1) * s.step_h;
     right += (s.out_width - 1) * s.step_w;
   }
@@ -76,30 +78,25 @@ struct Window {
   const T* data;
   int64_t image_stride, channel_stride;
   int64_t y_step, x_step;  // from one output pixel to the next
-  // Tap (dy, dx) is at (dy - top) * row_stride + place(dx - left).
-  int64_t top, left, row_stride, remainder_stride, column_stride, step_w;
+  // Tap (dy, dx) is at (dy - top) * row_stride, and along x, with d = dx - left, at
+  // d % step_w * remainder_stride + d / step_w * column_stride.
+  int64_t top, left, row_stride, step_w, remainder_stride, column_stride;
 
   int64_t tap_offset(Tap tap) const {
-    const int64_t x = tap.dx - left;
-    return (tap.dy - top) * row_stride + x % step_w * remainder_stride + x / step_w * column_stride;
+    const int64_t d = tap.dx - left;
+    return (tap.dy - top) * row_stride + d % step_w * remainder_stride + d / step_w * column_stride;
   }
 };
 
-// How a copied window is laid out: images, then channels or (channels last) rows and columns.
-template <class In>
-Window<Compute<In>> window_layout(const Source<In>& s, const Extent& e, int64_t channels, int64_t rows,
-                                  bool channels_last) {
-  const int64_t height = (rows - 1) * s.step_h + e.bottom - (s.out_height - 1) * s.step_h - e.top + 1;
-  const int64_t width = e.right - e.left + 1;
-  if (channels_last) {
-    const int64_t row = width * channels;
-    return {nullptr,  height * row,        1,       s.step_h * row, s.step_w * channels, e.top, e.left, row,
-            channels, s.step_w * channels, s.step_w};
-  }
-  const int64_t per_remainder = ceil_div(width, s.step_w), row = per_remainder * s.step_w;
-  return {nullptr, channels * height * row, height * row, s.step_h * row, 1, e.top, e.left, row, per_remainder, 1,
-          s.step_w};
-}
+// One dimension of a copied window. Where the step between pixels is larger than the span of the taps, what lies
+// between is not copied: element i of the copy is element i / step * source_step + i % step of the source.
+struct CopiedAxis {
+  int64_t source_step, step, size;
+
+  CopiedAxis(int64_t pixels, int64_t source_step, int64_t span)
+      : source_step(source_step), step(std::min(source_step, span)), size((pixels - 1) * step + span) {}
+  int64_t source(int64_t i) const { return i / step * source_step + i % step; }
+};
 
 template <class In>
 void copy_row(Compute<In>* target, const In* row, int64_t x, int64_t step, int64_t count, int64_t width,
@@ -133,39 +130,45 @@ Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& 
               e.top,
               e.left,
               s.y_stride,
+              s.step_w,
               s.x_stride,
-              s.step_w * s.x_stride,
-              s.step_w};
+              s.step_w * s.x_stride};
   }
 
-  Window<T> w = window_layout(s, e, b.channels, b.rows, channels_last);
-  T* copy = scratch<T>(Scratch::b, b.images * w.image_stride + lanes);
-  w.data = copy;
-  const int64_t width = e.right - e.left + 1, top = b.y * s.step_h + e.top;
-  const int64_t height = w.image_stride / (channels_last ? w.row_stride : b.channels * w.row_stride);
+  const CopiedAxis vertical(b.rows, s.step_h, e.span_h);
+  const CopiedAxis horizontal(s.out_width, s.step_w, e.span_w);
+  const int64_t step = horizontal.step, per_remainder = ceil_div(horizontal.size, step);
+  const int64_t row = channels_last ? horizontal.size * b.channels : per_remainder * step;
+  const int64_t plane = vertical.size * row, image = channels_last ? plane : b.channels * plane;
+  T* copy = scratch<T>(Scratch::b, b.images * image + lanes);
   for (int64_t n = 0; n < b.images; ++n) {
-    for (int64_t row = 0; row < height; ++row) {
-      const int64_t y = top + row;
+    for (int64_t i = 0; i < vertical.size; ++i) {
+      const int64_t y = b.y * s.step_h + e.top + vertical.source(i);
       const bool inside = y >= 0 && y < s.height;
       const In* source = images + (b.n + n) * s.image_stride + (inside ? y : 0) * s.y_stride;
-      const int64_t image_width = inside ? s.width : 0;  // a row outside is all zeros
-      T* target = copy + n * w.image_stride + row * w.row_stride;
+      const int64_t width = inside ? s.width : 0;  // a row outside is all zeros
+      T* target = copy + n * image + i * row;
       if (channels_last) {
-        const int64_t begin = std::clamp(-e.left, int64_t{0}, width);
-        const int64_t end = std::clamp(image_width - e.left, begin, width);
-        std::fill(target, target + begin * b.channels, T(0));
-        for (int64_t x = begin; x < end; ++x)
-          copy_values(target + x * b.channels, source + (x + e.left) * s.x_stride, b.channels, s.channel_stride);
-        std::fill(target + end * b.channels, target + width * b.channels, T(0));
+        for (int64_t j = 0; j < horizontal.size; ++j) {
+          const int64_t x = e.left + horizontal.source(j);
+          if (x >= 0 && x < width) {
+            copy_values(target + j * b.channels, source + x * s.x_stride, b.channels, s.channel_stride);
+          } else {
+            std::fill_n(target + j * b.channels, b.channels, T(0));
+          }
+        }
       } else {
         for (int64_t c = 0; c < b.channels; ++c)
-          for (int64_t r = 0; r < s.step_w; ++r)
-            copy_row(target + c * w.channel_stride + r * w.remainder_stride, source + c * s.channel_stride, e.left + r,
-                     s.step_w, w.remainder_stride, image_width, s.x_stride);
+          for (int64_t r = 0; r < step; ++r)
+            copy_row(target + c * plane + r * per_remainder, source + c * s.channel_stride, e.left + r, s.step_w,
+                     per_remainder, width, s.x_stride);
       }
     }
   }
-  return w;
+  if (channels_last)
+    return {copy,   image, 1,    vertical.step * row, step * b.channels, e.top,
+            e.left, row,   step, b.channels,          step * b.channels};
+  return {copy, image, plane, vertical.step * row, 1, e.top, e.left, row, step, per_remainder, 1};
 }
 
 // How many output rows of how many images make a window of a good size for the cache.
@@ -175,12 +178,13 @@ struct BandSize {
   template <class In>
   BandSize(const Source<In>& s, const Extent& e, int64_t channels) {
     constexpr int64_t cached = (256 << 10) / sizeof(Compute<In>), enough_pixels = 256;
-    const int64_t row = channels * (e.right - e.left + 1);
-    const int64_t more = e.bottom - (s.out_height - 1) * s.step_h - e.top + 1;  // source rows of one output row
-    rows = std::clamp((cached / row - more) / s.step_h + 1, int64_t{1}, s.out_height);
+    const CopiedAxis vertical(s.out_height, s.step_h, e.span_h);
+    const CopiedAxis horizontal(s.out_width, s.step_w, e.span_w);
+    const int64_t row = channels * horizontal.size;
+    rows = std::clamp((cached / row - e.span_h) / vertical.step + 1, int64_t{1}, s.out_height);
     // Of even size, and small images together.
     rows = ceil_div(s.out_height, ceil_div(s.out_height, rows));
-    const int64_t image = row * ((rows - 1) * s.step_h + more);
+    const int64_t image = row * ((rows - 1) * vertical.step + e.span_h);
     images = rows < s.out_height
                  ? 1
                  : std::clamp(std::min(cached / image, ceil_div(enough_pixels, s.pixels())), int64_t{1}, s.count);

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
 from pyops import _load
 
@@ -42,8 +44,10 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
             """The op on `args`, all of them given, by the cheapest way that is right where it is called."""
             if torch.compiler.is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
                 return op(*args)
-            if torch._C._are_functorch_transforms_active():
-                return cls.apply(*args)
+            if torch._C._functorch.peek_interpreter_stack() is not None:  # inside of vmap, grad, jvp, ...
+                return (
+                    op(*args) if torch._C._functorch.get_single_level_autograd_function_allowed() else cls.apply(*args)
+                )
             if torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
                 for arg in args:
                     if isinstance(arg, torch.Tensor) and arg.requires_grad:
@@ -53,10 +57,25 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
         cls.call = staticmethod(call)
         APPLY[f"pyops::{name}"] = apply
         torch.library.register_fake(f"pyops::{name}", on_one_device(name, cls.fake))
-        torch.library.register_vmap(f"pyops::{name}", cls.vmap)
+        torch.library.register_vmap(f"pyops::{name}", operator_rule(op, cls.vmap))
         return cls
 
     return register
+
+
+def operator_rule(op: torch._ops.OpOverload, vmap: Callable[..., Any]) -> Callable[..., Any]:
+    """The batching rule `vmap` of a Function for the operator itself.
+
+    torch calls it while its own level of vmap is still the current one, and leaves out trailing arguments that have
+    their default value.
+    """
+
+    def rule(info: Any, in_dims: Dims, *args: Any) -> Any:
+        left_out = [argument.default_value for argument in op._schema.arguments[len(args) :]]
+        with retrieve_current_functorch_interpreter().lower():
+            return vmap(info, (*in_dims, *(None for _ in left_out)), *args, *left_out)
+
+    return rule
 
 
 def on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,9 +92,16 @@ def on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-# The operators' Autograd kernel (csrc/autograd.cpp) calls this where somebody wants a derivative.
 APPLY: dict[str, Callable[..., Any]] = {}
-_load._C.set_autograd(lambda name, args: APPLY[name](*args))
+
+
+def apply_function(name: str, args: tuple[Any, ...]) -> Any:
+    """What the operators' Autograd kernel (csrc/autograd.cpp) calls where somebody wants a derivative."""
+    with enable_single_level_autograd_function():  # under torch.func.grad that kernel runs once for each level
+        return APPLY[name](*args)
+
+
+_load._C.set_autograd(apply_function)
 
 
 def batch_first(tensor: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
