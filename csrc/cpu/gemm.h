@@ -17,12 +17,12 @@
 
 #include "scratch.h"
 #include "tile.h"
+#include "transpose.h"
 
 namespace pyops::cpu {
 
 // ---- blocking ----
 
-constexpr int64_t KC = 192;  // a panel of B, KC x 64 floats = 48 KB, stays in the L1 cache or nearly so
 constexpr int64_t MC = 192;  // a block of A, MC x KC floats = 144 KB, and
 constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 288 KB, share an L2 cache of 1 MB or more
 
@@ -65,27 +65,6 @@ inline void copy_values(T* target, const In* source, int64_t n, int64_t stride) 
     std::copy_n(source, n, target);
   } else {
     at::vec::convert(source, target, n);
-  }
-}
-
-// target[c * target_stride + r] = source[r * source_stride + c]
-template <class T, class In>
-void transpose(T* target, int64_t target_stride, const In* source, int64_t source_stride, int64_t rows,
-               int64_t columns) {
-  constexpr int64_t block = 16;
-  for (int64_t r = 0; r < rows; r += block) {
-    for (int64_t c = 0; c < columns; c += block) {
-      const int64_t height = std::min(block, rows - r), width = std::min(block, columns - c);
-      const In* from = source + r * source_stride + c;
-      T* to = target + c * target_stride + r;
-      if constexpr (std::is_same_v<In, float>) {
-        at::vec::transpose_mxn(from, source_stride, to, target_stride, static_cast<int>(height),
-                               static_cast<int>(width));
-      } else {
-        for (int64_t i = 0; i < height; ++i)
-          for (int64_t j = 0; j < width; ++j) to[j * target_stride + i] = static_cast<T>(from[i * source_stride + j]);
-      }
-    }
   }
 }
 

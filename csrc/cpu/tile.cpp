@@ -9,26 +9,27 @@ namespace {
 template <class T>
 struct TileArgs {
   int64_t kc;
-  Rows<T> a;
-  Vectors<T> b;
+  Rows<T> a;     // steps in bytes: a load takes base and step as they are, and every instruction that is not a
+  Vectors<T> b;  // multiply-add is felt
   T* sums;
   int64_t sums_stride;
   bool accumulate;
 };
 
-// The loops over compile-time counts must be unrolled for the sums to stay in registers.
-template <class T, int rows, int vectors>
+// The loops over compile-time counts must be unrolled for the sums to stay in registers. adjacent: the vectors lie next
+// to each other, which leaves enough registers for all pointers and is worth 15 % of speed.
+template <class T, int rows, int vectors, bool adjacent>
 void tile(const TileArgs<T>& x) {
   using V = Vec<T>;
   constexpr int64_t lanes = V::size();
-  const T* a[rows];
-  const T* b[vectors];
+  const char* a[rows];
+  const char* b[adjacent ? 1 : vectors];
   V sum[rows][vectors];
 #pragma GCC unroll 32
-  for (int j = 0; j < vectors; ++j) b[j] = x.b.data + x.b.offsets[j];
+  for (int j = 0; j < (adjacent ? 1 : vectors); ++j) b[j] = reinterpret_cast<const char*>(x.b.data + x.b.offsets[j]);
 #pragma GCC unroll 32
   for (int i = 0; i < rows; ++i) {
-    a[i] = x.a.data + x.a.offsets[i];
+    a[i] = reinterpret_cast<const char*>(x.a.data + x.a.offsets[i]);
 #pragma GCC unroll 32
     for (int j = 0; j < vectors; ++j) sum[i][j] = V(0);
   }
@@ -36,10 +37,11 @@ void tile(const TileArgs<T>& x) {
     const int64_t a_step = x.a.steps[k], b_step = x.b.steps[k];
     V b_row[vectors];
 #pragma GCC unroll 32
-    for (int j = 0; j < vectors; ++j) b_row[j] = V::loadu(b[j] + b_step);
+    for (int j = 0; j < vectors; ++j)
+      b_row[j] = adjacent ? V::loadu(b[0] + b_step + j * lanes * sizeof(T)) : V::loadu(b[j] + b_step);
 #pragma GCC unroll 32
     for (int i = 0; i < rows; ++i) {
-      const V a_value(a[i][a_step]);
+      const V a_value(*reinterpret_cast<const T*>(a[i] + a_step));
 #pragma GCC unroll 32
       for (int j = 0; j < vectors; ++j) sum[i][j] = at::vec::fmadd(a_value, b_row[j], sum[i][j]);
     }
@@ -56,19 +58,26 @@ void tile(const TileArgs<T>& x) {
 template <class T>
 using Tile = void (*)(const TileArgs<T>&);
 
-template <class T, int vectors, int... I>
+template <class T, int vectors, bool adjacent, int... I>
 constexpr auto tiles_of_width(std::integer_sequence<int, I...>) {
-  return std::array<Tile<T>, tile_rows[0]>{tile<T, I + 1, vectors>...};
+  return std::array<Tile<T>, tile_rows[0]>{tile<T, I + 1, vectors, adjacent>...};
 }
 
-// tiles[vectors - 1][rows - 1]
-template <class T, int... J>
+// tiles<T, adjacent>[vectors - 1][rows - 1]
+template <class T, bool adjacent, int... J>
 constexpr auto all_tiles(std::integer_sequence<int, J...>) {
   return std::array<std::array<Tile<T>, tile_rows[0]>, max_vectors>{
-      tiles_of_width<T, J + 1>(std::make_integer_sequence<int, tile_rows[J]>{})...};
+      tiles_of_width<T, J + 1, adjacent>(std::make_integer_sequence<int, tile_rows[J]>{})...};
 }
+template <class T, bool adjacent>
+constexpr auto tiles = all_tiles<T, adjacent>(std::make_integer_sequence<int, max_vectors>{});
+
 template <class T>
-constexpr auto tiles = all_tiles<T>(std::make_integer_sequence<int, max_vectors>{});
+bool are_adjacent(const int64_t* offsets, int64_t vectors) {
+  bool adjacent = true;
+  for (int64_t j = 1; j < vectors; ++j) adjacent &= offsets[j] - offsets[j - 1] == Vec<T>::size();
+  return adjacent;
+}
 
 // The share of the next of `parts` parts of `count`, as even as they can be: 13 in 4 parts is 4, 3, 3, 3.
 int64_t next_share(int64_t count, int64_t parts) {
@@ -80,9 +89,15 @@ int64_t next_share(int64_t count, int64_t parts) {
 template <class T>
 void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums, int64_t sums_stride,
               bool accumulate) {
+  int64_t a_steps[KC], b_steps[KC];
+  for (int64_t k = 0; k < kc; ++k) {
+    a_steps[k] = a.steps[k] * static_cast<int64_t>(sizeof(T));
+    b_steps[k] = b.steps[k] * static_cast<int64_t>(sizeof(T));
+  }
+  a.steps = a_steps, b.steps = b_steps;
   for (int64_t panels = (vectors + max_vectors - 1) / max_vectors; panels > 0; --panels) {
     const int64_t width = next_share(vectors, panels);
-    const auto& tiles_here = tiles<T>[width - 1];
+    const auto& tiles_here = (are_adjacent<T>(b.offsets, width) ? tiles<T, true> : tiles<T, false>)[width - 1];
     TileArgs<T> args{kc, a, b, sums, sums_stride, accumulate};
     int64_t left = rows;
     for (int64_t parts = (rows + tile_rows[width - 1] - 1) / tile_rows[width - 1]; parts > 0; --parts) {

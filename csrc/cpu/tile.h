@@ -42,7 +42,10 @@ constexpr std::array<int, 1> tile_rows = {4};  // 16 registers, of which a Vecto
 #endif
 constexpr int max_vectors = static_cast<int>(tile_rows.size());
 
-// sums: row-major, rows x (vectors * lanes), at distance sums_stride. accumulate: add to what is there.
+// The most terms of one sum: with 64 columns a panel of B is 48 KB, which stays in the L1 cache or nearly so.
+constexpr int64_t KC = 192;
+
+// sums: row-major, rows x (vectors * lanes), at distance sums_stride. accumulate: add to what is there. kc <= KC.
 template <class T>
 void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums, int64_t sums_stride,
               bool accumulate);

@@ -1,0 +1,74 @@
+// target[c * target_stride + r] = source[r * source_stride + c], converted to T.
+//
+// Floats go through the registers in tiles of one vector of rows by 4 columns: each 128-bit lane of four vectors is
+// loaded from a row of its own, and a 4 x 4 transpose inside the lanes is the whole work, 8 shuffles for 4 vectors.
+// This is the one place of intrinsics here: at::vec's transpose keeps its vectors in memory and takes three times as
+// long.
+#pragma once
+
+#include <algorithm>
+
+#include "common.h"
+
+namespace pyops::cpu {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t tile_rows_transposed = 16;
+using FloatVector = __m512;
+// Rows i, i + 4, i + 8, i + 12, four columns each.
+inline __m512 load_lanes(const float* p, int64_t stride) {
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * stride), 2);
+  return _mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * stride), 3);
+}
+inline void transpose_lanes(__m512 (&v)[4]) {
+  const __m512 a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
+  const __m512 c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm512_shuffle_ps(a, c, 0x44), v[1] = _mm512_shuffle_ps(a, c, 0xEE);
+  v[2] = _mm512_shuffle_ps(b, d, 0x44), v[3] = _mm512_shuffle_ps(b, d, 0xEE);
+}
+inline void store_vector(float* p, __m512 v) {
+  _mm512_storeu_ps(p, v);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int64_t tile_rows_transposed = 8;
+using FloatVector = __m256;
+// Rows i, i + 4, four columns each.
+inline __m256 load_lanes(const float* p, int64_t stride) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+}
+inline void transpose_lanes(__m256 (&v)[4]) {
+  const __m256 a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
+  const __m256 c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
+  v[0] = _mm256_shuffle_ps(a, c, 0x44), v[1] = _mm256_shuffle_ps(a, c, 0xEE);
+  v[2] = _mm256_shuffle_ps(b, d, 0x44), v[3] = _mm256_shuffle_ps(b, d, 0xEE);
+}
+inline void store_vector(float* p, __m256 v) {
+  _mm256_storeu_ps(p, v);
+}
+#endif
+
+template <class T, class In>
+void transpose(T* target, int64_t target_stride, const In* source, int64_t source_stride, int64_t rows,
+               int64_t columns) {
+  int64_t whole_rows = 0, whole_columns = 0;  // covered by whole tiles
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<In, float>) {
+    whole_rows = rows / tile_rows_transposed * tile_rows_transposed, whole_columns = columns / 4 * 4;
+    for (int64_t c = 0; c < whole_columns; c += 4) {
+      for (int64_t r = 0; r < whole_rows; r += tile_rows_transposed) {
+        FloatVector v[4];
+        for (int i = 0; i < 4; ++i) v[i] = load_lanes(source + (r + i) * source_stride + c, source_stride);
+        transpose_lanes(v);
+        for (int i = 0; i < 4; ++i) store_vector(target + (c + i) * target_stride + r, v[i]);
+      }
+    }
+  }
+#endif
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      target[c * target_stride + r] = static_cast<T>(source[r * source_stride + c]);
+}
+
+}  // namespace pyops::cpu
