@@ -49,7 +49,8 @@ CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine() == "x86_64":
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-    CPU_CAPABILITIES["AVX512"] += ["-Wno-maybe-uninitialized"]  # false alarms in gcc's own headers (gcc bug 105593)
+    # False alarms in gcc's own headers (gcc bug 105593).
+    CPU_CAPABILITIES["AVX512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 
 def extension(name: str, folder: str, flags: list[str]) -> setuptools.Extension:

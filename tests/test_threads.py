@@ -121,6 +121,6 @@ for threads, (name, call) in enumerate(calls.items(), start=2):
 """
     # One thread at the start: what happens before the first call must not fill the pool.
     program = "import torch; torch.set_num_threads(1)" + program
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split("\n") == [""], "ops that ran on one thread"

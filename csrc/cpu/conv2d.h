@@ -64,9 +64,7 @@ struct Correlation {
   // Which way the vectors run: along x, with a broadcast weight, or along the output channels, with a broadcast value
   // of the source. Whichever leaves fewer lanes idle; the latter transposes an output that is channels-first.
   bool pixel_vectors() const {
-    constexpr int64_t lanes = Vec<Compute<T>>::size();
-    const auto use = [](int64_t count) { return static_cast<double>(count) / (ceil_div(count, lanes) * lanes); };
-    const double pixels = use(source.out_width), channels = use(out_channels);
+    const double pixels = lanes_used<Compute<T>>(source.out_width), channels = lanes_used<Compute<T>>(out_channels);
     return channels_last ? channels < 0.25 * pixels : channels < 1.2 * pixels;
   }
 };
@@ -74,5 +72,9 @@ struct Correlation {
 // weight: [groups][out_channels][channel, tap], in order.
 template <class T>
 void correlate(const Correlation<T>& x, const T* weight);
+
+// The same for channels-last images with one channel in and one out in every group.
+template <class T>
+void correlate_depthwise(const Correlation<T>& x, const T* weight);
 
 }  // namespace pyops::cpu

@@ -106,6 +106,68 @@ Vectors<Compute<T>> grad_rows(const Conv2dShape& s, const T* grad_output, const 
   return {copy, offsets, multiples(Scratch::b_steps, pixels, width)};
 }
 
+// The pixels of a band of grad_output, one output channel [o, o + count) of group g after the other.
+template <class T>
+const Compute<T>* grad_planes(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
+  using C = Compute<T>;
+  const Layout layout(s.O, s.OH, s.OW, s.channels_last);
+  const int64_t pixels = b.rows * s.OW;  // of one image: they lie x_stride apart
+  C* planes = scratch<C>(Scratch::grad_rows, count * b.images * pixels);
+  const T* source = grad_output + (b.g * (s.O / s.groups) + o) * layout.channel_stride + b.n * layout.image_stride +
+                    b.y * layout.y_stride;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t n = 0; n < b.images; ++n)
+      copy_values(planes + (c * b.images + n) * pixels, source + c * layout.channel_stride + n * layout.image_stride,
+                  pixels, layout.x_stride);
+  return planes;
+}
+
+// sums[i] (+)= the sum over the band's pixels of window(offsets[i], pixel) * grad(pixel), for i < count.
+template <class C, int count>
+void dot_products(const Window<C>& w, const int64_t* offsets, const Band& b, int64_t width, const C* grad, C* sums,
+                  int64_t sums_stride, bool accumulate) {
+  using V = Vec<C>;
+  constexpr int64_t lanes = V::size();
+  V sum[count];
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) sum[i] = V(0);
+  for (int64_t n = 0; n < b.images; ++n) {
+    for (int64_t y = 0; y < b.rows; ++y, grad += width) {
+      const C* line = w.data + n * w.image_stride + y * w.y_step;
+      int64_t x = 0;
+      for (; x + lanes <= width; x += lanes) {
+        const V g = V::loadu(grad + x);
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i) sum[i] = at::vec::fmadd(V::loadu(line + offsets[i] + x), g, sum[i]);
+      }
+      if (x < width) {
+        const V g = V::loadu(grad + x, width - x);
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i) sum[i] = at::vec::fmadd(V::loadu(line + offsets[i] + x, width - x), g, sum[i]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < count; ++i) {
+    const C total = at::vec::vec_reduce_all([](const V& a, const V& c) { return a + c; }, sum[i]);
+    sums[i * sums_stride] = accumulate ? sums[i * sums_stride] + total : total;
+  }
+}
+
+// sums[r, o] (+)= the dot products of all rows (channel, tap) of the window with all planes of the gradient.
+template <class C>
+void multiply_along_x(const Window<C>& w, const int64_t* patch, int64_t rows, const Band& b, int64_t width,
+                      const C* planes, int64_t columns, C* sums, int64_t sums_stride, bool accumulate) {
+  constexpr std::array dots = {dot_products<C, 1>, dot_products<C, 2>, dot_products<C, 3>, dot_products<C, 4>,
+                               dot_products<C, 5>, dot_products<C, 6>, dot_products<C, 7>, dot_products<C, 8>};
+  constexpr int64_t most = dots.size();
+  for (int64_t o = 0; o < columns; ++o) {
+    for (int64_t r = 0; r < rows; r += most)
+      dots[std::min(most, rows - r) - 1](w, patch + r, b, width, planes + o * b.images * b.rows * width,
+                                         sums + r * sums_stride + o, sums_stride, accumulate);
+  }
+}
+
 template <class T>
 void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
   using C = Compute<T>;
@@ -122,6 +184,8 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
   const int64_t row_bands = ceil_div(s.OH, size.rows), bands = ceil_div(s.N, size.images) * row_bands;
   const double flops = 2.0 * s.N * s.OH * s.OW * s.O * K;
   const int64_t blocks = s.groups * c_blocks * o_blocks;
+  // A dot product takes two loads for each multiply-add: worth it where the other way leaves most lanes idle.
+  const bool along_x = lanes_used<C>(out) < 0.4 * lanes_used<C>(s.OW);
   const int64_t parts = std::min(ceil_div(tasks_worth(flops), blocks), bands);
 
   C* partial = scratch<C>(Scratch::partial_sums, parts * s.groups * K * out);
@@ -135,8 +199,13 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
-      const Window<C> w = window_of(source, extent, band, s.channels_last, /*overread=*/false);
+      const Window<C> w = window_of(source, extent, band, s.channels_last && !along_x, /*overread=*/along_x);
       const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
+      if (along_x) {
+        multiply_along_x(w, patch, rows, band, s.OW, grad_planes(s, grad_output, band, o, columns), columns, sums,
+                         stride, i > begin);
+        continue;
+      }
       const int64_t* pixels = pixel_offsets(Scratch::a_steps, w, band, s.OW);
       const Vectors<C> grad = grad_rows(s, grad_output, band, o, columns);
       for_each_chunk(0, band.images * band.rows * s.OW, [&](int64_t k, int64_t kc, bool first, bool) {

@@ -138,6 +138,7 @@ void correlate_finite(const Correlation<T>& x, const T* weight) {
 template <class T>
 void correlate(const Correlation<T>& x, const T* weight) {
   const Source<T>& s = x.source;
+  if (x.channels_last && s.channels == 1 && x.out_channels == 1) return correlate_depthwise(x, weight);
   if (!leaves_image(s) || all_finite(weight, x.weights())) return correlate_finite(x, weight);
 
   correlate_finite(x, finite_part(weight, x.weights()).data());

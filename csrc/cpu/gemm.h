@@ -167,6 +167,13 @@ void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride
   }
 }
 
+// The share of the lanes that vectors along a dimension of this size put to use.
+template <class T>
+double lanes_used(int64_t size) {
+  constexpr int64_t lanes = Vec<T>::size();
+  return static_cast<double>(size) / static_cast<double>(ceil_div(size, lanes) * lanes);
+}
+
 // ---- products of matrices ----
 
 // element(r, c) = data[r * row_stride + c * column_stride]
