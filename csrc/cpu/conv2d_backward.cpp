@@ -185,7 +185,7 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
   const double flops = 2.0 * s.N * s.OH * s.OW * s.O * K;
   const int64_t blocks = s.groups * c_blocks * o_blocks;
   // A dot product takes two loads for each multiply-add: worth it where the other way leaves most lanes idle.
-  const bool along_x = lanes_used<C>(out) < 0.4 * lanes_used<C>(s.OW);
+  const bool along_x = lanes_used<C>(out) < 0.5 * lanes_used<C>(s.OW);
   const int64_t parts = std::min(ceil_div(tasks_worth(flops), blocks), bands);
 
   C* partial = scratch<C>(Scratch::partial_sums, parts * s.groups * K * out);
