@@ -377,3 +377,15 @@ def test_checkpoint():
     recomputed = torch.utils.checkpoint.checkpoint(lambda a, b: F.relu(F.linear(a, b)), x, w, use_reentrant=False)
     for a, b in zip(direct, torch.autograd.grad(recomputed.sum(), [x, w]), strict=True):
         assert torch.equal(a, b)
+
+
+def test_operators_themselves_can_be_transformed():
+    """vmap, grad and jvp over torch.ops.pyops, without the functionals and with default arguments left out."""
+    ops = torch.ops.pyops
+    x, weight = torch.randn(3, 4), torch.randn(2, 4)
+    positive = (x > 0).float()
+    torch.testing.assert_close(torch.func.vmap(ops.relu)(x), x.relu())
+    torch.testing.assert_close(torch.func.vmap(lambda row: ops.linear(row, weight))(x), x @ weight.T)
+    torch.testing.assert_close(torch.func.grad(lambda t: ops.relu(t).sum())(x), positive)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda t: ops.relu(t).sum()))(x), positive)
+    torch.testing.assert_close(torch.func.jvp(ops.relu, (x,), (2 * x,))[1], 2 * x.relu())

@@ -229,3 +229,29 @@ def test_more_than_2_to_the_31_elements(where):
     assert output[0, 0, 0, 0] == 21 and output[0, -1, 0, 0] == 6
     assert output[0, 0, -1, -1] == 35 and output[0, -1, -1, -1] == 10
     assert output.count_nonzero() == 4
+
+
+@pytest.mark.parametrize(
+    ("input_size", "weight_size", "options"),
+    [
+        ((2, 70, 7, 6), (70, 1, 3, 3), (None, 1, 1, 1, 70)),  # depthwise, with full and partial vectors of channels
+        ((2, 3, 5, 40), (2, 3, 3, 3), (None, 1, 6, 6, 1)),  # along y only the middle taps ever meet the image
+        ((3, 2, 9, 33), (4, 1, 3, 5), (None, (2, 3), 1, 1, 2)),  # few output channels: gradient of weight along x
+    ],
+)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_paths_chosen_by_shape(input_size, weight_size, options, layout, dtype):
+    def output_and_gradients(function, dtype):
+        torch.manual_seed(0)
+        images = torch.randn(input_size, dtype=torch.float64).to(dtype, memory_format=layout).requires_grad_()
+        weight = torch.randn(weight_size, dtype=torch.float64).to(dtype).requires_grad_()
+        output = function(images, weight, *options)
+        grad_output = torch.randn(output.shape, dtype=torch.float64).to(dtype)
+        return output, *torch.autograd.grad(output, (images, weight), grad_output)
+
+    ours = output_and_gradients(conv2d, dtype)
+    exact = output_and_gradients(torch.nn.functional.conv2d, torch.float64)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
+    for actual, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
