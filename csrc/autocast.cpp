@@ -10,8 +10,7 @@ namespace {
 
 using at::Tensor;
 
-// Casts arguments as stock's "lower_precision_fp" ops do: floating tensors of that device, weights cast once and
-// cached.
+// Casts arguments as stock's "lower_precision_fp" ops do: floating tensors of that device, weights once per region.
 class Cast {
  public:
   explicit Cast(const Tensor& like)

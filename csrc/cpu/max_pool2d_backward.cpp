@@ -251,8 +251,7 @@ class TileBackward {
 
   static int64_t row_pairs(const MaxPool2dShape& s) { return s.N * s.C * at::divup(s.H, 2); }
 
-  // Pairs of rows of the input, [begin, end) of row_pairs(); the last of a plane may be a single one, or have no
-  // windows.
+  // Pairs of rows of the input, [begin, end) of row_pairs(); the last of a plane may be one row, or have no windows.
   void rows(int64_t begin, int64_t end, T* grad_input) const {
     const int64_t pairs = at::divup(s_.H, 2);
     const auto first_element = [&](int64_t pair) { return (pair / pairs * s_.H + pair % pairs * 2) * s_.W; };

@@ -3,8 +3,7 @@
 // NCHW or NHWC, the same for all operands. The element of a window is the one its argmax names. An argmax that names no
 // tap in bounds is not trusted: gather gives 0 for it, indices gives 0.
 //
-// One window at a time, about 1.5 ns each: a table lookup instead of stock's running index leaves nothing but the
-// loads.
+// One window at a time, about 1.5 ns each: a table lookup in place of a running index leaves nothing but the loads.
 #include <algorithm>
 
 #include "max_pool2d.h"

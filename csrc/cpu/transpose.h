@@ -1,9 +1,9 @@
 // target[c * target_stride + r] = source[r * source_stride + c], converted to T.
 //
 // Floats go through the registers in tiles of one vector of rows by 4 columns: each 128-bit lane of four vectors is
-// loaded from a row of its own, and a 4 x 4 transpose inside the lanes is the whole work, 8 shuffles for 4 vectors.
-// This is the one place of intrinsics here: at::vec's transpose keeps its vectors in memory and takes three times as
-// long.
+// loaded from a row of its own, and a 4 x 4 transpose inside the lanes is the whole work, 8 shuffles for 4 vectors. In
+// intrinsics, for at::vec's transpose keeps its vectors in memory: a linear of 60 rows that packs its weight with it
+// reached 103 GF/s, with this 124.
 #pragma once
 
 #include <algorithm>
