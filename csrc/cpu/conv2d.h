@@ -47,31 +47,47 @@ Source<T> input_source(const Conv2dShape& s, const void* input) {
   return source;
 }
 
-// output[g, o, pixel] = bias + sum over (channel, tap) of weight[g, o, channel, tap] * source(pixel, channel, tap)
+// filter(g, o, channel, tap) = data[g * group_stride + o * out_stride + channel * channel_stride + tap.index]
 template <class T>
-struct Correlation {
-  Source<T> source;
-  bool channels_last;            // source and output
-  int64_t groups, out_channels;  // of a group
-  T* output;                     // of group 0, at the first pixel
-  int64_t out_channel_stride;
-  Axis out_pixels;
-  const T* bias;  // null: none
+struct Filters {
+  const T* data;
+  int64_t group_stride, out_stride, channel_stride;
+  int64_t count;  // of all elements
 
-  int64_t depth() const { return source.channels * source.tap_count; }  // K
-  int64_t weights() const { return groups * out_channels * depth(); }
-
-  // Which way the vectors run: along x, with a broadcast weight, or along the output channels, with a broadcast value
-  // of the source. Whichever leaves fewer lanes idle; the latter transposes an output that is channels-first.
-  bool pixel_vectors() const {
-    const double pixels = lanes_used<Compute<T>>(source.out_width), channels = lanes_used<Compute<T>>(out_channels);
-    return channels_last ? channels < 0.25 * pixels : channels < 1.2 * pixels;
+  const T* at(int64_t g, int64_t o, int64_t channel) const {
+    return data + g * group_stride + o * out_stride + channel * channel_stride;
   }
 };
 
-// weight: [groups][out_channels][channel, tap], in order.
+// output[g, o, pixel] = bias + sum over (channel, tap) of filter(g, o, channel, tap) * source(pixel, channel, tap)
+//
+// The output may be made by several correlations, its phases: each has taps of its own and writes the columns
+// x * x_phases + x_phase of its own rows of the output. Phases of the same rows follow one another.
 template <class T>
-void correlate(const Correlation<T>& x, const T* weight);
+struct Correlation {
+  Source<T> source;
+  Filters<T> filters;
+  bool channels_last;            // source and output
+  int64_t groups, out_channels;  // of a group
+  T* output;                     // of group 0, at the first of the rows
+  int64_t out_channel_stride;
+  Axis out_lines;  // all columns of the rows
+  const T* bias;   // null: none
+  int64_t x_phase = 0, x_phases = 1;
+
+  int64_t depth() const { return source.channels * source.tap_count; }  // K
+  // The pixels of this phase.
+  Axis out_pixels() const {
+    return {source.out_width, source.pixels(), out_lines.image_stride, out_lines.y_stride,
+            out_lines.x_stride * x_phases};
+  }
+  T* first_pixel() const { return output + x_phase * out_lines.x_stride; }
+};
+
+// The sum of `count` phases, which share everything but their taps, rows, columns and output size; the first is the
+// largest.
+template <class T>
+void correlate(const Correlation<T>* phases, int64_t count);
 
 // The same for channels-last images with one channel in and one out in every group.
 template <class T>

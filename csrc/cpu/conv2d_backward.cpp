@@ -21,64 +21,57 @@
 namespace pyops::cpu {
 namespace {
 
-// weight [g][o][c][kernel] -> [g][c][o][taps]
+// A phase is the pixels of the input whose coordinates have the same remainders by the stride.
 template <class T>
-const T* exchange_channels(const Conv2dShape& s, const T* weight, const Tap* taps, int64_t tap_count) {
-  const int64_t out = s.O / s.groups, in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
-  T* exchanged = scratch<T>(Scratch::partial_sums, s.O * in * tap_count);
-  for_each_task(s.C, 16.0 * s.O * in * tap_count, [&](int64_t channel) {
-    const int64_t g = channel / in, c = channel % in;
-    T* target = exchanged + channel * out * tap_count;
-    for (int64_t o = 0; o < out; ++o) {
-      const T* source = weight + ((g * out + o) * in + c) * kernel;
-      for (int64_t t = 0; t < tap_count; ++t) *target++ = source[taps[t].index];
-    }
-  });
-  return exchanged;
-}
-
-// The pixels of the input whose coordinates have the remainders phase_y, phase_x by the stride.
-template <class T>
-void input_gradient_of_phase(const Conv2dBackwardArgs& x, int64_t phase_y, int64_t phase_x) {
+void input_gradient(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;
   const Layout grad(s.O, s.OH, s.OW, s.channels_last), image(s.C, s.H, s.W, s.channels_last);
-  const int64_t height = ceil_div(s.H - phase_y, s.stride_h), width = ceil_div(s.W - phase_x, s.stride_w);
-  Tap* taps = scratch<Tap>(Scratch::taps, s.kernel_h * s.kernel_w);
-  Source<T> source{static_cast<const T*>(x.grad_output),
-                   grad.image_stride,
-                   grad.channel_stride,
-                   grad.y_stride,
-                   grad.x_stride,
-                   s.N,
-                   s.OH,
-                   s.OW,
-                   s.O / s.groups,
-                   1,
-                   1,
-                   height,
-                   width,
-                   taps,
-                   0,
-                   s.N * grad.image_stride};
-  // Pixel phase + stride * q of the input is under tap (i, j) of output pixel q + (phase + padding - i dilation) /
-  // stride, where that is whole.
-  for (int64_t i = 0; i < s.kernel_h; ++i) {
-    for (int64_t j = 0; j < s.kernel_w; ++j) {
-      const int64_t y = phase_y + s.padding_top - i * s.dilation_h, x = phase_x + s.padding_left - j * s.dilation_w;
-      if (y % s.stride_h != 0 || x % s.stride_w != 0) continue;
-      const int64_t dy = y / s.stride_h, dx = x / s.stride_w;
-      if (is_met(source, dy, dx)) taps[source.tap_count++] = {dy, dx, i * s.kernel_w + j};
+  const int64_t out = s.O / s.groups, in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
+  const int64_t y_phases = std::min(s.stride_h, s.H), x_phases = std::min(s.stride_w, s.W);
+  Tap* taps = scratch<Tap>(Scratch::taps, kernel);
+  auto* phases = scratch<Correlation<T>>(Scratch::phases, y_phases * x_phases);
+  for (int64_t phase_y = 0; phase_y < y_phases; ++phase_y) {
+    for (int64_t phase_x = 0; phase_x < x_phases; ++phase_x) {
+      const int64_t height = ceil_div(s.H - phase_y, s.stride_h), width = ceil_div(s.W - phase_x, s.stride_w);
+      Source<T> source{static_cast<const T*>(x.grad_output),
+                       grad.image_stride,
+                       grad.channel_stride,
+                       grad.y_stride,
+                       grad.x_stride,
+                       s.N,
+                       s.OH,
+                       s.OW,
+                       out,
+                       1,
+                       1,
+                       height,
+                       width,
+                       taps,
+                       0,
+                       s.N * grad.image_stride};
+      for (int64_t i = 0; i < s.kernel_h; ++i) {
+        for (int64_t j = 0; j < s.kernel_w; ++j) {
+          const int64_t y = phase_y + s.padding_top - i * s.dilation_h, x = phase_x + s.padding_left - j * s.dilation_w;
+          if (y % s.stride_h != 0 || x % s.stride_w != 0) continue;
+          const int64_t dy = y / s.stride_h, dx = x / s.stride_w;
+          if (is_met(source, dy, dx)) *taps++ = {dy, dx, i * s.kernel_w + j}, ++source.tap_count;
+        }
+      }
+      phases[phase_y * x_phases + phase_x] = {
+          source,
+          {static_cast<const T*>(x.weight), out * in * kernel, kernel, in * kernel, s.O * in * kernel},
+          s.channels_last,
+          s.groups,
+          in,
+          static_cast<T*>(x.grad_input) + phase_y * image.y_stride,
+          image.channel_stride,
+          {s.W, height * s.W, image.image_stride, s.stride_h * image.y_stride, image.x_stride},
+          nullptr,
+          phase_x,
+          x_phases};
     }
   }
-  correlate<T>({source,
-                s.channels_last,
-                s.groups,
-                s.C / s.groups,
-                static_cast<T*>(x.grad_input) + phase_y * image.y_stride + phase_x * image.x_stride,
-                image.channel_stride,
-                {width, height * width, image.image_stride, s.stride_h * image.y_stride, s.stride_w * image.x_stride},
-                nullptr},
-               exchange_channels(s, static_cast<const T*>(x.weight), taps, source.tap_count));
+  correlate(phases, y_phases * x_phases);
 }
 
 // The pixels of a band of grad_output as rows of `vectors` vectors over the output channels [o, o + count) of group g.
@@ -201,7 +194,7 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
-      const Window<C> w = window_of(source, extent, band, s.channels_last && !along_x, /*overread=*/along_x);
+      const Window<C> w = window_of(source, extent, band, s.channels_last, along_x);
       const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
       if (along_x) {
         multiply_along_x(w, patch, rows, band, s.OW, grad_planes(s, grad_output, band, o, columns), columns, sums,
@@ -234,7 +227,7 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
   const T* grad_output = static_cast<const T*>(x.grad_output);
   T* grad_weight = static_cast<T*>(x.grad_weight);
   const int64_t count = s.N * s.O * s.OH * s.OW;
-  if (!leaves_image(source) || all_finite(grad_output, count))
+  if (!leaves_image(source, Extent(source)) || all_finite(grad_output, count))
     return weight_gradient_finite(s, source, grad_output, grad_weight);
 
   weight_gradient_finite(s, source, finite_part(grad_output, count).data(), grad_weight);
@@ -260,10 +253,7 @@ void conv2d_backward(const Conv2dBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Conv2dShape& s = x.shape;
-    if (x.grad_input)
-      for (int64_t phase_y = 0; phase_y < std::min(s.stride_h, s.H); ++phase_y)
-        for (int64_t phase_x = 0; phase_x < std::min(s.stride_w, s.W); ++phase_x)
-          input_gradient_of_phase<T>(x, phase_y, phase_x);
+    if (x.grad_input) input_gradient<T>(x);
     if (x.grad_weight) weight_gradient<T>(x);
     if (x.grad_bias) {
       T* grad_bias = static_cast<T*>(x.grad_bias);

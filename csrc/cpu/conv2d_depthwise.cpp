@@ -49,9 +49,10 @@ void correlate_depthwise(const Correlation<T>& x, const T* weight) {
   constexpr int64_t lanes = Vec<C>::size();
   const Source<T>& s = x.source;
   const int64_t channels = x.groups, lines = s.count * s.out_height;
+  const Axis pixels = x.out_pixels();
   C* by_tap = scratch<C>(Scratch::weight, s.tap_count * channels);
   transpose(by_tap, channels, weight, s.tap_count, channels, s.tap_count);
-  for_each_task(lines, 2.0 * lines * s.out_width * x.weights(), [&](int64_t line) {
+  for_each_task(lines, 2.0 * lines * s.out_width * channels * s.tap_count, [&](int64_t line) {
     const int64_t n = line / s.out_height, y = line % s.out_height;
     auto* taps = scratch<MetTap<C>>(Scratch::a_offsets, s.tap_count);
     for (int64_t column = 0; column < s.out_width; ++column) {
@@ -62,7 +63,7 @@ void correlate_depthwise(const Correlation<T>& x, const T* weight) {
           taps[tap_count++] = {image_y * s.y_stride + image_x * s.x_stride, by_tap + t * channels};
       }
       const T* source = s.images + n * s.image_stride;
-      T* output = x.output + n * x.out_pixels.image_stride + y * x.out_pixels.y_stride + column * x.out_pixels.x_stride;
+      T* output = x.first_pixel() + n * pixels.image_stride + y * pixels.y_stride + column * pixels.x_stride;
       int64_t c = 0;
       for (; c + 4 * lanes <= channels; c += 4 * lanes)
         pixel<T, 4, true>(source, taps, tap_count, x.bias, output, c, 4 * lanes);

@@ -3,11 +3,11 @@
 // A task is a band of output rows (or several small images) of one group and, if there are few bands, a part of the
 // output channels. With K = (channel, tap):
 //
-//   vectors along x:         output [O, pixels] = weight [O, K] window [K, pixels]      vectors are read from the
-//   window vectors along channels:  output [pixels, O] = window [pixels, K] weight^T [K, O]    values are broadcast
+//   vectors along x:         output [O, pixels] = filters [O, K] window [K, pixels]      vectors are read from the
+//   window vectors along channels:  output [pixels, O] = window [pixels, K] filters^T [K, O]    values are broadcast
 //   from it
 //
-// In the second case the weights are transposed once into panels. LeNet's first layer on 64 images, one core with
+// In the second case the filters are transposed once into panels. LeNet's first layer on 64 images, one core with
 // AVX-512: forward 0.30 ms and grad_input 0.78, where the same tiles on gathered patches (im2col in cache) took 0.54
 // and 2.99, and stock torch 0.61 and 5.05. Guarantees: those of gemm.h.
 #include "conv2d.h"
@@ -16,150 +16,316 @@
 namespace pyops::cpu {
 namespace {
 
+// Which way the vectors run: along x, with a broadcast weight, or along the output channels, with a broadcast value of
+// the source. Whichever leaves fewer lanes idle; the latter transposes an output that is channels-first.
+template <class T>
+bool vectors_along_x(const Correlation<T>& x) {
+  const double pixels = lanes_used<Compute<T>>(x.source.out_width), channels = lanes_used<Compute<T>>(x.out_channels);
+  if (x.channels_last) return channels < 0.25 * pixels;
+  const double depth = static_cast<double>(x.depth()), transpose = 36;  // costs as much as this many terms
+  return channels * depth / (depth + transpose) < pixels;
+}
+
 template <class T>
 struct Task {
-  const Correlation<T>& x;
-  const Compute<T>* weight;  // of the group: [O][K], or panels of [K][width]
-  int64_t width;             // of the panels
+  const Correlation<T>* phases;
+  int64_t count;
+  const Compute<T>* const* filters;  // of each phase and this group: [O][K], or panels of [K][width]
+  int64_t width;                     // of the panels
   Band band;
+  const Window<Compute<T>>& window;
   int64_t o, o_count;  // output channels
 
-  int64_t first_pixel() const { return band.n * x.source.pixels() + band.y * x.source.out_width; }
+  // The part of the band that phase p has.
+  int64_t rows(int64_t p) const { return std::min(band.rows, phases[p].source.out_height - band.y); }
 };
 
 template <class T>
-void multiply_along_pixels(const Task<T>& t, const Extent& extent) {
+void multiply_along_x(const Task<T>& t, int64_t p) {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size();
-  const Correlation<T>& x = t.x;
+  const Correlation<T>& x = t.phases[p];
+  const Window<C>& w = t.window;
   const int64_t K = x.depth(), width = x.source.out_width, row_vectors = ceil_div(width, lanes);
-  const Window<C> w = window_of(x.source, extent, t.band, /*channels_last=*/false, /*overread=*/true);
-  const int64_t* patch = patch_offsets(Scratch::b_steps, w, x.source, x.source.channels);
-  const int64_t* rows = multiples(Scratch::a_offsets, t.o_count, K);
-  const int64_t* row_steps = multiples(Scratch::a_steps, K, 1);
-  const Output<T> out{x.output + (t.band.g * x.out_channels) * x.out_channel_stride, Axis::plain(x.out_channel_stride),
-                      x.out_pixels, x.bias ? x.bias + t.band.g * x.out_channels : nullptr};
+  const Axis pixels = x.out_pixels();
+  const bool direct = std::is_same_v<T, C> && pixels.x_stride == 1;
+  const int64_t group = t.band.g * x.out_channels;
+  const Output<T> out{x.first_pixel() + group * x.out_channel_stride, Axis::plain(x.out_channel_stride), pixels,
+                      x.bias ? x.bias + group : nullptr};
 
-  const int64_t lines = t.band.images * t.band.rows, lines_at_once = std::max(NC / (row_vectors * lanes), int64_t{1});
+  const int64_t* patch = patch_offsets(Scratch::b_steps, w, x.source, x.source.channels);
+  // The filters lie as they are: row o, step (channel, tap).
+  const bool in_place = std::is_same_v<T, C>;
+  const int64_t* filter_rows = multiples(Scratch::a_offsets, x.out_channels, in_place ? x.filters.out_stride : K);
+  int64_t* filter_steps = scratch<int64_t>(Scratch::a_steps, K);
+  for (int64_t k = 0; k < K; ++k) {
+    const int64_t channel = k / x.source.tap_count, tap = k % x.source.tap_count;
+    filter_steps[k] = in_place ? channel * x.filters.channel_stride + x.source.taps[tap].index : k;
+  }
+
+  const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
+  const int64_t lines_at_once = std::max(NC / (row_vectors * lanes), int64_t{1});
   for (int64_t line = 0; line < lines; line += lines_at_once) {
     const int64_t count = std::min(lines_at_once, lines - line), vectors = count * row_vectors;
     int64_t* offsets = scratch<int64_t>(Scratch::b_offsets, vectors);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = (line + i) / t.band.rows, y = (line + i) % t.band.rows;
-      for (int64_t j = 0; j < row_vectors; ++j)
-        offsets[i * row_vectors + j] = n * w.image_stride + y * w.y_step + j * lanes;
+    int64_t* targets = scratch<int64_t>(Scratch::target_vectors, vectors);
+    int32_t* target_lanes = scratch<int32_t>(Scratch::target_lanes, vectors);
+    for (int64_t i = 0, v = 0; i < count; ++i) {
+      const int64_t n = (line + i) / band_rows, y = (line + i) % band_rows;
+      for (int64_t j = 0; j < row_vectors; ++j, ++v) {
+        offsets[v] = n * w.image_stride + y * w.y_step + j * lanes;
+        targets[v] = (t.band.n + n) * pixels.image_stride + (t.band.y + y) * pixels.y_stride + j * lanes;
+        target_lanes[v] = static_cast<int32_t>(std::min(lanes, width - j * lanes));
+      }
     }
-    for (int64_t m = 0; m < t.o_count; m += MC) {
-      const int64_t mc = std::min(MC, t.o_count - m), stride = vectors * lanes;
+    const bool whole = width % lanes == 0;
+    for (int64_t m = t.o; m < t.o + t.o_count; m += MC) {
+      const int64_t mc = std::min(MC, t.o + t.o_count - m), stride = vectors * lanes;
+      const auto multiply_chunk = [&](const Target<C>& target, int64_t k, int64_t kc, bool first, bool last) {
+        multiply<C>(mc, vectors, kc, {t.filters[p], filter_rows + m, filter_steps + k}, {w.data, offsets, patch + k},
+                    target, !first, last);
+      };
+      if constexpr (std::is_same_v<T, C>) {
+        if (direct) {
+          const Target<C> target{out.data, multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m,
+                                 targets, whole ? nullptr : target_lanes, out.row_bias ? out.row_bias + m : nullptr};
+          for_each_chunk(
+              0, K, [&](int64_t k, int64_t kc, bool first, bool last) { multiply_chunk(target, k, kc, first, last); });
+          continue;
+        }
+      }
       C* sums = scratch<C>(Scratch::sums, mc * stride);
-      for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool) {
-        multiply<C>(mc, vectors, kc, {t.weight + t.o * K, rows + m, row_steps + k}, {w.data, offsets, patch + k}, sums,
-                    stride, !first);
-      });
-      for (int64_t i = 0; i < count; ++i)
-        write(out, sums + i * row_vectors * lanes, stride, t.o + m, mc, t.first_pixel() + (line + i) * width, width);
+      const Target<C> target{sums, multiples(Scratch::target_rows, mc, stride),
+                             multiples(Scratch::target_vectors, vectors, lanes)};
+      for_each_chunk(0, K,
+                     [&](int64_t k, int64_t kc, bool first, bool) { multiply_chunk(target, k, kc, first, false); });
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t n = t.band.n + (line + i) / band_rows, y = t.band.y + (line + i) % band_rows;
+        write(out, sums + i * row_vectors * lanes, stride, m, mc, n * pixels.pixels + y * width, width);
+      }
     }
   }
 }
 
+// All phases of the same rows, from p on.
 template <class T>
-void multiply_along_channels(const Task<T>& t, const Extent& extent) {
+void multiply_along_channels(const Task<T>& t, int64_t p) {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size();
-  const Correlation<T>& x = t.x;
-  const int64_t K = x.depth(), width = t.width;
-  const Window<C> w = window_of(x.source, extent, t.band, x.channels_last, /*overread=*/false);
-  const int64_t* pixels = pixel_offsets(Scratch::a_offsets, w, t.band, x.source.out_width);
-  const int64_t* patch = patch_offsets(Scratch::a_steps, w, x.source, x.source.channels);
-  const int64_t* vectors = panel_offsets<C>(Scratch::b_offsets, ceil_div(x.out_channels, lanes), K, width);
-  const int64_t* vector_steps = multiples(Scratch::b_steps, K, width);
-  const Output<T> out{x.output + (t.band.g * x.out_channels) * x.out_channel_stride, x.out_pixels,
-                      Axis::plain(x.out_channel_stride), nullptr,
-                      x.bias ? x.bias + t.band.g * x.out_channels : nullptr};
+  const Correlation<T>& x = t.phases[p];
+  const Window<C>& w = t.window;
+  const Axis& pixels = x.out_lines;
+  const bool direct = std::is_same_v<T, C> && x.out_channel_stride == 1;
+  const int64_t group = t.band.g * x.out_channels, line_width = pixels.width;
+  const Output<T> out{x.output + group * x.out_channel_stride, pixels, Axis::plain(x.out_channel_stride), nullptr,
+                      x.bias ? x.bias + group : nullptr};
 
-  const int64_t pixel_count = t.band.images * t.band.rows * x.source.out_width;
-  for (int64_t n = 0; n < t.o_count; n += NC) {
-    const int64_t nc = std::min(NC, t.o_count - n), vector_count = ceil_div(nc, lanes), stride = vector_count * lanes;
-    for (int64_t m = 0; m < pixel_count; m += MC) {
-      const int64_t mc = std::min(MC, pixel_count - m);
-      C* sums = scratch<C>(Scratch::sums, mc * stride);
-      for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool) {
-        multiply<C>(mc, vector_count, kc, {w.data, pixels + m, patch + k},
-                    {t.weight, vectors + (t.o + n) / lanes, vector_steps + k}, sums, stride, !first);
-      });
-      write(out, sums, stride, t.first_pixel() + m, mc, t.o + n, nc);
+  const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
+  int64_t lines_at_once = std::max(MC / line_width, int64_t{1});
+  lines_at_once = ceil_div(lines, ceil_div(lines, lines_at_once));
+  int64_t nc = std::min(t.o_count, NC);
+  nc = std::min(ceil_div(ceil_div(t.o_count, ceil_div(t.o_count, nc)), t.width) * t.width, t.o_count);
+  for (int64_t n = t.o; n < t.o + t.o_count; n += nc) {
+    const int64_t columns = std::min(nc, t.o + t.o_count - n), vectors = ceil_div(columns, lanes);
+    const int64_t stride = vectors * lanes;
+    int32_t* target_lanes = scratch<int32_t>(Scratch::target_lanes, vectors);
+    for (int64_t j = 0; j < vectors; ++j) target_lanes[j] = static_cast<int32_t>(std::min(lanes, columns - j * lanes));
+    for (int64_t line = 0; line < lines; line += lines_at_once) {
+      const int64_t count = std::min(lines_at_once, lines - line);
+      C* sums = direct ? nullptr : scratch<C>(Scratch::sums, count * line_width * stride);
+      for (int64_t q = p; q < p + x.x_phases; ++q) {
+        const Correlation<T>& phase = t.phases[q];
+        const int64_t width = phase.source.out_width, K = phase.depth();
+        int64_t* offsets = scratch<int64_t>(Scratch::a_offsets, count * width);
+        int64_t* targets = scratch<int64_t>(Scratch::target_rows, count * width);
+        for (int64_t i = 0, pixel = 0; i < count; ++i) {
+          const int64_t image = (line + i) / band_rows, y = (line + i) % band_rows;
+          const int64_t from = image * w.image_stride + y * w.y_step;
+          const int64_t to = direct ? (t.band.n + image) * pixels.image_stride + (t.band.y + y) * pixels.y_stride
+                                    : i * line_width * stride;
+          const int64_t step = direct ? pixels.x_stride : stride;
+          for (int64_t column = 0; column < width; ++column, ++pixel) {
+            offsets[pixel] = from + column * w.x_step;
+            targets[pixel] = to + (column * phase.x_phases + phase.x_phase) * step;
+          }
+        }
+        const int64_t* patch = patch_offsets(Scratch::a_steps, w, phase.source, phase.source.channels);
+        const int64_t* panel = panel_offsets<C>(Scratch::b_offsets, ceil_div(x.out_channels, lanes), K, t.width);
+        const int64_t* panel_steps = multiples(Scratch::b_steps, K, t.width);
+        Target<C> target{sums, targets, multiples(Scratch::target_vectors, vectors, lanes)};
+        if constexpr (std::is_same_v<T, C>) {
+          if (direct) {
+            target.data = out.data + n;
+            if (columns < stride) target.lanes = target_lanes;
+            if (out.column_bias) target.column_bias = out.column_bias + n;
+          }
+        }
+        for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
+          multiply<C>(count * width, vectors, kc, {w.data, offsets, patch + k},
+                      {t.filters[q], panel + n / lanes, panel_steps + k}, target, !first, last && direct);
+        });
+      }
+      for (int64_t i = 0; i < count && !direct;) {  // the lines of one image follow one another
+        const int64_t image = t.band.n + (line + i) / band_rows, y = (line + i) % band_rows;
+        const int64_t here = std::min(count - i, band_rows - y);
+        write(out, sums + i * line_width * stride, stride, image * pixels.pixels + (t.band.y + y) * line_width,
+              here * line_width, n, columns);
+        i += here;
+      }
     }
   }
 }
 
+// The filters as the products read them: those of all groups of phase p, one group after the other.
 template <class T>
-void correlate_finite(const Correlation<T>& x, const T* weight) {
-  using C = Compute<T>;
-  constexpr int64_t lanes = Vec<C>::size();
-  const int64_t O = x.out_channels, K = x.depth();
-  const bool pixel_vectors = x.pixel_vectors();
-  const int64_t width = panel_width<C>(O), group_size = pixel_vectors ? O * K : ceil_div(O, width) * width * K;
-  const C* arranged;
-  if (std::is_same_v<T, C> && pixel_vectors) {
-    arranged = reinterpret_cast<const C*>(weight);
-  } else {
-    C* target = scratch<C>(Scratch::weight, x.groups * group_size);
-    if (pixel_vectors) {
-      copy_values(target, weight, x.groups * O * K, 1);
-    } else {
-      const int64_t panels = ceil_div(O, width);
-      for_each_task(x.groups * panels, 16.0 * x.groups * O * K, [&](int64_t i) {
-        const int64_t g = i / panels, o = i % panels * width;
-        pack_panels(target + g * group_size + o * K, Matrix<T>{weight + g * O * K, 1, K}, 0, K, o,
-                    std::min(width, O - o), width);
-      });
-    }
-    arranged = target;
+struct Arrangement {
+  bool along_x;
+  int64_t width;
+
+  Arrangement(const Correlation<T>& x, bool along_x)
+      : along_x(along_x), width(panel_width<Compute<T>>(x.out_channels)) {}
+
+  int64_t group_size(const Correlation<T>& x) const {
+    return (along_x ? x.out_channels : ceil_div(x.out_channels, width) * width) * x.depth();
   }
 
+  // Rows [o, o + width) of group g.
+  void arrange(Compute<T>* target, const Correlation<T>& x, int64_t g, int64_t o) const {
+    const int64_t taps = x.source.tap_count, K = x.depth(), columns = std::min(width, x.out_channels - o);
+    const Filters<T>& f = x.filters;
+    if (along_x) {
+      for (int64_t i = o; i < o + columns; ++i)
+        for (int64_t k = 0; k < K; ++k)
+          target[i * K + k] = static_cast<Compute<T>>(f.at(g, i, k / taps)[x.source.taps[k % taps].index]);
+      return;
+    }
+    target += o * K;
+    if (f.channel_stride == taps)
+      return pack_panels(target, Matrix<T>{f.at(g, o, 0), 1, f.out_stride}, 0, K, 0, columns, width);
+    for (int64_t c = 0; c < x.source.channels; ++c) {
+      const T* source = f.at(g, o, c);
+      for (int64_t t = 0; t < taps; ++t) {
+        Compute<T>* row = target + (c * taps + t) * width;
+        copy_values(row, source + x.source.taps[t].index, columns, f.out_stride);
+        std::fill(row + columns, row + width, Compute<T>(0));
+      }
+    }
+  }
+};
+
+template <class T>
+void correlate_finite(const Correlation<T>* phases, int64_t count) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size();
+  const Correlation<T>& x = phases[0];
   const Source<T>& s = x.source;
-  const Extent extent(s);
+  const int64_t O = x.out_channels;
+  const bool along_x = vectors_along_x(x);
+  const Arrangement<T> arrangement(x, along_x);
+  const bool in_place = std::is_same_v<T, C> && along_x;
+
+  const C** filters = scratch<const C*>(Scratch::phase_filters, count * x.groups);
+  int64_t filter_count = 0;
+  double flops = 0;
+  for (int64_t p = 0; p < count; ++p) {
+    filter_count += x.groups * arrangement.group_size(phases[p]);
+    flops += 2.0 * s.count * phases[p].source.pixels() * x.groups * O * phases[p].depth();
+  }
+  C* arranged = in_place ? nullptr : scratch<C>(Scratch::weight, filter_count);
+  const int64_t panels = ceil_div(O, arrangement.width);
+  for (int64_t p = 0; p < count; ++p) {
+    const int64_t size = arrangement.group_size(phases[p]);
+    for (int64_t g = 0; g < x.groups; ++g) {
+      if constexpr (std::is_same_v<T, C>) {
+        if (in_place) filters[g * count + p] = phases[p].filters.at(g, 0, 0);
+      }
+      if (!in_place) filters[g * count + p] = arranged + g * size;
+    }
+    if (!in_place)
+      for_each_task(x.groups * panels, 16.0 * x.groups * size, [&, p](int64_t i) {
+        const int64_t g = i / panels;
+        arrangement.arrange(const_cast<C*>(filters[g * count + p]), phases[p], g, i % panels * arrangement.width);
+      });
+    if (!in_place) arranged += x.groups * size;
+  }
+
+  const Extent extent(phases, count);
   const BandSize size(s, extent, s.channels);
   const int64_t image_bands = ceil_div(s.count, size.images), row_bands = ceil_div(s.out_height, size.rows);
   const int64_t bands = x.groups * image_bands * row_bands;
-  const double flops = 2.0 * s.count * s.pixels() * x.weights();
   const int64_t o_part = ceil_div(ceil_div(O, ceil_div(tasks_worth(flops), bands)), lanes) * lanes;
   const int64_t o_parts = ceil_div(O, o_part);
-  for_each_task(bands * o_parts, flops, [&](int64_t task) {
-    const int64_t o = task % o_parts * o_part, y = task / o_parts % row_bands * size.rows;
-    const int64_t n = task / o_parts / row_bands % image_bands * size.images;
-    const int64_t g = task / o_parts / row_bands / image_bands;
-    const Band band{g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
-    const Task<T> t{x, arranged + g * group_size, width, band, o, std::min(o_part, O - o)};
-    pixel_vectors ? multiply_along_pixels(t, extent) : multiply_along_channels(t, extent);
+  for_each_range(bands * o_parts, flops, [&](int64_t begin, int64_t end) {
+    Window<C> window{};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t o = task % o_parts * o_part, y = task / o_parts % row_bands * size.rows;
+      const int64_t n = task / o_parts / row_bands % image_bands * size.images;
+      const int64_t g = task / o_parts / row_bands / image_bands;
+      const Band band{
+          g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
+      if (task == begin || o == 0) window = window_of(s, extent, band, x.channels_last, along_x);
+      const Task<T> t{phases, count, filters + g * count, arrangement.width, band, window, o, std::min(o_part, O - o)};
+      for (int64_t p = 0; p < count; p += along_x ? 1 : x.x_phases) {
+        if (t.rows(p) <= 0) continue;
+        along_x ? multiply_along_x(t, p) : multiply_along_channels(t, p);
+      }
+    }
   });
+}
+
+template <class T>
+void add_nonfinite(const Correlation<T>& x) {
+  const Source<T>& s = x.source;
+  const Axis pixels = x.out_pixels();
+  for_each_task(s.count, 2.0 * s.count * s.pixels() * x.groups * x.out_channels * x.depth(), [&](int64_t n) {
+    for (int64_t o = 0; o < x.groups * x.out_channels; ++o) {
+      const int64_t g = o / x.out_channels;
+      T* image = x.first_pixel() + o * x.out_channel_stride + n * pixels.image_stride;
+      for (int64_t c = 0; c < s.channels; ++c) {
+        for (int64_t t = 0; t < s.tap_count; ++t) {
+          const T weight = x.filters.at(g, o % x.out_channels, c)[s.taps[t].index];
+          if (is_finite(weight)) continue;
+          for_each_inside(s, n, g * s.channels + c, s.taps[t], [&](int64_t y, int64_t column, T value) {
+            add_product(image[y * pixels.y_stride + column * pixels.x_stride], weight, value);
+          });
+        }
+      }
+    }
+  });
+}
+
+// Where each filter has one tap after the other: what correlate_depthwise reads.
+template <class T>
+const T* filters_of_taps(const Correlation<T>& x) {
+  const int64_t taps = x.source.tap_count;
+  T* selected = scratch<T>(Scratch::partial_sums, x.groups * taps);
+  for (int64_t g = 0; g < x.groups; ++g)
+    for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filters.at(g, 0, 0)[x.source.taps[t].index];
+  return selected;
 }
 
 }  // namespace
 
 template <class T>
-void correlate(const Correlation<T>& x, const T* weight) {
-  const Source<T>& s = x.source;
-  if (x.channels_last && s.channels == 1 && x.out_channels == 1) return correlate_depthwise(x, weight);
-  if (!leaves_image(s) || all_finite(weight, x.weights())) return correlate_finite(x, weight);
+void correlate(const Correlation<T>* phases, int64_t count) {
+  const Correlation<T>& x = phases[0];
+  if (x.channels_last && x.source.channels == 1 && x.out_channels == 1) {
+    for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
+    return;
+  }
+  if (!leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
+    return correlate_finite(phases, count);
 
-  correlate_finite(x, finite_part(weight, x.weights()).data());
-  for_each_task(s.count, 2.0 * s.count * s.pixels() * x.weights(), [&](int64_t n) {
-    for (int64_t i = 0; i < x.weights(); ++i) {
-      if (is_finite(weight[i])) continue;
-      const int64_t o = i / x.depth(), g = o / x.out_channels;  // o counts through all groups
-      const int64_t channel = g * s.channels + i / s.tap_count % s.channels;
-      T* image = x.output + o * x.out_channel_stride + n * x.out_pixels.image_stride;
-      for_each_inside(s, n, channel, s.taps[i % s.tap_count], [&](int64_t y, int64_t column, T value) {
-        add_product(image[y * x.out_pixels.y_stride + column * x.out_pixels.x_stride], weight[i], value);
-      });
-    }
-  });
+  const std::vector<T> finite = finite_part(x.filters.data, x.filters.count);
+  std::vector<Correlation<T>> finite_phases(phases, phases + count);
+  for (Correlation<T>& phase : finite_phases) phase.filters.data = finite.data();
+  correlate_finite(finite_phases.data(), count);
+  for (int64_t p = 0; p < count; ++p) add_nonfinite(phases[p]);
 }
 
-template void correlate(const Correlation<float>&, const float*);
-template void correlate(const Correlation<double>&, const double*);
-template void correlate(const Correlation<c10::BFloat16>&, const c10::BFloat16*);
-template void correlate(const Correlation<c10::Half>&, const c10::Half*);
+template void correlate(const Correlation<float>*, int64_t);
+template void correlate(const Correlation<double>*, int64_t);
+template void correlate(const Correlation<c10::BFloat16>*, int64_t);
+template void correlate(const Correlation<c10::Half>*, int64_t);
 
 }  // namespace pyops::cpu

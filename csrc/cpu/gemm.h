@@ -46,10 +46,16 @@ inline int64_t tasks_worth(double flops) {
   return std::clamp(static_cast<int64_t>(flops / fork_flops), int64_t{1}, enough_tasks);
 }
 
-// f(i) for every task, by the threads if there is enough work.
+// f(begin, end) for the tasks of each thread, and of one if there is little work.
+template <class F>
+void for_each_range(int64_t tasks, double flops, const F& f) {
+  at::parallel_for(0, tasks, flops < fork_flops ? tasks : 1, f);
+}
+
+// f(i) for every task.
 template <class F>
 void for_each_task(int64_t tasks, double flops, const F& f) {
-  at::parallel_for(0, tasks, flops < fork_flops ? tasks : 1, [&](int64_t begin, int64_t end) {
+  for_each_range(tasks, flops, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(i);
   });
 }
@@ -191,12 +197,6 @@ struct GemmArgs {
   Output<Out> out;
   int64_t k_begin, k_end;  // the part of K to sum over
 };
-
-inline const int64_t* multiples(Scratch use, int64_t count, int64_t step) {
-  int64_t* values = scratch<int64_t>(use, count);
-  for (int64_t i = 0; i < count; ++i) values[i] = i * step;
-  return values;
-}
 
 // Multiplying a matrix where it lies saves the copy, but past this size it costs more in cache and TLB misses.
 constexpr int64_t in_place_bytes = 1 << 20;

@@ -26,9 +26,14 @@ bool is_finite(In value) {
 
 template <class In>
 bool all_finite(const In* values, int64_t count) {
-  bool finite = true;
-  for (int64_t i = 0; i < count; ++i) finite &= is_finite(values[i]);
-  return finite;
+  using T = Compute<In>;
+  constexpr int64_t lanes = Vec<T>::size();
+  Vec<T> sum(0);  // of values that are 0, or NaN
+  for (int64_t i = 0; i < count; i += lanes) {
+    const Vec<T> value = load(values + i, std::min(lanes, count - i));
+    sum = sum + (value - value);
+  }
+  return is_finite(at::vec::vec_reduce_all([](const Vec<T>& a, const Vec<T>& b) { return a + b; }, sum));
 }
 
 template <class In>

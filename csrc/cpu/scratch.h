@@ -18,9 +18,14 @@ enum class Scratch {
   b_offsets,
   b_steps,
   sums,
+  target_rows,
+  target_vectors,
+  target_lanes,
   grad_rows,
   weight,
   taps,
+  phases,
+  phase_filters,
   partial_sums,
   image_sums,
   count
@@ -51,6 +56,13 @@ inline void* scratch_bytes(Scratch use, size_t size) {
 template <class T>
 T* scratch(Scratch use, int64_t count) {
   return static_cast<T*>(scratch_bytes(use, count * sizeof(T)));
+}
+
+// 0, step, 2 step, ...
+inline const int64_t* multiples(Scratch use, int64_t count, int64_t step) {
+  int64_t* values = scratch<int64_t>(use, count);
+  for (int64_t i = 0; i < count; ++i) values[i] = i * step;
+  return values;
 }
 
 }  // namespace pyops::cpu

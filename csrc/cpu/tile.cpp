@@ -1,7 +1,11 @@
 // The register tiles of tile.h, one instance for each height and width, and the walk over a block in such tiles.
 #include "tile.h"
 
+#include <ATen/cpu/vec/functional.h>
+
 #include <utility>
+
+#include "scratch.h"
 
 namespace pyops::cpu {
 namespace {
@@ -11,10 +15,24 @@ struct TileArgs {
   int64_t kc;
   Rows<T> a;     // steps in bytes: a load takes base and step as they are, and every instruction that is not a
   Vectors<T> b;  // multiply-add is felt
-  T* sums;
-  int64_t sums_stride;
-  bool accumulate;
+  Target<T> target;
+  bool accumulate, last;
 };
+
+// Stores one vector of sums in a way that the plain cases need not pay for.
+template <class T>
+C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, T* to, Vec<T> sum) {
+  using V = Vec<T>;
+  const Target<T>& target = x.target;
+  const int lanes = target.lanes ? target.lanes[j] : static_cast<int>(V::size());
+  if (x.accumulate) sum = V::loadu(to, lanes) + sum;
+  if (x.last) {
+    if (target.row_bias) sum = sum + V(target.row_bias[i]);
+    if (target.column_bias) sum = sum + V::loadu(target.column_bias + j * V::size(), lanes);
+    if (target.relu) sum = at::vec::clamp_min(sum, V(0));
+  }
+  sum.store(to, lanes);
+}
 
 // The loops over compile-time counts must be unrolled for the sums to stay in registers. adjacent: the vectors lie next
 // to each other, which leaves enough registers for all pointers and is worth 15 % of speed.
@@ -46,12 +64,21 @@ void tile(const TileArgs<T>& x) {
       for (int j = 0; j < vectors; ++j) sum[i][j] = at::vec::fmadd(a_value, b_row[j], sum[i][j]);
     }
   }
+  const Target<T>& target = x.target;
+  const auto for_each_sum = [&](const auto& f) {
 #pragma GCC unroll 32
-  for (int i = 0; i < rows; ++i) {
-    T* sums = x.sums + i * x.sums_stride;
+    for (int i = 0; i < rows; ++i) {
+      T* const row = target.data + target.rows[i];
 #pragma GCC unroll 32
-    for (int j = 0; j < vectors; ++j)
-      (x.accumulate ? V::loadu(sums + j * lanes) + sum[i][j] : sum[i][j]).store(sums + j * lanes);
+      for (int j = 0; j < vectors; ++j) f(i, j, row + target.vectors[j], sum[i][j]);
+    }
+  };
+  if (target.lanes != nullptr || x.last) {
+    for_each_sum([&](int i, int j, T* to, V value) { finish(x, i, j, to, value); });
+  } else if (x.accumulate) {
+    for_each_sum([](int, int, T* to, V value) { (V::loadu(to) + value).store(to); });
+  } else {
+    for_each_sum([](int, int, T* to, V value) { value.store(to); });
   }
 }
 
@@ -87,8 +114,8 @@ int64_t next_share(int64_t count, int64_t parts) {
 }  // namespace
 
 template <class T>
-void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums, int64_t sums_stride,
-              bool accumulate) {
+void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Target<T> target, bool accumulate,
+              bool last) {
   int64_t a_steps[KC], b_steps[KC];
   for (int64_t k = 0; k < kc; ++k) {
     a_steps[k] = a.steps[k] * static_cast<int64_t>(sizeof(T));
@@ -98,21 +125,34 @@ void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b
   for (int64_t panels = (vectors + max_vectors - 1) / max_vectors; panels > 0; --panels) {
     const int64_t width = next_share(vectors, panels);
     const auto& tiles_here = (are_adjacent<T>(b.offsets, width) ? tiles<T, true> : tiles<T, false>)[width - 1];
-    TileArgs<T> args{kc, a, b, sums, sums_stride, accumulate};
+    TileArgs<T> args{kc, a, b, target, accumulate, last};
     int64_t left = rows;
     for (int64_t parts = (rows + tile_rows[width - 1] - 1) / tile_rows[width - 1]; parts > 0; --parts) {
       const int64_t height = next_share(left, parts);
       tiles_here[height - 1](args);
       args.a.offsets += height;
-      args.sums += height * sums_stride;
+      args.target.rows += height;
+      if (target.row_bias) args.target.row_bias += height;
       left -= height;
     }
     b.offsets += width;
-    sums += width * Vec<T>::size();
+    target.vectors += width;
+    if (target.lanes) target.lanes += width;
+    if (target.column_bias) target.column_bias += width * Vec<T>::size();
     vectors -= width;
   }
 }
 
+template <class T>
+void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums, int64_t sums_stride,
+              bool accumulate) {
+  const Target<T> target{sums, multiples(Scratch::target_rows, rows, sums_stride),
+                         multiples(Scratch::target_vectors, vectors, Vec<T>::size())};
+  multiply(rows, vectors, kc, a, b, target, accumulate, /*last=*/false);
+}
+
+template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, Target<float>, bool, bool);
+template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, Target<double>, bool, bool);
 template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, float*, int64_t, bool);
 template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, double*, int64_t, bool);
 

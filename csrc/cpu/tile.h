@@ -45,11 +45,32 @@ constexpr int max_vectors = static_cast<int>(tile_rows.size());
 // The most terms of one sum: with 64 columns a panel of B is 48 KB, which stays in the L1 cache or nearly so.
 constexpr int64_t KC = 192;
 
-// sums: row-major, rows x (vectors * lanes), at distance sums_stride. accumulate: add to what is there. kc <= KC.
+// Where the sums go: sums[i, j] is the vector at data + rows[i] + vectors[j], of which the first lanes[j] elements
+// exist. A sum over more than KC terms takes several calls: `accumulate` adds to what is there, and the `last` one adds
+// a bias (one number a row, or one vector a vector) and rectifies.
+template <class T>
+struct Target {
+  T* data;
+  const int64_t* rows;
+  const int64_t* vectors;
+  const int32_t* lanes = nullptr;  // null: all of them
+  const T* row_bias = nullptr;
+  const T* column_bias = nullptr;
+  bool relu = false;
+};
+
+// kc <= KC.
+template <class T>
+void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Target<T> target, bool accumulate,
+              bool last);
+
+// The same into a row-major matrix of sums, rows x (vectors * lanes), at distance sums_stride.
 template <class T>
 void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums, int64_t sums_stride,
               bool accumulate);
 
+extern template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, Target<float>, bool, bool);
+extern template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, Target<double>, bool, bool);
 extern template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, float*, int64_t, bool);
 extern template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, double*, int64_t, bool);
 

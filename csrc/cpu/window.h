@@ -44,27 +44,47 @@ bool is_met(const Source<In>& s, int64_t dy, int64_t dx) {
   return met(dy, s.step_h, s.out_height, s.height) && met(dx, s.step_w, s.out_width, s.width);
 }
 
-// The smallest and largest coordinates that some tap of output rows [0, out_height) meets.
+// The smallest and largest coordinates that some tap of output rows [0, out_height) meets, of one source or of several
+// that share their images.
 struct Extent {
-  int64_t top, bottom, left, right;
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
   int64_t span_h, span_w;  // of the taps of one pixel
+  int64_t out_height = 0, out_width = 0;
 
   template <class In>
-  explicit Extent(const Source<In>& s) : top(0), bottom(0), left(0), right(0) {
-    for (int64_t t = 0; t < s.tap_count; ++t) {
+  explicit Extent(const Source<In>& s) {
+    bool first = true;
+    add(s, first);
+    close(s);
+  }
+  // Of phases[0 .. count).source; the first has the most output pixels.
+  template <class Phase>
+  Extent(const Phase* phases, int64_t count) {
+    bool first = true;
+    for (int64_t i = 0; i < count; ++i) add(phases[i].source, first);
+    close(phases[0].source);
+  }
+
+ private:
+  template <class In>
+  void add(const Source<In>& s, bool& first) {
+    for (int64_t t = 0; t < s.tap_count; ++t, first = false) {
       const int64_t dy = s.taps[t].dy, dx = s.taps[t].dx;
-      top = t == 0 ? dy : std::min(top, dy), bottom = t == 0 ? dy : std::max(bottom, dy);
-      left = t == 0 ? dx : std::min(left, dx), right = t == 0 ? dx : std::max(right, dx);
+      top = first ? dy : std::min(top, dy), bottom = first ? dy : std::max(bottom, dy);
+      left = first ? dx : std::min(left, dx), right = first ? dx : std::max(right, dx);
     }
+  }
+  template <class In>
+  void close(const Source<In>& s) {
     span_h = bottom - top + 1, span_w = right - left + 1;
-    bottom += (s.out_height - 1) * s.step_h;
-    right += (s.out_width - 1) * s.step_w;
+    out_height = s.out_height, out_width = s.out_width;
+    bottom += (out_height - 1) * s.step_h;
+    right += (out_width - 1) * s.step_w;
   }
 };
 
 template <class In>
-bool leaves_image(const Source<In>& s) {
-  const Extent e(s);
+bool leaves_image(const Source<In>& s, const Extent& e) {
   return e.top < 0 || e.left < 0 || e.bottom >= s.height || e.right >= s.width;
 }
 
@@ -98,6 +118,8 @@ struct CopiedAxis {
   int64_t source(int64_t i) const { return i / step * source_step + i % step; }
 };
 
+// Elements x, x + step, ... of a row of `width`, zeros where there are none. May write up to a vector more than
+// `count`.
 template <class In>
 void copy_row(Compute<In>* target, const In* row, int64_t x, int64_t step, int64_t count, int64_t width,
               int64_t x_stride) {
@@ -105,23 +127,35 @@ void copy_row(Compute<In>* target, const In* row, int64_t x, int64_t step, int64
   // Elements [begin, end) of the target lie inside of the image.
   const int64_t begin = std::min(x < 0 ? ceil_div(-x, step) : 0, count);
   const int64_t end = x < width ? std::max(begin, std::min((width - 1 - x) / step + 1, count)) : begin;
+  const In* source = row + (x + begin * step) * x_stride;
+  if constexpr (std::is_same_v<In, T>) {
+    if (step * x_stride == 1) {  // rows are short: three library calls for each would take longer than the copy
+      constexpr int64_t lanes = Vec<T>::size();
+      for (int64_t i = 0; i < begin; i += lanes) Vec<T>(0).store(target + i);
+      int64_t i = begin;
+      for (; i + lanes <= end; i += lanes, source += lanes) Vec<T>::loadu(source).store(target + i);
+      if (i < end) Vec<T>::loadu(source, end - i).store(target + i), i += lanes;
+      for (; i < count; i += lanes) Vec<T>(0).store(target + i);
+      return;
+    }
+  }
   std::fill(target, target + begin, T(0));
-  copy_values(target + begin, row + (x + begin * step) * x_stride, end - begin, step * x_stride);
+  copy_values(target + begin, source, end - begin, step * x_stride);
   std::fill(target + end, target + count, T(0));
 }
 
-// The window of `band`. `overread`: whether the reader takes whole vectors along x, up to a vector past the last pixel.
+// The window of `band`. `along_x`: whether the reader takes whole vectors of neighbouring pixels, up to a vector past
+// the last one. Images that are channels-last are copied so unless the reader goes along x.
 template <class In>
-Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool overread) {
+Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool along_x) {
   using T = Compute<In>;
   constexpr int64_t lanes = Vec<T>::size();
   const In* images = s.images + (b.g * s.channels + b.c) * s.channel_stride;
   if constexpr (std::is_same_v<In, T>) {
     const int64_t last = (b.g * s.channels + b.c + b.channels - 1) * s.channel_stride +
                          (b.n + b.images - 1) * s.image_stride +
-                         (e.bottom - (s.out_height - b.y - b.rows) * s.step_h) * s.y_stride + e.right * s.x_stride;
-    const bool inside = e.top >= 0 && e.left >= 0 && e.bottom < s.height && e.right < s.width;
-    if (inside && (!overread || (s.step_w * s.x_stride == 1 && last + lanes < s.end)))
+                         (e.bottom - (e.out_height - b.y - b.rows) * s.step_h) * s.y_stride + e.right * s.x_stride;
+    if (!leaves_image(s, e) && (!along_x || (s.step_w * s.x_stride == 1 && last + lanes < s.end)))
       return {images + b.n * s.image_stride + (b.y * s.step_h + e.top) * s.y_stride + e.left * s.x_stride,
               s.image_stride,
               s.channel_stride,
@@ -136,58 +170,61 @@ Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& 
   }
 
   const CopiedAxis vertical(b.rows, s.step_h, e.span_h);
-  const CopiedAxis horizontal(s.out_width, s.step_w, e.span_w);
-  const int64_t step = horizontal.step, per_remainder = ceil_div(horizontal.size, step);
-  const int64_t row = channels_last ? horizontal.size * b.channels : per_remainder * step;
-  const int64_t plane = vertical.size * row, image = channels_last ? plane : b.channels * plane;
+  const CopiedAxis horizontal(e.out_width, s.step_w, e.span_w);
+  const bool by_pixel = channels_last && !along_x;
+  // Only vectors along x, and gaps between the pixels, ask for columns sorted by remainder.
+  const bool sorted = along_x || horizontal.step < s.step_w;
+  const int64_t remainders = sorted ? horizontal.step : 1, per_remainder = ceil_div(horizontal.size, remainders);
+  const int64_t row = by_pixel ? horizontal.size * b.channels : per_remainder * remainders;
+  const int64_t plane = vertical.size * row, image = by_pixel ? plane : b.channels * plane;
   T* copy = scratch<T>(Scratch::b, b.images * image + lanes);
+  // In the order of the copy, because a row may be written a bit too long.
   for (int64_t n = 0; n < b.images; ++n) {
-    for (int64_t i = 0; i < vertical.size; ++i) {
-      const int64_t y = b.y * s.step_h + e.top + vertical.source(i);
-      const bool inside = y >= 0 && y < s.height;
-      const In* source = images + (b.n + n) * s.image_stride + (inside ? y : 0) * s.y_stride;
-      const int64_t width = inside ? s.width : 0;  // a row outside is all zeros
-      T* target = copy + n * image + i * row;
-      if (channels_last) {
-        for (int64_t j = 0; j < horizontal.size; ++j) {
-          const int64_t x = e.left + horizontal.source(j);
-          if (x >= 0 && x < width) {
-            copy_values(target + j * b.channels, source + x * s.x_stride, b.channels, s.channel_stride);
-          } else {
-            std::fill_n(target + j * b.channels, b.channels, T(0));
+    for (int64_t c = 0; c < (by_pixel ? 1 : b.channels); ++c) {
+      for (int64_t i = 0; i < vertical.size; ++i) {
+        const int64_t y = b.y * s.step_h + e.top + vertical.source(i);
+        const bool inside = y >= 0 && y < s.height;
+        const In* source = images + (b.n + n) * s.image_stride + c * s.channel_stride + (inside ? y : 0) * s.y_stride;
+        const int64_t width = inside ? s.width : 0;  // a row outside is all zeros
+        T* target = copy + n * image + c * plane + i * row;
+        if (!by_pixel) {
+          for (int64_t r = 0; r < remainders; ++r)
+            copy_row(target + r * per_remainder, source, e.left + r, sorted ? s.step_w : 1, per_remainder, width,
+                     s.x_stride);
+        } else if (b.channels == s.x_stride && horizontal.step == s.step_w) {
+          copy_row(target, source, e.left * b.channels, 1, row, width * b.channels, 1);
+        } else {
+          for (int64_t j = 0; j < horizontal.size; ++j) {
+            const int64_t x = e.left + horizontal.source(j);
+            const bool there = x >= 0 && x < width;
+            copy_row(target + j * b.channels, source + (there ? x : 0) * s.x_stride, 0, 1, b.channels,
+                     there ? b.channels : 0, s.channel_stride);
           }
         }
-      } else {
-        for (int64_t c = 0; c < b.channels; ++c)
-          for (int64_t r = 0; r < step; ++r)
-            copy_row(target + c * plane + r * per_remainder, source + c * s.channel_stride, e.left + r, s.step_w,
-                     per_remainder, width, s.x_stride);
       }
     }
   }
-  if (channels_last)
-    return {copy,   image, 1,    vertical.step * row, step * b.channels, e.top,
-            e.left, row,   step, b.channels,          step * b.channels};
-  return {copy, image, plane, vertical.step * row, 1, e.top, e.left, row, step, per_remainder, 1};
+  const int64_t y_step = vertical.step * row;
+  if (by_pixel) return {copy, image, 1, y_step, horizontal.step * b.channels, e.top, e.left, row, 1, 0, b.channels};
+  return {copy, image, plane, y_step, sorted ? 1 : horizontal.step, e.top, e.left, row, remainders, per_remainder, 1};
 }
 
-// How many output rows of how many images make a window of a good size for the cache.
+// How many output rows of how many images make a window of a good size: one that fits into cache, and with enough
+// pixels for what is read along with it, the weights or the sums.
 struct BandSize {
   int64_t rows, images;
 
   template <class In>
   BandSize(const Source<In>& s, const Extent& e, int64_t channels) {
     constexpr int64_t cached = (256 << 10) / sizeof(Compute<In>), enough_pixels = 256;
-    const CopiedAxis vertical(s.out_height, s.step_h, e.span_h);
-    const CopiedAxis horizontal(s.out_width, s.step_w, e.span_w);
-    const int64_t row = channels * horizontal.size;
-    rows = std::clamp((cached / row - e.span_h) / vertical.step + 1, int64_t{1}, s.out_height);
+    const CopiedAxis vertical(e.out_height, s.step_h, e.span_h);
+    const CopiedAxis horizontal(e.out_width, s.step_w, e.span_w);
+    const int64_t row = channels * horizontal.size, enough_rows = ceil_div(enough_pixels, e.out_width);
+    rows = std::clamp((cached / row - e.span_h) / vertical.step + 1, std::min(enough_rows, e.out_height), e.out_height);
     // Of even size, and small images together.
-    rows = ceil_div(s.out_height, ceil_div(s.out_height, rows));
-    const int64_t image = row * ((rows - 1) * vertical.step + e.span_h);
-    images = rows < s.out_height
-                 ? 1
-                 : std::clamp(std::min(cached / image, ceil_div(enough_pixels, s.pixels())), int64_t{1}, s.count);
+    rows = ceil_div(e.out_height, ceil_div(e.out_height, rows));
+    images = rows < e.out_height ? 1 : std::min(ceil_div(enough_rows, e.out_height), s.count);
+    images = ceil_div(s.count, ceil_div(s.count, images));
   }
 };
 
