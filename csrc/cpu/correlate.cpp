@@ -22,15 +22,15 @@ template <class T>
 bool vectors_along_x(const Correlation<T>& x) {
   const double pixels = lanes_used<Compute<T>>(x.source.out_width), channels = lanes_used<Compute<T>>(x.out_channels);
   if (x.channels_last) return channels < 0.25 * pixels;
-  const double depth = static_cast<double>(x.depth()), transpose = 36;  // costs as much as this many terms
+  // Transposing the output costs as much as this many terms, and so does writing columns that are not neighbours.
+  const double depth = static_cast<double>(x.depth()), transpose = x.x_phases == 1 ? 36 : 0;
   return channels * depth / (depth + transpose) < pixels;
 }
 
 template <class T>
 struct Task {
   const Correlation<T>* phases;
-  int64_t count;
-  const Compute<T>* const* filters;  // of each phase and this group: [O][K], or panels of [K][width]
+  const Compute<T>* const* filters;  // of each phase and this group: [O][K], or panels of [K][width], or null
   int64_t width;                     // of the panels
   Band band;
   const Window<Compute<T>>& window;
@@ -64,7 +64,8 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
   }
 
   const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
-  const int64_t lines_at_once = std::max(NC / (row_vectors * lanes), int64_t{1});
+  constexpr int64_t vectors_at_once = NC / lanes;
+  const int64_t lines_at_once = std::max(vectors_at_once / row_vectors, int64_t{1});
   for (int64_t line = 0; line < lines; line += lines_at_once) {
     const int64_t count = std::min(lines_at_once, lines - line), vectors = count * row_vectors;
     int64_t* offsets = scratch<int64_t>(Scratch::b_offsets, vectors);
@@ -81,29 +82,54 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
     const bool whole = width % lanes == 0;
     for (int64_t m = t.o; m < t.o + t.o_count; m += MC) {
       const int64_t mc = std::min(MC, t.o + t.o_count - m), stride = vectors * lanes;
-      const auto multiply_chunk = [&](const Target<C>& target, int64_t k, int64_t kc, bool first, bool last) {
-        multiply<C>(mc, vectors, kc, {t.filters[p], filter_rows + m, filter_steps + k}, {w.data, offsets, patch + k},
-                    target, !first, last);
+      // Vectors [v, v + vc) of the lines.
+      const auto product = [&](const Target<C>& target, int64_t v, int64_t vc, bool finish) {
+        for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
+          multiply<C>(mc, vc, kc, {t.filters[p], filter_rows + m, filter_steps + k}, {w.data, offsets + v, patch + k},
+                      target, !first, last && finish);
+        });
       };
       if constexpr (std::is_same_v<T, C>) {
         if (direct) {
-          const Target<C> target{out.data, multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m,
-                                 targets, whole ? nullptr : target_lanes, out.row_bias ? out.row_bias + m : nullptr};
-          for_each_chunk(
-              0, K, [&](int64_t k, int64_t kc, bool first, bool last) { multiply_chunk(target, k, kc, first, last); });
+          for (int64_t v = 0; v < vectors; v += vectors_at_once) {
+            const Target<C> target{out.data, multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m,
+                                   targets + v, whole ? nullptr : target_lanes + v,
+                                   out.row_bias ? out.row_bias + m : nullptr};
+            product(target, v, std::min(vectors_at_once, vectors - v), /*finish=*/true);
+          }
           continue;
         }
       }
       C* sums = scratch<C>(Scratch::sums, mc * stride);
-      const Target<C> target{sums, multiples(Scratch::target_rows, mc, stride),
-                             multiples(Scratch::target_vectors, vectors, lanes)};
-      for_each_chunk(0, K,
-                     [&](int64_t k, int64_t kc, bool first, bool) { multiply_chunk(target, k, kc, first, false); });
+      product({sums, multiples(Scratch::target_rows, mc, stride), multiples(Scratch::target_vectors, vectors, lanes)},
+              0, vectors, /*finish=*/false);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t n = t.band.n + (line + i) / band_rows, y = t.band.y + (line + i) % band_rows;
         write(out, sums + i * row_vectors * lanes, stride, m, mc, n * pixels.pixels + y * width, width);
       }
     }
+  }
+}
+
+// Rows [k, k + kc) of the panel of filters [o, o + columns) of group g, with zeros up to `width`.
+template <class T>
+void pack_filters(Compute<T>* panel, const Correlation<T>& x, int64_t g, int64_t o, int64_t columns, int64_t width,
+                  int64_t k, int64_t kc) {
+  const Filters<T>& f = x.filters;
+  const int64_t taps = x.source.tap_count;
+  if (f.channel_stride == taps)  // all taps in order: what a filter has lies in one piece
+    return pack_panels(panel, Matrix<T>{f.at(g, o, 0), 1, f.out_stride}, k, kc, 0, columns, width);
+  for (int64_t i = k; i < k + kc;) {
+    const int64_t tap = i % taps, count = f.out_stride == taps ? std::min(taps - tap, k + kc - i) : 1;
+    const T* source = f.at(g, o, i / taps) + x.source.taps[tap].index;
+    // As many taps of one channel as follow one another, with those of the next filter behind them.
+    if (count > 1) {
+      transpose(panel, width, source, f.out_stride, columns, count);
+    } else {
+      copy_values(panel, source, columns, f.out_stride);
+    }
+    for (int64_t end = i + count; i < end; ++i, panel += width)
+      std::fill(panel + columns, panel + width, Compute<T>(0));
   }
 }
 
@@ -121,10 +147,12 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
                       x.bias ? x.bias + group : nullptr};
 
   const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
-  int64_t lines_at_once = std::max(MC / line_width, int64_t{1});
+  // Many pixels at once and few channels rather than the other way round: the filters come from further away.
+  constexpr int64_t most_pixels = 3 * MC, most_sums = MC * NC;
+  int64_t lines_at_once = std::clamp(most_pixels / line_width, int64_t{1}, lines);
   lines_at_once = ceil_div(lines, ceil_div(lines, lines_at_once));
-  int64_t nc = std::min(t.o_count, NC);
-  nc = std::min(ceil_div(ceil_div(t.o_count, ceil_div(t.o_count, nc)), t.width) * t.width, t.o_count);
+  const int64_t nc =
+      std::clamp(most_sums / (lines_at_once * line_width) / t.width * t.width, std::min(t.width, t.o_count), t.o_count);
   for (int64_t n = t.o; n < t.o + t.o_count; n += nc) {
     const int64_t columns = std::min(nc, t.o + t.o_count - n), vectors = ceil_div(columns, lanes);
     const int64_t stride = vectors * lanes;
@@ -150,8 +178,19 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
           }
         }
         const int64_t* patch = patch_offsets(Scratch::a_steps, w, phase.source, phase.source.channels);
-        const int64_t* panel = panel_offsets<C>(Scratch::b_offsets, ceil_div(x.out_channels, lanes), K, t.width);
         const int64_t* panel_steps = multiples(Scratch::b_steps, K, t.width);
+        const auto filters = [&](int64_t k, int64_t kc) -> Vectors<C> {
+          if (t.filters == nullptr) {
+            const int64_t panels = ceil_div(columns, t.width);
+            C* packed = scratch<C>(Scratch::weight, panels * t.width * kc);
+            for (int64_t i = 0; i < panels; ++i)
+              pack_filters(packed + i * t.width * kc, phase, t.band.g, n + i * t.width,
+                           std::min(t.width, columns - i * t.width), t.width, k, kc);
+            return {packed, panel_offsets<C>(Scratch::b_offsets, vectors, kc, t.width), panel_steps};
+          }
+          const int64_t* panels = panel_offsets<C>(Scratch::b_offsets, ceil_div(x.out_channels, lanes), K, t.width);
+          return {t.filters[q], panels + n / lanes, panel_steps + k};
+        };
         Target<C> target{sums, targets, multiples(Scratch::target_vectors, vectors, lanes)};
         if constexpr (std::is_same_v<T, C>) {
           if (direct) {
@@ -161,8 +200,8 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
           }
         }
         for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
-          multiply<C>(count * width, vectors, kc, {w.data, offsets, patch + k},
-                      {t.filters[q], panel + n / lanes, panel_steps + k}, target, !first, last && direct);
+          multiply<C>(count * width, vectors, kc, {w.data, offsets, patch + k}, filters(k, kc), target, !first,
+                      last && direct);
         });
       }
       for (int64_t i = 0; i < count && !direct;) {  // the lines of one image follow one another
@@ -176,42 +215,37 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
   }
 }
 
-// The filters as the products read them: those of all groups of phase p, one group after the other.
+// The filters of all groups of all phases as the products read them: filters[g * count + p].
 template <class T>
-struct Arrangement {
-  bool along_x;
-  int64_t width;
-
-  Arrangement(const Correlation<T>& x, bool along_x)
-      : along_x(along_x), width(panel_width<Compute<T>>(x.out_channels)) {}
-
-  int64_t group_size(const Correlation<T>& x) const {
-    return (along_x ? x.out_channels : ceil_div(x.out_channels, width) * width) * x.depth();
-  }
-
-  // Rows [o, o + width) of group g.
-  void arrange(Compute<T>* target, const Correlation<T>& x, int64_t g, int64_t o) const {
-    const int64_t taps = x.source.tap_count, K = x.depth(), columns = std::min(width, x.out_channels - o);
-    const Filters<T>& f = x.filters;
-    if (along_x) {
-      for (int64_t i = o; i < o + columns; ++i)
-        for (int64_t k = 0; k < K; ++k)
-          target[i * K + k] = static_cast<Compute<T>>(f.at(g, i, k / taps)[x.source.taps[k % taps].index]);
-      return;
-    }
-    target += o * K;
-    if (f.channel_stride == taps)
-      return pack_panels(target, Matrix<T>{f.at(g, o, 0), 1, f.out_stride}, 0, K, 0, columns, width);
-    for (int64_t c = 0; c < x.source.channels; ++c) {
-      const T* source = f.at(g, o, c);
-      for (int64_t t = 0; t < taps; ++t) {
-        Compute<T>* row = target + (c * taps + t) * width;
-        copy_values(row, source + x.source.taps[t].index, columns, f.out_stride);
-        std::fill(row + columns, row + width, Compute<T>(0));
-      }
+const Compute<T>** arrange_filters(const Correlation<T>* phases, int64_t count, bool along_x, int64_t width) {
+  using C = Compute<T>;
+  const Correlation<T>& x = phases[0];
+  const int64_t O = x.out_channels, panels = ceil_div(O, width);
+  const C** filters = scratch<const C*>(Scratch::phase_filters, count * x.groups);
+  if constexpr (std::is_same_v<T, C>) {
+    if (along_x) {  // they are read where they lie
+      for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = phases[i % count].filters.at(i / count, 0, 0);
+      return filters;
     }
   }
-};
+  const auto group_size = [&](int64_t p) { return (along_x ? O : panels * width) * phases[p].depth(); };
+  int64_t size = 0;
+  for (int64_t p = 0; p < count; ++p) size += x.groups * group_size(p);
+  C* target = scratch<C>(Scratch::weight, size);
+  for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = target, target += group_size(i % count);
+  for_each_task(count * x.groups * panels, 16.0 * size, [&](int64_t task) {
+    const int64_t i = task / panels, o = task % panels * width, columns = std::min(width, O - o), g = i / count;
+    const Correlation<T>& phase = phases[i % count];
+    const int64_t K = phase.depth();
+    C* target = const_cast<C*>(filters[i]) + o * K;
+    if (!along_x) return pack_filters(target, phase, g, o, columns, width, 0, K);
+    for (int64_t f = o; f < o + columns; ++f)
+      for (int64_t k = 0; k < K; ++k)
+        *target++ = static_cast<C>(
+            phase.filters.at(g, f, k / phase.source.tap_count)[phase.source.taps[k % phase.source.tap_count].index]);
+  });
+  return filters;
+}
 
 template <class T>
 void correlate_finite(const Correlation<T>* phases, int64_t count) {
@@ -219,42 +253,20 @@ void correlate_finite(const Correlation<T>* phases, int64_t count) {
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& x = phases[0];
   const Source<T>& s = x.source;
-  const int64_t O = x.out_channels;
   const bool along_x = vectors_along_x(x);
-  const Arrangement<T> arrangement(x, along_x);
-  const bool in_place = std::is_same_v<T, C> && along_x;
-
-  const C** filters = scratch<const C*>(Scratch::phase_filters, count * x.groups);
-  int64_t filter_count = 0;
-  double flops = 0;
-  for (int64_t p = 0; p < count; ++p) {
-    filter_count += x.groups * arrangement.group_size(phases[p]);
-    flops += 2.0 * s.count * phases[p].source.pixels() * x.groups * O * phases[p].depth();
-  }
-  C* arranged = in_place ? nullptr : scratch<C>(Scratch::weight, filter_count);
-  const int64_t panels = ceil_div(O, arrangement.width);
-  for (int64_t p = 0; p < count; ++p) {
-    const int64_t size = arrangement.group_size(phases[p]);
-    for (int64_t g = 0; g < x.groups; ++g) {
-      if constexpr (std::is_same_v<T, C>) {
-        if (in_place) filters[g * count + p] = phases[p].filters.at(g, 0, 0);
-      }
-      if (!in_place) filters[g * count + p] = arranged + g * size;
-    }
-    if (!in_place)
-      for_each_task(x.groups * panels, 16.0 * x.groups * size, [&, p](int64_t i) {
-        const int64_t g = i / panels;
-        arrangement.arrange(const_cast<C*>(filters[g * count + p]), phases[p], g, i % panels * arrangement.width);
-      });
-    if (!in_place) arranged += x.groups * size;
-  }
-
   const Extent extent(phases, count);
   const BandSize size(s, extent, s.channels);
   const int64_t image_bands = ceil_div(s.count, size.images), row_bands = ceil_div(s.out_height, size.rows);
-  const int64_t bands = x.groups * image_bands * row_bands;
-  const int64_t o_part = ceil_div(ceil_div(O, ceil_div(tasks_worth(flops), bands)), lanes) * lanes;
+  const int64_t O = x.out_channels, bands = x.groups * image_bands * row_bands, width = panel_width<C>(O);
+  double flops = 0;
+  for (int64_t p = 0; p < count; ++p)
+    flops += 2.0 * s.count * phases[p].source.pixels() * x.groups * O * phases[p].depth();
+  const int64_t o_unit = along_x ? lanes : width;
+  const int64_t o_part = ceil_div(ceil_div(O, ceil_div(tasks_worth(flops), bands)), o_unit) * o_unit;
   const int64_t o_parts = ceil_div(O, o_part);
+
+  // A single band packs its filters where it needs them, while they are in cache.
+  const C** filters = along_x || bands > x.groups ? arrange_filters(phases, count, along_x, width) : nullptr;
   for_each_range(bands * o_parts, flops, [&](int64_t begin, int64_t end) {
     Window<C> window{};
     for (int64_t task = begin; task < end; ++task) {
@@ -264,7 +276,7 @@ void correlate_finite(const Correlation<T>* phases, int64_t count) {
       const Band band{
           g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
       if (task == begin || o == 0) window = window_of(s, extent, band, x.channels_last, along_x);
-      const Task<T> t{phases, count, filters + g * count, arrangement.width, band, window, o, std::min(o_part, O - o)};
+      const Task<T> t{phases, filters ? filters + g * count : nullptr, width, band, window, o, std::min(o_part, O - o)};
       for (int64_t p = 0; p < count; p += along_x ? 1 : x.x_phases) {
         if (t.rows(p) <= 0) continue;
         along_x ? multiply_along_x(t, p) : multiply_along_channels(t, p);
@@ -304,6 +316,22 @@ const T* filters_of_taps(const Correlation<T>& x) {
   return selected;
 }
 
+// Where every output pixel meets just the input pixel of its own place, an image is one long line, of which the vectors
+// leave fewer lanes idle.
+template <class T>
+bool is_pointwise(const Correlation<T>& x) {
+  const Source<T>& s = x.source;
+  return s.tap_count == 1 && s.taps[0].dy == 0 && s.taps[0].dx == 0 && x.x_phases == 1 && s.out_height == s.height &&
+         s.out_width == s.width;
+}
+template <class T>
+Correlation<T> flattened(Correlation<T> x) {
+  x.source.out_width = x.source.width *= x.source.height;
+  x.source.out_height = x.source.height = 1;
+  x.out_lines.width = x.source.width;
+  return x;
+}
+
 }  // namespace
 
 template <class T>
@@ -312,6 +340,10 @@ void correlate(const Correlation<T>* phases, int64_t count) {
   if (x.channels_last && x.source.channels == 1 && x.out_channels == 1) {
     for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
     return;
+  }
+  if (count == 1 && x.source.height > 1 && is_pointwise(x)) {
+    const Correlation<T> line = flattened(x);
+    return correlate(&line, 1);
   }
   if (!leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
     return correlate_finite(phases, count);

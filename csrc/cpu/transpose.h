@@ -56,8 +56,10 @@ void transpose(T* target, int64_t target_stride, const In* source, int64_t sourc
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<In, float>) {
     whole_rows = rows / tile_rows_transposed * tile_rows_transposed, whole_columns = columns / 4 * 4;
-    for (int64_t c = 0; c < whole_columns; c += 4) {
-      for (int64_t r = 0; r < whole_rows; r += tile_rows_transposed) {
+    // Along the rows, so that a cache line is used up while it is there: rows of a weight are often a power of two
+    // apart and share few sets of the cache.
+    for (int64_t r = 0; r < whole_rows; r += tile_rows_transposed) {
+      for (int64_t c = 0; c < whole_columns; c += 4) {
         FloatVector v[4];
         for (int i = 0; i < 4; ++i) v[i] = load_lanes(source + (r + i) * source_stride + c, source_stride);
         transpose_lanes(v);

@@ -124,12 +124,12 @@ template <class In>
 void copy_row(Compute<In>* target, const In* row, int64_t x, int64_t step, int64_t count, int64_t width,
               int64_t x_stride) {
   using T = Compute<In>;
-  // Elements [begin, end) of the target lie inside of the image.
-  const int64_t begin = std::min(x < 0 ? ceil_div(-x, step) : 0, count);
-  const int64_t end = x < width ? std::max(begin, std::min((width - 1 - x) / step + 1, count)) : begin;
+  // Elements [begin, end) of the target lie inside of the image. Rows are short: a division would take as long as one.
+  const int64_t before = step == 1 ? -x : ceil_div(-x, step), until = step == 1 ? width - x : ceil_div(width - x, step);
+  const int64_t begin = std::clamp(before, int64_t{0}, count), end = std::clamp(until, begin, count);
   const In* source = row + (x + begin * step) * x_stride;
   if constexpr (std::is_same_v<In, T>) {
-    if (step * x_stride == 1) {  // rows are short: three library calls for each would take longer than the copy
+    if (step * x_stride == 1) {
       constexpr int64_t lanes = Vec<T>::size();
       for (int64_t i = 0; i < begin; i += lanes) Vec<T>(0).store(target + i);
       int64_t i = begin;
@@ -216,7 +216,7 @@ struct BandSize {
 
   template <class In>
   BandSize(const Source<In>& s, const Extent& e, int64_t channels) {
-    constexpr int64_t cached = (256 << 10) / sizeof(Compute<In>), enough_pixels = 256;
+    constexpr int64_t cached = (256 << 10) / sizeof(Compute<In>), enough_pixels = 384;
     const CopiedAxis vertical(e.out_height, s.step_h, e.span_h);
     const CopiedAxis horizontal(e.out_width, s.step_w, e.span_w);
     const int64_t row = channels * horizontal.size, enough_rows = ceil_div(enough_pixels, e.out_width);
