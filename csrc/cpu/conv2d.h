@@ -93,4 +93,16 @@ void correlate(const Correlation<T>* phases, int64_t count);
 template <class T>
 void correlate_depthwise(const Correlation<T>& x, const T* weight);
 
+// The same with vectors along the images, for a single phase of a compute type.
+template <class T>
+void correlate_images(const Correlation<T>& x);
+
+// The share of the products (pixel, tap) that meet the image; the others meet the zeros around it.
+template <class T>
+double share_inside(const Source<T>& s);
+
+// grad_weight of conv2d_backward.
+template <class T>
+void weight_gradient(const Conv2dBackwardArgs& x);
+
 }  // namespace pyops::cpu

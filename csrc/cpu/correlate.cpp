@@ -27,6 +27,20 @@ bool vectors_along_x(const Correlation<T>& x) {
   return channels * depth / (depth + transpose) < pixels;
 }
 
+// Whether the vectors should run along the images: where lanes would be idle or multiply the zeros around an image,
+// more than what transposing a block of images into cache and back costs.
+template <class T>
+bool vectors_along_images(const Correlation<T>& x) {
+  const Source<T>& s = x.source;
+  constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(T);
+  const int64_t out = x.groups * x.out_channels * s.pixels();
+  if (!std::is_same_v<T, Compute<T>> || s.count < lanes || (s.image_stride + out) * lanes > most_elements) return false;
+  const double inside = share_inside(s), products = inside * static_cast<double>(out * x.depth());
+  const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
+  const double others = std::max(lanes_used<Compute<T>>(s.out_width), lanes_used<Compute<T>>(x.out_channels));
+  return lanes_used<Compute<T>>(s.count) * products / (products + transposes) > inside * others;
+}
+
 template <class T>
 struct Task {
   const Correlation<T>* phases;
@@ -345,6 +359,8 @@ void correlate(const Correlation<T>* phases, int64_t count) {
     const Correlation<T> line = flattened(x);
     return correlate(&line, 1);
   }
+  if constexpr (std::is_same_v<T, Compute<T>>)
+    if (count == 1 && vectors_along_images(x)) return correlate_images(x);
   if (!leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
     return correlate_finite(phases, count);
 

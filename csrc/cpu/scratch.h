@@ -25,6 +25,8 @@ enum class Scratch {
   weight,
   taps,
   phases,
+  spans,
+  chunk_begins,
   phase_filters,
   partial_sums,
   image_sums,

@@ -1,0 +1,310 @@
+// The weight gradient of conv2d: with K = (channel, tap), summed over the pixels of all images,
+//
+//   grad_weight [O, K] = grad_output [O, pixels] window(input) [pixels, K]
+//
+// Three ways to lay the vectors, chosen by weight_gradient_finite:
+//   along the output channels: rows of K are broadcast from a window of the input where it lies, and a band of
+//     grad_output is transposed to [pixels, O] (channels-last it is so already).
+//   along the input channels, for 1x1 kernels over channels-first images with more channels out than in: the same with
+//     input and grad_output exchanged, so that the smaller one is transposed and the result comes out in its final
+//     order.
+//   along x, where output channels would leave most lanes idle: each weight is a dot product of a window and a
+//     gradient, 6 x 4 of them at a time in registers. LeNet's first layer, 64 images, one core with AVX-512: 0.19 ms;
+//     along the output channels 0.99, stock torch 0.52.
+//
+// The batch is cut into parts whose number depends on the shape only; their sums are added in order. The sums run over
+// the taps inside of the image only, also where values are infinite.
+#include "conv2d.h"
+#include "nonfinite.h"
+
+namespace pyops::cpu {
+namespace {
+
+// What is summed: output channel o and row (channel, tap) of group g go to target[g, o, row].
+template <class T>
+struct WeightGradient {
+  Conv2dShape shape;
+  Source<T> source;
+  const T* grad_output;
+  T* target;
+  int64_t out_stride, row_stride;
+
+  int64_t out() const { return shape.O / shape.groups; }
+  int64_t depth() const { return source.channels * source.tap_count; }  // K
+};
+
+// The pixels of a band of grad_output as rows of `vectors` vectors over the output channels [o, o + count) of group g.
+template <class T>
+Vectors<Compute<T>> grad_rows(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size();
+  const int64_t pixels = b.images * b.rows * s.OW, width = ceil_div(count, lanes) * lanes, plane = s.OH * s.OW;
+  const int64_t channel = b.g * (s.O / s.groups) + o, first = b.n * plane + b.y * s.OW;
+  const int64_t* offsets = multiples(Scratch::b_offsets, width / lanes, lanes);
+  if constexpr (std::is_same_v<T, C>) {
+    if (s.channels_last && count == width)
+      return {grad_output + first * s.O + channel, offsets, multiples(Scratch::b_steps, pixels, s.O)};
+  }
+  C* copy = scratch<C>(Scratch::grad_rows, pixels * width);
+  if (s.channels_last) {
+    for (int64_t p = 0; p < pixels; ++p)
+      copy_values(copy + p * width, grad_output + (first + p) * s.O + channel, count, 1);
+  } else {
+    const int64_t pixels_of_image = b.rows * s.OW;
+    for (int64_t n = 0; n < b.images; ++n)
+      transpose(copy + n * pixels_of_image * width, width,
+                grad_output + ((b.n + n) * s.O + channel) * plane + b.y * s.OW, plane, count, pixels_of_image);
+  }
+  for (int64_t p = 0; p < pixels && count < width; ++p)
+    std::fill(copy + p * width + count, copy + (p + 1) * width, C(0));
+  return {copy, offsets, multiples(Scratch::b_steps, pixels, width)};
+}
+
+// The pixels of a band of grad_output, one output channel [o, o + count) of group g after the other.
+template <class C>
+struct Planes {
+  const C* data;
+  int64_t channel_stride, image_stride;
+};
+
+template <class T>
+Planes<Compute<T>> grad_planes(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
+  using C = Compute<T>;
+  const Layout layout(s.O, s.OH, s.OW, s.channels_last);
+  const T* source = grad_output + (b.g * (s.O / s.groups) + o) * layout.channel_stride + b.n * layout.image_stride +
+                    b.y * layout.y_stride;
+  if constexpr (std::is_same_v<T, C>) {
+    if (layout.x_stride == 1) return {source, layout.channel_stride, layout.image_stride};
+  }
+  const int64_t pixels = b.rows * s.OW;  // of one image: they lie x_stride apart
+  C* planes = scratch<C>(Scratch::grad_rows, count * b.images * pixels);
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t n = 0; n < b.images; ++n)
+      copy_values(planes + (c * b.images + n) * pixels, source + c * layout.channel_stride + n * layout.image_stride,
+                  pixels, layout.x_stride);
+  return {planes, b.images * pixels, pixels};
+}
+
+// A register tile of dot products: as many as the registers hold beside a vector of the window and one of each
+// gradient.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int dot_rows = 4, dot_columns = 6;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int dot_rows = 3, dot_columns = 3;
+#else
+constexpr int dot_rows = 2, dot_columns = 2;
+#endif
+
+// A run of pixels along x, up to a vector of them: where it begins in the window and in a plane.
+struct Run {
+  int64_t window, plane;
+  int64_t lanes;
+};
+
+template <class C>
+struct DotArgs {
+  const C* window;
+  const int64_t* offsets;  // of the rows in the window
+  const C* planes;
+  int64_t plane_stride;
+  const Run* runs;
+  int64_t run_count;
+  C* sums;
+  int64_t sums_stride;
+  bool accumulate;
+};
+
+// sums[r, o] (+)= the sum over all pixels of window(offsets[r], pixel) * plane o(pixel). One plain loop, or else gcc
+// keeps the sums in memory.
+template <class C, int rows, int columns>
+void dot_products(const DotArgs<C>& x) {
+  using V = Vec<C>;
+  V sum[rows][columns];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int o = 0; o < columns; ++o) sum[r][o] = V(0);
+  const C* row[rows];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) row[r] = x.window + x.offsets[r];
+  for (int64_t i = 0; i < x.run_count; ++i) {
+    const Run run = x.runs[i];
+    const C* plane = x.planes + run.plane;
+    V g[columns];
+#pragma GCC unroll 8
+    for (int o = 0; o < columns; ++o) g[o] = V::loadu(plane + o * x.plane_stride, run.lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const V value = V::loadu(row[r] + run.window, run.lanes);
+#pragma GCC unroll 8
+      for (int o = 0; o < columns; ++o) sum[r][o] = at::vec::fmadd(value, g[o], sum[r][o]);
+    }
+  }
+  C lanes[rows][columns][V::size()];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int o = 0; o < columns; ++o) sum[r][o].store(lanes[r][o]);
+  for (int r = 0; r < rows; ++r) {
+    for (int o = 0; o < columns; ++o) {
+      C& target = x.sums[r * x.sums_stride + o];
+      const C total = at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, V::loadu(lanes[r][o]));
+      target = x.accumulate ? target + total : total;
+    }
+  }
+}
+
+template <class C, int... I>
+constexpr auto all_dot_products(std::integer_sequence<int, I...>) {
+  return std::array<void (*)(const DotArgs<C>&), sizeof...(I)>{
+      dot_products<C, I / dot_columns + 1, I % dot_columns + 1>...};
+}
+
+// The dot products of all rows (channel, tap) of the window with all planes of the gradient.
+template <class C>
+void multiply_along_x(DotArgs<C> x, int64_t rows, int64_t columns) {
+  constexpr auto tiles = all_dot_products<C>(std::make_integer_sequence<int, dot_rows * dot_columns>{});
+  const int64_t* const offsets = x.offsets;
+  C* const sums = x.sums;
+  for (int64_t o = 0; o < columns; o += dot_columns) {
+    const int64_t width = std::min(int64_t{dot_columns}, columns - o);
+    for (int64_t r = 0; r < rows; r += dot_rows) {
+      x.offsets = offsets + r;
+      x.sums = sums + r * x.sums_stride + o;
+      tiles[(std::min(int64_t{dot_rows}, rows - r) - 1) * dot_columns + width - 1](x);
+    }
+    x.planes += width * x.plane_stride;
+  }
+}
+
+// All runs of a band, row by row.
+template <class C>
+const Run* runs_of(const Window<C>& w, const Planes<C>& planes, const Band& b, int64_t width) {
+  constexpr int64_t lanes = Vec<C>::size();
+  Run* runs = scratch<Run>(Scratch::a_steps, b.images * b.rows * ceil_div(width, lanes));
+  int64_t i = 0;
+  for (int64_t n = 0; n < b.images; ++n)
+    for (int64_t y = 0; y < b.rows; ++y)
+      for (int64_t x = 0; x < width; x += lanes)
+        runs[i++] = {n * w.image_stride + y * w.y_step + x, n * planes.image_stride + y * width + x,
+                     std::min(lanes, width - x)};
+  return runs;
+}
+
+// The size of a block of channels: `count` of them in as few even blocks as have at most `most`.
+int64_t even_block(int64_t count, int64_t most) {
+  return ceil_div(count, ceil_div(count, std::clamp(most, int64_t{1}, count)));
+}
+
+template <class T>
+void add_up(const WeightGradient<T>& x) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size(), most_columns = 256, most_sums = 160 << 10;  // of which half an L2 cache
+  const Conv2dShape& s = x.shape;
+  const Source<T>& source = x.source;
+  const int64_t out = x.out(), taps = source.tap_count, K = x.depth();
+  const int64_t o_block = even_block(out, most_columns),
+                c_block = even_block(source.channels, most_sums / o_block / taps);
+  const int64_t c_blocks = ceil_div(source.channels, c_block), o_blocks = ceil_div(out, o_block);
+  const Extent extent(source);
+  const BandSize size(source, extent, c_block);
+  const int64_t row_bands = ceil_div(s.OH, size.rows), bands = ceil_div(s.N, size.images) * row_bands;
+  const double flops = 2.0 * s.N * s.OH * s.OW * s.O * K;
+  const int64_t blocks = s.groups * c_blocks * o_blocks;
+  const int64_t parts = std::min(ceil_div(tasks_worth(flops), blocks), bands);
+  const bool along_x = lanes_used<C>(out) < 0.5 * lanes_used<C>(s.OW);
+
+  C* partial = scratch<C>(Scratch::partial_sums, parts * s.groups * K * out);
+  for_each_task(blocks * parts, flops, [&](int64_t task) {
+    const int64_t part = task % parts, o = task / parts % o_blocks * o_block;
+    const int64_t c = task / parts / o_blocks % c_blocks * c_block, g = task / parts / o_blocks / c_blocks;
+    const int64_t channels = std::min(c_block, source.channels - c), rows = channels * taps;
+    const int64_t columns = std::min(o_block, out - o), vectors = ceil_div(columns, lanes), stride = vectors * lanes;
+    C* sums = scratch<C>(Scratch::sums, rows * stride);
+    const int64_t begin = part * bands / parts, end = (part + 1) * bands / parts;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
+      const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
+      const Window<C> w = window_of(source, extent, band, s.channels_last, along_x);
+      const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
+      if (along_x) {
+        const Planes<C> planes = grad_planes(s, x.grad_output, band, o, columns);
+        const Run* runs = runs_of(w, planes, band, s.OW);
+        multiply_along_x<C>({w.data, patch, planes.data, planes.channel_stride, runs,
+                             band.images * band.rows * ceil_div(s.OW, lanes), sums, stride, i > begin},
+                            rows, columns);
+        continue;
+      }
+      const int64_t* pixels = pixel_offsets(Scratch::a_steps, w, band, s.OW);
+      const Vectors<C> grad = grad_rows(s, x.grad_output, band, o, columns);
+      for_each_chunk(0, band.images * band.rows * s.OW, [&](int64_t k, int64_t kc, bool first, bool) {
+        multiply<C>(rows, vectors, kc, {w.data, patch, pixels + k}, {grad.data, grad.offsets, grad.steps + k}, sums,
+                    stride, i > begin || !first);
+      });
+    }
+    C* target = partial + ((part * s.groups + g) * K + c * taps) * out + o;
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * stride, columns, target + r * out);
+  });
+  for (int64_t g = 0; g < s.groups; ++g)
+    sum_parts(Output<T>{x.target + g * out * K, Axis::plain(x.row_stride), Axis::plain(x.out_stride)},
+              partial + g * K * out, parts, s.groups * K * out, K, out);
+}
+
+// A 1x1 convolution that meets every pixel once has no window: input and grad_output may change places.
+bool is_pointwise(const Conv2dShape& s) {
+  return s.kernel_h == 1 && s.kernel_w == 1 && s.OH == s.H && s.OW == s.W && s.stride_h == 1 && s.stride_w == 1;
+}
+
+template <class T>
+void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
+  const int64_t taps = source.tap_count, kernel = s.kernel_h * s.kernel_w, K = source.channels * taps;
+  if (is_pointwise(s) && s.O > s.C && !s.channels_last) {
+    Conv2dShape exchanged = s;
+    std::swap(exchanged.C, exchanged.O);
+    return add_up<T>({exchanged, input_source<T>(exchanged, grad_output), source.images, grad_weight, 1, K});
+  }
+  if (taps == kernel) return add_up<T>({s, source, grad_output, grad_weight, K, 1});
+  // The taps that no pixel meets have no gradient.
+  std::fill(grad_weight, grad_weight + s.O * source.channels * kernel, T(0));
+  if (taps == 0) return;
+  T* of_taps = scratch<T>(Scratch::weight, s.O * K);
+  add_up<T>({s, source, grad_output, of_taps, K, 1});
+  for (int64_t f = 0; f < s.O * source.channels; ++f)
+    for (int64_t t = 0; t < taps; ++t) grad_weight[f * kernel + source.taps[t].index] = of_taps[f * taps + t];
+}
+
+}  // namespace
+
+template <class T>
+void weight_gradient(const Conv2dBackwardArgs& x) {
+  const Conv2dShape& s = x.shape;
+  const Source<T> source = input_source<T>(s, x.input);
+  const T* grad_output = static_cast<const T*>(x.grad_output);
+  T* grad_weight = static_cast<T*>(x.grad_weight);
+  const int64_t count = s.N * s.O * s.OH * s.OW;
+  if (!leaves_image(source, Extent(source)) || all_finite(grad_output, count))
+    return weight_gradient_finite(s, source, grad_output, grad_weight);
+
+  weight_gradient_finite(s, source, finite_part(grad_output, count).data(), grad_weight);
+  const Layout grad(s.O, s.OH, s.OW, s.channels_last);
+  const int64_t in = source.channels, taps = source.tap_count, kernel = s.kernel_h * s.kernel_w;
+  for_each_task(s.O * in, 2.0 * count * in * taps, [&](int64_t task) {
+    const int64_t o = task / in, channel = o / (s.O / s.groups) * in + task % in;
+    for (int64_t n = 0; n < s.N; ++n) {
+      const T* image = grad_output + n * grad.image_stride + o * grad.channel_stride;
+      for (int64_t t = 0; t < taps; ++t) {
+        for_each_inside(source, n, channel, source.taps[t], [&](int64_t y, int64_t column, T value) {
+          const T g = image[y * grad.y_stride + column * grad.x_stride];
+          if (!is_finite(g)) add_product(grad_weight[task * kernel + source.taps[t].index], g, value);
+        });
+      }
+    }
+  });
+}
+
+template void weight_gradient<float>(const Conv2dBackwardArgs&);
+template void weight_gradient<double>(const Conv2dBackwardArgs&);
+template void weight_gradient<c10::BFloat16>(const Conv2dBackwardArgs&);
+template void weight_gradient<c10::Half>(const Conv2dBackwardArgs&);
+
+}  // namespace pyops::cpu
