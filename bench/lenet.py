@@ -19,7 +19,7 @@ class Library(NamedTuple):
     """Where the layers come from."""
 
     nn: ModuleType
-    LeNet: type[torch.nn.Module]
+    LeNet: Callable[[], torch.nn.Module]
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Program:
     gate: float = FLOOR
     dtype: torch.dtype = torch.float32
     limit_gate: float = 0
+    fused: bool = False  # ours, by LeNet(fused=True)
 
     def prepare(self) -> Work:
         steps = []
-        for library in (Library(torch.nn, StockLeNet), Library(pyops.nn, pyops.LeNet)):
+        for library in (Library(torch.nn, StockLeNet), Library(pyops.nn, partial(pyops.LeNet, fused=self.fused))):
             torch.manual_seed(0)  # the same parameters and data for both
             steps.append(self.build(library))
         stock, ours = steps
@@ -110,8 +111,29 @@ GROUPS = [
         ],
     ),
     Group(
+        "the same with fused blocks",
+        [
+            Program(
+                f"LeNet(fused=True) training, batch {batch}",
+                partial(lenet_training_pass, batch),
+                gate * CAPABILITY_FACTOR,
+                fused=True,
+            )
+            for batch, gate in ((1, 2.3), (64, 3.3), (1024, 4.5))
+        ],
+    ),
+    Group(
         "forward of LeNet 5x5 under no_grad",
-        [Program(f"LeNet inference, batch {batch}", partial(lenet_forward, batch)) for batch in (1, 64, 1024)],
+        [Program(f"LeNet inference, batch {batch}", partial(lenet_forward, batch)) for batch in (1, 64, 1024)]
+        + [
+            Program(
+                f"LeNet(fused=True) inference, batch {batch}",
+                partial(lenet_forward, batch),
+                gate * CAPABILITY_FACTOR,
+                fused=True,
+            )
+            for batch, gate in ((1, 3), (64, 6), (1024, 8))
+        ],
     ),
     Group(
         "zero_grad, forward and backward of the two-layer net",

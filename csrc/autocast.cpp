@@ -1,5 +1,5 @@
-// Autocast: under torch.autocast, linear and conv2d run in the autocast dtype, as stock's do; relu and max_pool2d in
-// the dtype they are given, for which torch needs no registration.
+// Autocast: under torch.autocast, linear and conv2d, also fused ones, run in the autocast dtype, as stock's do; relu
+// and max_pool2d in the dtype they are given, for which torch needs no registration.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -25,38 +25,50 @@ class Cast {
   at::ScalarType dtype_;
 };
 
-template <c10::DispatchKey key>
-Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pyops::linear", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&)>();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  const Cast cast(input);
-  return op.call(cast(input), cast(weight), cast(bias));
-}
+// The op called `name`, whose first arguments are input, weight and bias, on those in the autocast dtype.
+template <c10::DispatchKey key, class Result, class... Options>
+struct InLowerPrecision {
+  template <const char* const& name>
+  static Result call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, Options... options) {
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow(name, "")
+            .template typed<Result(const Tensor&, const Tensor&, const OptionalTensor&, Options...)>();
+    c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+    const Cast cast(input);
+    return op.call(cast(input), cast(weight), cast(bias), options...);
+  }
+};
+
+constexpr const char* linear = "pyops::linear";
+constexpr const char* linear_relu = "pyops::linear_relu";
+constexpr const char* conv2d = "pyops::conv2d";
+constexpr const char* conv2d_relu = "pyops::conv2d_relu";
+constexpr const char* conv2d_relu_max_pool2d = "pyops::conv2d_relu_max_pool2d";
+
+using Ints = at::IntArrayRef;
 
 template <c10::DispatchKey key>
-Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, at::IntArrayRef stride,
-              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("pyops::conv2d", "")
-                             .typed<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, at::IntArrayRef,
-                                           at::IntArrayRef, at::IntArrayRef, int64_t)>();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
-  const Cast cast(input);
-  return op.call(cast(input), cast(weight), cast(bias), stride, padding, dilation, groups);
+void implement(torch::Library& m) {
+  using Linear = InLowerPrecision<key, Tensor>;
+  using Conv2d = InLowerPrecision<key, Tensor, Ints, Ints, Ints, int64_t>;
+  using Pooled =
+      InLowerPrecision<key, std::tuple<Tensor, Tensor>, Ints, Ints, Ints, int64_t, Ints, Ints, Ints, Ints, bool>;
+  m.impl("linear", &Linear::template call<linear>);
+  m.impl("linear_relu", &Linear::template call<linear_relu>);
+  m.impl("conv2d", &Conv2d::template call<conv2d>);
+  m.impl("conv2d_relu", &Conv2d::template call<conv2d_relu>);
+  m.impl("conv2d_relu_max_pool2d", &Pooled::template call<conv2d_relu_max_pool2d>);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(pyops, AutocastCPU, m) {
-  m.impl("linear", linear<c10::DispatchKey::AutocastCPU>);
-  m.impl("conv2d", conv2d<c10::DispatchKey::AutocastCPU>);
+  implement<c10::DispatchKey::AutocastCPU>(m);
 }
 
 TORCH_LIBRARY_IMPL(pyops, AutocastCUDA, m) {
-  m.impl("linear", linear<c10::DispatchKey::AutocastCUDA>);
-  m.impl("conv2d", conv2d<c10::DispatchKey::AutocastCUDA>);
+  implement<c10::DispatchKey::AutocastCUDA>(m);
 }
 
 }  // namespace pyops

@@ -61,8 +61,10 @@ void set_autograd(pybind11::object function) {
 }
 
 TORCH_LIBRARY_IMPL(pyops, Autograd, m) {
-  for (const char* op : {"relu", "relu_", "relu_backward", "linear", "linear_backward", "conv2d", "conv2d_backward",
-                         "max_pool2d", "max_pool2d_backward", "max_pool2d_gather", "max_pool2d_indices"})
+  for (const char* op :
+       {"relu", "relu_", "relu_backward", "linear", "linear_backward", "conv2d", "conv2d_backward", "max_pool2d",
+        "max_pool2d_backward", "max_pool2d_gather", "max_pool2d_indices", "linear_relu", "linear_relu_backward",
+        "conv2d_relu", "conv2d_relu_backward", "conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward"})
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&autograd>());
 }
 

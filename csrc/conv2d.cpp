@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "device.h"
+#include "ops.h"
 
 namespace pyops {
 namespace {
@@ -29,7 +30,8 @@ void check_list(const char* op, const char* name, IntArrayRef values, bool four_
   check_magnitude(op, name, values);
 }
 
-Window make_window(const char* op, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+Window make_window(const char* op, const Conv2dOptions& options) {
+  const auto& [stride, padding, dilation, groups] = options;
   check_list(op, "stride", stride);
   check_list(op, "padding", padding, /*four_allowed=*/true);
   check_list(op, "dilation", dilation);
@@ -103,39 +105,51 @@ Tensor from_batch(const Tensor& images, bool batched) {
   return batched ? images : images.squeeze(0);
 }
 
-Tensor conv2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
-              IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
-  const Window window = make_window("conv2d", stride, padding, dilation, groups);
-  check_same_kind("conv2d", "input", input, "weight", weight);
-  if (bias.has_value()) check_same_kind("conv2d", "input", input, "bias", *bias);
-  const DType dtype = floating_dtype("conv2d", input);
-  Conv2dShape shape = make_shape("conv2d", input.sizes(), weight.sizes(), window);
-  TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
-              "conv2d: Given weight of size ", weight.sizes(), ", expected bias to be 1-dimensional with ",
-              weight.size(0), " elements, but got bias of size ", bias.has_value() ? bias->sizes() : IntArrayRef{},
-              " instead");
+}  // namespace
+
+CheckedConv2d checked_conv2d(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                             const Conv2dOptions& options) {
+  const Window window = make_window(op, options);
+  check_same_kind(op, "input", input, "weight", weight);
+  if (bias.has_value()) check_same_kind(op, "input", input, "bias", *bias);
+  const DType dtype = floating_dtype(op, input);
+  Conv2dShape shape = make_shape(op, input.sizes(), weight.sizes(), window);
+  TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)), op, ": Given weight of size ",
+              weight.sizes(), ", expected bias to be 1-dimensional with ", weight.size(0),
+              " elements, but got bias of size ", bias.has_value() ? bias->sizes() : IntArrayRef{}, " instead");
 
   const Tensor images = to_batch(input);
   shape.channels_last = shape.N > 0 && (is_channels_last(images) || is_channels_last(weight));  // as stock
-  const at::MemoryFormat format = memory_format(shape.channels_last);
-  const Tensor output = at::empty({shape.N, shape.O, shape.OH, shape.OW}, input.options(), format);
-  if (output.numel() > 0) {
-    const Tensor x = images.contiguous(format), w = weight.contiguous();
-    const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
-    kernels(input).conv2d(
-        {dtype, shape, x.const_data_ptr(), w.const_data_ptr(), data_or_null(b), output.mutable_data_ptr()});
-  }
-  return from_batch(output, input.dim() == 4);
+  CheckedConv2d checked{{dtype, shape, nullptr, nullptr, nullptr, nullptr, false},
+                        images.contiguous(memory_format(shape.channels_last)),
+                        weight.contiguous(),
+                        bias.has_value() ? bias->contiguous() : Tensor(),
+                        input.dim() == 4};
+  checked.args.input = checked.input.const_data_ptr();
+  checked.args.weight = checked.weight.const_data_ptr();
+  checked.args.bias = data_or_null(checked.bias);
+  return checked;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output, const OptionalTensor& input,
-                                                   const OptionalTensor& weight, IntArrayRef input_size,
-                                                   IntArrayRef weight_size, IntArrayRef stride, IntArrayRef padding,
-                                                   IntArrayRef dilation, int64_t groups,
-                                                   std::array<bool, 3> output_mask) {
-  constexpr const char* op = "conv2d_backward";
+Tensor conv2d(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+              const Conv2dOptions& options, bool relu) {
+  CheckedConv2d checked = checked_conv2d(op, input, weight, bias, options);
+  const Conv2dShape& shape = checked.args.shape;
+  const Tensor output =
+      at::empty({shape.N, shape.O, shape.OH, shape.OW}, input.options(), memory_format(shape.channels_last));
+  if (output.numel() > 0) {
+    checked.args.output = output.mutable_data_ptr();
+    checked.args.relu = relu;
+    kernels(input).conv2d(checked.args);
+  }
+  return from_batch(output, checked.batched);
+}
+
+Gradients conv2d_backward(const char* op, const Tensor& grad_output, const OptionalTensor& input,
+                          const OptionalTensor& weight, IntArrayRef input_size, IntArrayRef weight_size,
+                          const Conv2dOptions& options, std::array<bool, 3> output_mask) {
   const auto [want_input, want_weight, want_bias] = output_mask;
-  const Window window = make_window(op, stride, padding, dilation, groups);
+  const Window window = make_window(op, options);
   TORCH_CHECK(!want_input || weight.has_value(), op, ": the gradient of input needs weight, but got None");
   TORCH_CHECK(!want_weight || input.has_value(), op, ": the gradient of weight needs input, but got None");
   if (input.has_value()) {
@@ -180,8 +194,6 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad_output, co
   return {grad_input, grad_weight, grad_bias};
 }
 
-}  // namespace
-
 TORCH_LIBRARY_FRAGMENT(pyops, m) {
   m.def(
       "conv2d(Tensor input, Tensor weight, Tensor? bias=None, int[2] stride=1, int[2] padding=0, int[2] dilation=1,"
@@ -193,8 +205,16 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
 }
 
 TORCH_LIBRARY_IMPL(pyops, CPU, m) {
-  m.impl("conv2d", conv2d);
-  m.impl("conv2d_backward", conv2d_backward);
+  m.impl("conv2d", [](const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                      IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
+    return conv2d("conv2d", input, weight, bias, {stride, padding, dilation, groups}, /*relu=*/false);
+  });
+  m.impl("conv2d_backward", [](const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+                               IntArrayRef input_size, IntArrayRef weight_size, IntArrayRef stride, IntArrayRef padding,
+                               IntArrayRef dilation, int64_t groups, std::array<bool, 3> output_mask) {
+    return conv2d_backward("conv2d_backward", grad_output, input, weight, input_size, weight_size,
+                           {stride, padding, dilation, groups}, output_mask);
+  });
 }
 
 }  // namespace pyops

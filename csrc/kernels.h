@@ -32,7 +32,7 @@ struct ReluBackwardArgs {
   void* grad_input;
 };
 
-// output[M, N] = input[M, K] weight[N, K]^T + bias[N], all row-major.
+// output[M, N] = input[M, K] weight[N, K]^T + bias[N], all row-major; with `relu`, rectified as above.
 struct LinearArgs {
   DType dtype;
   int64_t M, N, K;
@@ -40,6 +40,7 @@ struct LinearArgs {
   const void* weight;
   const void* bias;  // null: none
   void* output;
+  bool relu;
 };
 
 // grad_input[M, K] = grad_output weight; grad_weight[N, K] = grad_output^T input; grad_bias[N] = column sums of
@@ -68,7 +69,7 @@ struct Conv2dShape {
 // output[n, o, y, x] = bias[o] + sum over c, i, j of
 //   weight[o, c, i, j] * input[n, g C/groups + c, y stride_h - padding_top + i dilation_h, x stride_w - ...]
 // over the taps that lie inside the input only (so an infinite weight over the border gives no NaN).
-// weight is contiguous (O, C/groups, kernel_h, kernel_w) in either layout.
+// weight is contiguous (O, C/groups, kernel_h, kernel_w) in either layout. With `relu`, rectified as above.
 struct Conv2dArgs {
   DType dtype;
   Conv2dShape shape;
@@ -76,6 +77,7 @@ struct Conv2dArgs {
   const void* weight;
   const void* bias;  // null: none
   void* output;
+  bool relu;
 };
 
 struct Conv2dBackwardArgs {
@@ -134,6 +136,19 @@ struct MaxPool2dGatherArgs {
   void* output;
 };
 
+// output = relu(max_pool2d(conv2d(input, weight, bias))), in the layout of conv, and the argmax of each window; pool's
+// input is conv's output. The maximum of rectified values is the maximum rectified, so one value a window is, and where
+// that is not above 0 (nor NaN) no gradient passes: its argmax is a number that names no tap, dead_window.
+struct Conv2dReluMaxPool2dArgs {
+  Conv2dArgs conv;  // its output and relu are not looked at
+  MaxPool2dShape pool;
+  void* output;
+  void* argmax;
+};
+inline int64_t dead_window(int64_t taps) {
+  return max_pool2d_argmax_is_u8(taps) ? 255 : -1;
+}
+
 // indices[n, c, y, x] = h * W + w of the element the window's argmax names (torch's return_indices).
 struct MaxPool2dIndicesArgs {
   MaxPool2dShape shape;
@@ -153,6 +168,7 @@ struct Kernels {
   void (*max_pool2d_backward)(const MaxPool2dBackwardArgs&);
   void (*max_pool2d_gather)(const MaxPool2dGatherArgs&);
   void (*max_pool2d_indices)(const MaxPool2dIndicesArgs&);
+  void (*conv2d_relu_max_pool2d)(const Conv2dReluMaxPool2dArgs&);
 };
 
 }  // namespace pyops

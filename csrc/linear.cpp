@@ -7,6 +7,7 @@
 
 #include "checks.h"
 #include "device.h"
+#include "ops.h"
 
 namespace pyops {
 namespace {
@@ -28,14 +29,16 @@ void check_matrices(const char* op, const Tensor& input, const Tensor& weight) {
               input.size(-1), " and ", weight.size(1), "x", weight.size(0), ")");
 }
 
-Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  check_matrices("linear", input, weight);
+}  // namespace
+
+Tensor linear(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
+  check_matrices(op, input, weight);
   const int64_t N = weight.size(0);
   if (bias.has_value()) {
-    check_same_kind("linear", "bias", *bias, "weight", weight);
-    check_shape("linear", "bias", *bias, {N});
+    check_same_kind(op, "bias", *bias, "weight", weight);
+    check_shape(op, "bias", *bias, {N});
   }
-  const DType dtype = floating_dtype("linear", input);
+  const DType dtype = floating_dtype(op, input);
 
   at::DimVector sizes(input.sizes());
   sizes.back() = N;
@@ -44,13 +47,12 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptionalTensor& b
   const Tensor x = input.contiguous(), w = weight.contiguous();
   const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
   kernels(input).linear({dtype, rows(input), N, weight.size(1), x.const_data_ptr(), w.const_data_ptr(), data_or_null(b),
-                         output.mutable_data_ptr()});
+                         output.mutable_data_ptr(), relu});
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, const OptionalTensor& input,
-                                                   const OptionalTensor& weight, std::array<bool, 3> output_mask) {
-  constexpr const char* op = "linear_backward";
+Gradients linear_backward(const char* op, const Tensor& grad_output, const OptionalTensor& input,
+                          const OptionalTensor& weight, std::array<bool, 3> output_mask) {
   const auto [want_input, want_weight, want_bias] = output_mask;
   TORCH_CHECK(grad_output.dim() >= 1, op, ": expected grad_output of at least 1 dimension, but got ",
               grad_output.sizes());
@@ -94,8 +96,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_output, co
   return {grad_input, grad_weight, grad_bias};
 }
 
-}  // namespace
-
 TORCH_LIBRARY_FRAGMENT(pyops, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def(
@@ -104,8 +104,13 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
 }
 
 TORCH_LIBRARY_IMPL(pyops, CPU, m) {
-  m.impl("linear", linear);
-  m.impl("linear_backward", linear_backward);
+  m.impl("linear", [](const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+    return linear("linear", input, weight, bias, /*relu=*/false);
+  });
+  m.impl("linear_backward", [](const Tensor& grad_output, const OptionalTensor& input, const OptionalTensor& weight,
+                               std::array<bool, 3> output_mask) {
+    return linear_backward("linear_backward", grad_output, input, weight, output_mask);
+  });
 }
 
 }  // namespace pyops

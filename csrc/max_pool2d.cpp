@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "device.h"
+#include "ops.h"
 
 namespace pyops {
 namespace {
@@ -28,8 +29,8 @@ Pair to_pair(const char* op, const char* name, const char* rule, IntArrayRef val
   return {values.front(), values.back()};
 }
 
-Window make_window(const char* op, IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding,
-                   IntArrayRef dilation, bool ceil_mode) {
+Window make_window(const char* op, const PoolOptions& options) {
+  const auto& [kernel_size, stride, padding, dilation, ceil_mode] = options;
   const Pair k = to_pair(op, "kernel_size", "either be a single int, or a tuple of two ints", kernel_size);
   const Pair s =
       stride.empty() ? k : to_pair(op, "stride", "either be omitted, a single int, or a tuple of two ints", stride);
@@ -89,14 +90,22 @@ at::DimVector output_sizes(const MaxPool2dShape& shape, bool batched) {
   return batched ? at::DimVector{shape.N, shape.C, shape.OH, shape.OW} : at::DimVector{shape.C, shape.OH, shape.OW};
 }
 
+}  // namespace
+
+MaxPool2dShape checked_pool_shape(const char* op, IntArrayRef input, const PoolOptions& options) {
+  return make_shape(op, input, make_window(op, options));
+}
+
 at::ScalarType argmax_dtype(const MaxPool2dShape& shape) {
   return max_pool2d_argmax_is_u8(shape.taps()) ? at::kByte : at::kLong;
 }
 
+namespace {
+
 std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntArrayRef kernel_size, IntArrayRef stride,
                                       IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
-  const Window window = make_window("max_pool2d", kernel_size, stride, padding, dilation, ceil_mode);
-  MaxPool2dShape shape = make_shape("max_pool2d", input.sizes(), window);
+  MaxPool2dShape shape =
+      checked_pool_shape("max_pool2d", input.sizes(), {kernel_size, stride, padding, dilation, ceil_mode});
   const DType dtype = real_dtype("max_pool2d", input);
 
   shape.channels_last = is_channels_last(input);
@@ -125,11 +134,11 @@ MaxPool2dShape shape_of_argmax(const char* op, const Tensor& argmax, IntArrayRef
   return shape;
 }
 
-Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& argmax, IntArrayRef input_size,
-                           IntArrayRef kernel_size, IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                           bool ceil_mode) {
-  constexpr const char* op = "max_pool2d_backward";
-  const Window window = make_window(op, kernel_size, stride, padding, dilation, ceil_mode);
+}  // namespace
+
+Tensor max_pool2d_backward(const char* op, const Tensor& grad_output, const Tensor& argmax, IntArrayRef input_size,
+                           const PoolOptions& options) {
+  const Window window = make_window(op, options);
   const MaxPool2dShape shape = shape_of_argmax(op, argmax, input_size, window);
   check_same_device(op, "grad_output", grad_output, "argmax", argmax);
   check_shape(op, "grad_output", grad_output, argmax.sizes());
@@ -146,10 +155,12 @@ Tensor max_pool2d_backward(const Tensor& grad_output, const Tensor& argmax, IntA
   return grad_input;
 }
 
+namespace {
+
 Tensor max_pool2d_gather(const Tensor& input, const Tensor& argmax, IntArrayRef kernel_size, IntArrayRef stride,
                          IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
   constexpr const char* op = "max_pool2d_gather";
-  const Window window = make_window(op, kernel_size, stride, padding, dilation, ceil_mode);
+  const Window window = make_window(op, {kernel_size, stride, padding, dilation, ceil_mode});
   TORCH_CHECK(input.dim() == argmax.dim() && input.dim() >= 3 &&
                   input.sizes().slice(0, input.dim() - 2) == argmax.sizes().slice(0, argmax.dim() - 2),
               op, ": expected argmax with the batch and channels of input ", input.sizes(), ", but got ",
@@ -169,7 +180,7 @@ Tensor max_pool2d_gather(const Tensor& input, const Tensor& argmax, IntArrayRef 
 Tensor max_pool2d_indices(const Tensor& argmax, IntArrayRef input_size, IntArrayRef kernel_size, IntArrayRef stride,
                           IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
   constexpr const char* op = "max_pool2d_indices";
-  const Window window = make_window(op, kernel_size, stride, padding, dilation, ceil_mode);
+  const Window window = make_window(op, {kernel_size, stride, padding, dilation, ceil_mode});
   const MaxPool2dShape shape = shape_of_argmax(op, argmax, input_size, window);
 
   const at::MemoryFormat format = memory_format(shape.channels_last);
@@ -193,7 +204,12 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
 
 TORCH_LIBRARY_IMPL(pyops, CPU, m) {
   m.impl("max_pool2d", max_pool2d);
-  m.impl("max_pool2d_backward", max_pool2d_backward);
+  m.impl("max_pool2d_backward",
+         [](const Tensor& grad_output, const Tensor& argmax, IntArrayRef input_size, IntArrayRef kernel_size,
+            IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, bool ceil_mode) {
+           return max_pool2d_backward("max_pool2d_backward", grad_output, argmax, input_size,
+                                      {kernel_size, stride, padding, dilation, ceil_mode});
+         });
   m.impl("max_pool2d_gather", max_pool2d_gather);
   m.impl("max_pool2d_indices", max_pool2d_indices);
 }

@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "device.h"
+#include "ops.h"
 
 namespace pyops {
 namespace {
@@ -36,6 +37,8 @@ void relu_(const Tensor& input) {
   }
 }
 
+}  // namespace
+
 Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
   const DType dtype = real_dtype("relu_backward", output);
   check_same_kind("relu_backward", "grad_output", grad_output, "output", output);
@@ -48,8 +51,6 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
                                  grad_input.mutable_data_ptr()});
   return grad_input;
 }
-
-}  // namespace
 
 TORCH_LIBRARY_FRAGMENT(pyops, m) {
   m.def("relu(Tensor input) -> Tensor");

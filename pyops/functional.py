@@ -16,11 +16,13 @@ from pyops.autograd.relu import InplaceReLU
 
 Ints = int | Sequence[int]
 
-__all__ = ["conv2d", "linear", "max_pool2d", "relu"]
+__all__ = ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "linear", "linear_relu", "max_pool2d", "relu"]
 
 # Plain functions, which Dynamo can trace, where it cannot trace an attribute of a Function.
 _relu, _inplace_relu = autograd.ReLU.call, InplaceReLU.call
 _linear, _conv2d, _max_pool2d = autograd.Linear.call, autograd.Conv2d.call, autograd.MaxPool2d.call
+_linear_relu, _conv2d_relu = autograd.LinearReLU.call, autograd.Conv2dReLU.call
+_conv2d_relu_max_pool2d = autograd.Conv2dReLUMaxPool2d.call
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -177,3 +179,88 @@ def max_pool2d(
     if not return_indices:
         return output
     return output, torch.ops.pyops.max_pool2d_indices(argmax, input.shape[-2:], *window)
+
+
+def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``relu(linear(input, weight, bias))`` in one pass, equal to the last bit.
+
+    Arguments, shapes and errors are :func:`linear`'s.
+
+    >>> linear_relu(torch.ones(2, 3), torch.tensor([[1.0, 1.0, 1.0], [-1.0, 0.0, 0.0]]))
+    tensor([[3., 0.],
+            [3., 0.]])
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
+    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return relu(linear(input, weight, bias))
+    return _linear_relu(input, weight, bias)
+
+
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+) -> Tensor:
+    """``relu(conv2d(input, weight, bias, ...))`` in one pass, equal to the last bit.
+
+    Arguments, shapes and errors are :func:`conv2d`'s.
+
+    >>> conv2d_relu(torch.ones(1, 1, 3, 3), -torch.ones(1, 1, 2, 2)).max()
+    tensor(0.)
+    """
+    if has_torch_function_variadic(input, weight, bias):
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return handle_torch_function(conv2d_relu, (input, weight, bias), input, weight, bias=bias, **options)
+    if isinstance(padding, str):
+        padding = _padding_by_name(padding, input, weight, stride, dilation)
+    return _conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Ints = 1,
+    padding: str | Ints = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: Ints,
+    pool_stride: Ints | None = None,
+    pool_padding: Ints = 0,
+    pool_dilation: Ints = 1,
+    ceil_mode: bool = False,
+) -> Tensor:
+    """``max_pool2d(relu(conv2d(input, weight, bias, ...)), pool_kernel_size, ...)`` in one pass.
+
+    What the convolution gives is pooled while it is in cache and never stored; kept for the backward are input, weight
+    and one byte for each pooled value. Values and gradients equal the three functions' to the last bit, but for the
+    sign of a zero.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: those of :func:`conv2d`.
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode: those of :func:`max_pool2d`.
+
+    Returns:
+        ``[N, O, H_out, W_out]`` or without N, the size that :func:`max_pool2d` gives.
+
+    Raises:
+        RuntimeError, NotImplementedError: what either of the functions raises.
+
+    >>> conv2d_relu_max_pool2d(torch.ones(1, 1, 5, 5), torch.ones(2, 1, 2, 2), pool_kernel_size=2).shape
+    torch.Size([1, 2, 2, 2])
+    """
+    pool = (pool_kernel_size, [] if pool_stride is None else pool_stride, pool_padding, pool_dilation, ceil_mode)
+    if has_torch_function_variadic(input, weight, bias):
+        names = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        options |= dict(zip(names, (pool_kernel_size, pool_stride, *pool[2:]), strict=True))
+        return handle_torch_function(conv2d_relu_max_pool2d, (input, weight, bias), input, weight, bias=bias, **options)
+    if isinstance(padding, str):
+        padding = _padding_by_name(padding, input, weight, stride, dilation)
+    return _conv2d_relu_max_pool2d(input, weight, bias, stride, padding, dilation, groups, *pool)[0]

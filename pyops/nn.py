@@ -15,12 +15,23 @@ Each class is a subclass of its namesake in which only ``forward`` is ours. Cons
     torch.Size([2, 3])
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyops import functional as F
 
-__all__ = ["Conv2d", "Linear", "MaxPool2d", "ReLU", "add_safe_globals"]
+__all__ = [
+    "Conv2d",
+    "ConvReLU2d",
+    "ConvReLUMaxPool2d",
+    "Linear",
+    "LinearReLU",
+    "MaxPool2d",
+    "ReLU",
+    "add_safe_globals",
+]
 
 
 class ReLU(torch.nn.ReLU):
@@ -64,11 +75,14 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
+        input, padding = self._padded(input)
         return F.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, str | tuple[int, ...] | int]:
+        """The input, and the padding that is left to the convolution."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
@@ -95,6 +109,89 @@ class MaxPool2d(torch.nn.MaxPool2d):
         )
 
 
+class LinearReLU(Linear):
+    """``relu(x @ weight.T + bias)``, in one pass: :class:`Linear` and :class:`ReLU` with one's arguments, shapes and
+    ``state_dict`` keys, ``weight`` and ``bias``.
+
+    >>> LinearReLU(4, 3)(torch.ones(2, 4)).min() >= 0
+    tensor(True)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear_relu(input, self.weight, self.bias)
+
+
+class ConvReLU2d(Conv2d):
+    """2-D cross-correlation, rectified, in one pass: :class:`Conv2d` and :class:`ReLU` with the arguments, shapes and
+    ``state_dict`` keys of the former.
+
+    >>> ConvReLU2d(1, 6, 5)(torch.ones(2, 1, 32, 32)).shape
+    torch.Size([2, 6, 28, 28])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        input, padding = self._padded(input)
+        return F.conv2d_relu(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
+
+
+class ConvReLUMaxPool2d(Conv2d):
+    """2-D cross-correlation, rectified and max-pooled, in one pass that keeps one byte a pooled value for the backward:
+    :class:`Conv2d`, :class:`ReLU` and :class:`MaxPool2d`.
+
+    Arguments and ``state_dict`` keys are :class:`Conv2d`'s; by name, those of :class:`MaxPool2d`:
+
+    Args:
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode: `pool_stride` is `pool_kernel_size` by
+            default.
+
+    Shape: ``[N, C_in, H, W] -> [N, C_out, H_out, W_out]``, or both without N. Dtypes and errors:
+    :func:`pyops.functional.conv2d_relu_max_pool2d`.
+
+    >>> ConvReLUMaxPool2d(1, 6, 5, pool_kernel_size=2)
+    ConvReLUMaxPool2d(1, 6, kernel_size=(5, 5), stride=(1, 1), pool_kernel_size=2)
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        pool_kernel_size: F.Ints,
+        pool_stride: F.Ints | None = None,
+        pool_padding: F.Ints = 0,
+        pool_dilation: F.Ints = 1,
+        ceil_mode: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.pool_kernel_size, self.pool_stride = pool_kernel_size, pool_stride
+        self.pool_padding, self.pool_dilation, self.ceil_mode = pool_padding, pool_dilation, ceil_mode
+
+    def forward(self, input: Tensor) -> Tensor:
+        input, padding = self._padded(input)
+        return F.conv2d_relu_max_pool2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            pool_kernel_size=self.pool_kernel_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+            pool_dilation=self.pool_dilation,
+            ceil_mode=self.ceil_mode,
+        )
+
+    def extra_repr(self) -> str:
+        given = {"pool_kernel_size": self.pool_kernel_size}
+        if self.pool_stride not in (None, self.pool_kernel_size):
+            given["pool_stride"] = self.pool_stride
+        for name, default in (("pool_padding", 0), ("pool_dilation", 1), ("ceil_mode", False)):
+            if getattr(self, name) != default:
+                given[name] = getattr(self, name)
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value in given.items())])
+
+
 def add_safe_globals(*containers: type) -> None:
     """Let ``torch.load(..., weights_only=True)`` read whole saved modules made of our layers.
 
@@ -106,4 +203,5 @@ def add_safe_globals(*containers: type) -> None:
 
     >>> add_safe_globals(torch.nn.Sequential)
     """
-    torch.serialization.add_safe_globals([ReLU, Linear, Conv2d, MaxPool2d, *containers])
+    layers = [ReLU, Linear, Conv2d, MaxPool2d, LinearReLU, ConvReLU2d, ConvReLUMaxPool2d]
+    torch.serialization.add_safe_globals([*layers, *containers])

@@ -67,5 +67,6 @@ void max_pool2d(const MaxPool2dArgs&);
 void max_pool2d_backward(const MaxPool2dBackwardArgs&);
 void max_pool2d_gather(const MaxPool2dGatherArgs&);
 void max_pool2d_indices(const MaxPool2dIndicesArgs&);
+void conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs&);
 
 }  // namespace pyops::cpu

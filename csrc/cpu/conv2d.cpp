@@ -18,7 +18,8 @@ void conv2d(const Conv2dArgs& x) {
         static_cast<T*>(x.output),
         out.channel_stride,
         {s.OW, s.OH * s.OW, out.image_stride, out.y_stride, out.x_stride},
-        static_cast<const T*>(x.bias)};
+        static_cast<const T*>(x.bias),
+        x.relu};
     correlate(&correlation, 1);
   });
 }

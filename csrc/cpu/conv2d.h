@@ -73,6 +73,7 @@ struct Correlation {
   int64_t out_channel_stride;
   Axis out_lines;  // all columns of the rows
   const T* bias;   // null: none
+  bool relu = false;
   int64_t x_phase = 0, x_phases = 1;
 
   int64_t depth() const { return source.channels * source.tap_count; }  // K

@@ -62,6 +62,7 @@ void input_gradient(const Conv2dBackwardArgs& x) {
           image.channel_stride,
           {s.W, height * s.W, image.image_stride, s.stride_h * image.y_stride, image.x_stride},
           nullptr,
+          /*relu=*/false,
           phase_x,
           x_phases};
     }

@@ -18,8 +18,8 @@ struct MetTap {
 
 // Channels [c, c + count) of one pixel; full: count is vectors * lanes.
 template <class T, int vectors, bool full>
-void pixel(const T* source, const MetTap<Compute<T>>* taps, int64_t tap_count, const T* bias, T* output, int64_t c,
-           int64_t count) {
+void pixel(const T* source, const MetTap<Compute<T>>* taps, int64_t tap_count, const T* bias, bool relu, T* output,
+           int64_t c, int64_t count) {
   using V = Vec<Compute<T>>;
   constexpr int64_t lanes = V::size();
   V sum[vectors];
@@ -37,7 +37,9 @@ void pixel(const T* source, const MetTap<Compute<T>>* taps, int64_t tap_count, c
 #pragma GCC unroll 4
   for (int j = 0; j < vectors; ++j) {
     const int64_t n = full ? lanes : count;
-    store(output + c + j * lanes, bias ? sum[j] + load(bias + c + j * lanes, n) : sum[j], n);
+    if (bias) sum[j] = sum[j] + load(bias + c + j * lanes, n);
+    if (relu) sum[j] = at::vec::clamp_min(sum[j], V(0));
+    store(output + c + j * lanes, sum[j], n);
   }
 }
 
@@ -66,9 +68,9 @@ void correlate_depthwise(const Correlation<T>& x, const T* weight) {
       T* output = x.first_pixel() + n * pixels.image_stride + y * pixels.y_stride + column * pixels.x_stride;
       int64_t c = 0;
       for (; c + 4 * lanes <= channels; c += 4 * lanes)
-        pixel<T, 4, true>(source, taps, tap_count, x.bias, output, c, 4 * lanes);
+        pixel<T, 4, true>(source, taps, tap_count, x.bias, x.relu, output, c, 4 * lanes);
       for (; c < channels; c += lanes)
-        pixel<T, 1, false>(source, taps, tap_count, x.bias, output, c, std::min(lanes, channels - c));
+        pixel<T, 1, false>(source, taps, tap_count, x.bias, x.relu, output, c, std::min(lanes, channels - c));
     }
   });
 }

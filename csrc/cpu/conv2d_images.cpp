@@ -112,6 +112,7 @@ void correlate_images(const Correlation<T>& x) {
         const int64_t count = (rows.end - rows.begin) * (columns.end - columns.begin);
         Target<T> target{output + g * O * x.out_channel_stride * lanes, target_rows, to + pixels};
         if (x.bias) target.row_bias = x.bias + g * O;
+        target.relu = x.relu;
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
           const int64_t k = begins[i * chunks + chunk], kc = begins[i * chunks + chunk + 1] - k;
           multiply<T>(O, count, kc, {x.filters.at(g, 0, 0), filter_rows, filter_steps + k},

@@ -64,8 +64,12 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
   const Axis pixels = x.out_pixels();
   const bool direct = std::is_same_v<T, C> && pixels.x_stride == 1;
   const int64_t group = t.band.g * x.out_channels;
-  const Output<T> out{x.first_pixel() + group * x.out_channel_stride, Axis::plain(x.out_channel_stride), pixels,
-                      x.bias ? x.bias + group : nullptr};
+  const Output<T> out{x.first_pixel() + group * x.out_channel_stride,
+                      Axis::plain(x.out_channel_stride),
+                      pixels,
+                      x.bias ? x.bias + group : nullptr,
+                      nullptr,
+                      x.relu};
 
   const int64_t* patch = patch_offsets(Scratch::b_steps, w, x.source, x.source.channels);
   // The filters lie as they are: row o, step (channel, tap).
@@ -106,9 +110,13 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
       if constexpr (std::is_same_v<T, C>) {
         if (direct) {
           for (int64_t v = 0; v < vectors; v += vectors_at_once) {
-            const Target<C> target{out.data, multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m,
-                                   targets + v, whole ? nullptr : target_lanes + v,
-                                   out.row_bias ? out.row_bias + m : nullptr};
+            const Target<C> target{out.data,
+                                   multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m,
+                                   targets + v,
+                                   whole ? nullptr : target_lanes + v,
+                                   out.row_bias ? out.row_bias + m : nullptr,
+                                   nullptr,
+                                   x.relu};
             product(target, v, std::min(vectors_at_once, vectors - v), /*finish=*/true);
           }
           continue;
@@ -158,7 +166,7 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
   const bool direct = std::is_same_v<T, C> && x.out_channel_stride == 1;
   const int64_t group = t.band.g * x.out_channels, line_width = pixels.width;
   const Output<T> out{x.output + group * x.out_channel_stride, pixels, Axis::plain(x.out_channel_stride), nullptr,
-                      x.bias ? x.bias + group : nullptr};
+                      x.bias ? x.bias + group : nullptr,       x.relu};
 
   const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
   // Many pixels at once and few channels rather than the other way round: the filters come from further away.
@@ -211,6 +219,7 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
             target.data = out.data + n;
             if (columns < stride) target.lanes = target_lanes;
             if (out.column_bias) target.column_bias = out.column_bias + n;
+            target.relu = x.relu;
           }
         }
         for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
@@ -320,6 +329,12 @@ void add_nonfinite(const Correlation<T>& x) {
   });
 }
 
+template <class T>
+void rectify(T* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i] < T(0)) values[i] = T(0);
+}
+
 // Where each filter has one tap after the other: what correlate_depthwise reads.
 template <class T>
 const T* filters_of_taps(const Correlation<T>& x) {
@@ -366,9 +381,10 @@ void correlate(const Correlation<T>* phases, int64_t count) {
 
   const std::vector<T> finite = finite_part(x.filters.data, x.filters.count);
   std::vector<Correlation<T>> finite_phases(phases, phases + count);
-  for (Correlation<T>& phase : finite_phases) phase.filters.data = finite.data();
+  for (Correlation<T>& phase : finite_phases) phase.filters.data = finite.data(), phase.relu = false;
   correlate_finite(finite_phases.data(), count);
   for (int64_t p = 0; p < count; ++p) add_nonfinite(phases[p]);
+  if (x.relu) rectify(x.output, x.source.count * x.out_lines.image_stride);
 }
 
 template void correlate(const Correlation<float>*, int64_t);

@@ -125,16 +125,17 @@ struct Output {
   Axis rows, columns;
   const Out* row_bias = nullptr;
   const Out* column_bias = nullptr;
+  bool relu = false;
 };
 
-// C[row .., column ..] = sums[rows, columns] + bias
+// C[row .., column ..] = sums[rows, columns] + bias, rectified if `out` says so
 template <class Out>
 void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride, int64_t row, int64_t rows,
            int64_t column, int64_t columns) {
   using T = Compute<Out>;
   constexpr int64_t lanes = Vec<T>::size();
   if (out.columns.x_stride != 1 && out.rows.x_stride == 1) {  // stored by columns: write the transpose
-    const Output<Out> flipped{out.data, out.columns, out.rows, out.column_bias, out.row_bias};
+    const Output<Out> flipped{out.data, out.columns, out.rows, out.column_bias, out.row_bias, out.relu};
     T block[lanes * lanes];
     for (int64_t r = 0; r < rows; r += lanes) {
       for (int64_t c = 0; c < columns; c += lanes) {
@@ -167,6 +168,7 @@ void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride
         Vec<T> value = Vec<T>::loadu(sums + r * sums_stride + runs[i].column, runs[i].count);
         if (out.column_bias) value = value + runs[i].bias;
         if (out.row_bias) value = value + row_bias;
+        if (out.relu) value = at::vec::clamp_min(value, Vec<T>(0));
         store(target + runs[i].offset, value, runs[i].count);
       }
     }

@@ -15,8 +15,8 @@ namespace {
 template <class T>
 void forward(const LinearArgs& x) {
   const T *input = static_cast<const T*>(x.input), *weight = static_cast<const T*>(x.weight);
-  const Output<T> out{static_cast<T*>(x.output), Axis::plain(x.N), Axis::plain(1), nullptr,
-                      static_cast<const T*>(x.bias)};
+  const Output<T> out{
+      static_cast<T*>(x.output), Axis::plain(x.N), Axis::plain(1), nullptr, static_cast<const T*>(x.bias), x.relu};
   gemm(1, x.M, x.N, x.K, [&](int64_t) { return GemmArgs<T, T>{{input, x.K, 1}, {weight, 1, x.K}, out, 0, x.K}; });
 }
 

@@ -30,6 +30,7 @@ enum class Scratch {
   phase_filters,
   partial_sums,
   image_sums,
+  between,
   count
 };
 

@@ -8,8 +8,11 @@ tensor([0., 2.])
 """
 
 from pyops.autograd.conv2d import Conv2d
+from pyops.autograd.conv2d_relu import Conv2dReLU
+from pyops.autograd.conv2d_relu_max_pool2d import Conv2dReLUMaxPool2d
 from pyops.autograd.linear import Linear
+from pyops.autograd.linear_relu import LinearReLU
 from pyops.autograd.max_pool2d import MaxPool2d
 from pyops.autograd.relu import ReLU
 
-__all__ = ["Conv2d", "Linear", "MaxPool2d", "ReLU"]
+__all__ = ["Conv2d", "Conv2dReLU", "Conv2dReLUMaxPool2d", "Linear", "LinearReLU", "MaxPool2d", "ReLU"]

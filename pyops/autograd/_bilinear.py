@@ -10,6 +10,7 @@ So every derivative of any order, in reverse and in forward mode, is a sum of ca
 This module states that once; linear.py and conv2d.py add their arguments, shapes and batching rules.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -28,17 +29,21 @@ def add(*terms: MaybeTensor) -> MaybeTensor:
 class Bilinear(OpFunction):
     """The op itself: ``op(input, weight, bias, *options)``."""
 
-    gradients: ClassVar[type["BilinearBackward"]]
+    backward_call: ClassVar[Callable[..., tuple[MaybeTensor, ...]]]
 
     @classmethod
-    def save(cls, ctx: Any, inputs: tuple[Any, ...], sizes: tuple[Any, ...] = ()) -> None:
-        """`setup_context`; `sizes` are what the backward op is told of input and weight, which may not be saved."""
+    def save(
+        cls, ctx: Any, inputs: tuple[Any, ...], sizes: tuple[Any, ...] = (), kept: tuple[torch.Tensor, ...] = ()
+    ) -> None:
+        """`setup_context`; `sizes` are what the backward op is told of input and weight, which may not be saved, and
+        `kept` is what a fused op keeps besides them: its arguments after grad_output."""
         input, weight, _, *ctx.options = inputs
         ctx.sizes = sizes
         ctx.set_materialize_grads(False)
         # The gradient of either needs the other; a frozen one saves nothing.
-        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        ctx.save_for_forward(input, weight)
+        by_input, by_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(*kept, input if by_weight else None, weight if by_input else None)
+        ctx.save_for_forward(*kept, input, weight)
 
     @classmethod
     def pull_back(cls, ctx: Any, grad_output: MaybeTensor) -> tuple[MaybeTensor, ...]:
@@ -46,13 +51,13 @@ class Bilinear(OpFunction):
         grads: tuple[MaybeTensor, ...] = (None, None, None)
         if grad_output is not None:
             mask = list(ctx.needs_input_grad[:3])
-            grads = cls.gradients.call(grad_output, *ctx.saved_tensors, *ctx.sizes, *ctx.options, mask)
+            grads = cls.backward_call(grad_output, *ctx.saved_tensors, *ctx.sizes, *ctx.options, mask)
         return (*grads, *(None for _ in ctx.options))
 
     @classmethod
     def push_forward(cls, ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:
         """`jvp`."""
-        input, weight = ctx.saved_tensors
+        input, weight = ctx.saved_tensors[-2:]
         return cls.product_rule(input, weight, *tangents[:3], ctx.options)
 
     @classmethod

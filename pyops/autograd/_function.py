@@ -40,27 +40,53 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
         # wrappers, and call() needs neither.
         apply = super(torch.autograd.Function, cls).apply
 
-        def call(*args: Any) -> Any:
-            """The op on `args`, all of them given, by the cheapest way that is right where it is called."""
-            if torch.compiler.is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
-                return op(*args)
-            if torch._C._functorch.peek_interpreter_stack() is not None:  # inside of vmap, grad, jvp, ...
-                return (
-                    op(*args) if torch._C._functorch.get_single_level_autograd_function_allowed() else cls.apply(*args)
-                )
-            if torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
-                for arg in args:
-                    if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                        return apply(*args)
-            return op(*args)
-
-        cls.call = staticmethod(call)
-        APPLY[f"pyops::{name}"] = apply
-        torch.library.register_fake(f"pyops::{name}", on_one_device(name, cls.fake))
-        torch.library.register_vmap(f"pyops::{name}", operator_rule(op, cls.vmap))
+        cls.call = staticmethod(caller(op, apply, cls.apply))
+        register_op(name, apply, cls.fake, cls.vmap)
         return cls
 
     return register
+
+
+def composition(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes the decorated function the derivatives of ``torch.ops.pyops.<name>``, which computes the same at once.
+
+    Where nobody wants a derivative of it the operator is called; else the function, made of OpFunctions.
+    """
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        op = getattr(torch.ops.pyops, name).default
+        call = caller(op, function, function)
+        register_op(name, function, fake, lambda info, in_dims, *args: vmap_by_loop(call, info, in_dims, args))
+        return call
+
+    return register
+
+
+def caller(op: Any, apply: Callable[..., Any], apply_in_transform: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls the op by the cheapest way that is right where it is called."""
+
+    def call(*args: Any) -> Any:
+        """The op on `args`, all of them given."""
+        if torch.compiler.is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
+            return op(*args)
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # inside of vmap, grad, jvp, ...
+            if torch._C._functorch.get_single_level_autograd_function_allowed():
+                return op(*args)
+            return apply_in_transform(*args)
+        if torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
+            for arg in args:
+                if isinstance(arg, torch.Tensor) and arg.requires_grad:
+                    return apply(*args)
+        return op(*args)
+
+    return call
+
+
+def register_op(name: str, apply: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]) -> None:
+    """Tells torch of the derivatives, the shapes and the batching rule of ``torch.ops.pyops.<name>``."""
+    APPLY[f"pyops::{name}"] = apply
+    torch.library.register_fake(f"pyops::{name}", on_one_device(name, fake))
+    torch.library.register_vmap(f"pyops::{name}", operator_rule(getattr(torch.ops.pyops, name).default, vmap))
 
 
 def operator_rule(op: torch._ops.OpOverload, vmap: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,8 +6,31 @@ from typing import Any
 import torch
 
 from pyops.autograd._bilinear import Bilinear, BilinearBackward, MaybeTensor
-from pyops.autograd._function import Dims, fold, implements, unfold, vmap_by_loop
+from pyops.autograd._function import Dims, OpFunction, fold, implements, unfold, vmap_by_loop
 from pyops.autograd._images import channels_last, empty_images, is_empty, pair
+
+
+def output_size(image: Sequence[int], kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> list[int]:
+    """H_out and W_out."""
+    top, left = pair(padding[:2] if isinstance(padding, Sequence) else padding)
+    bottom, right = padding[2:] if isinstance(padding, Sequence) and len(padding) == 4 else (top, left)
+    padded = image[0] + top + bottom, image[1] + left + right
+    return [
+        (p - d * (k - 1) - 1) // s + 1 for p, k, s, d in zip(padded, kernel, pair(stride), pair(dilation), strict=True)
+    ]
+
+
+def vmap_images(function: type[OpFunction], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
+    """The batching rule of a convolution, also a fused one: the vmapped images become one batch, unless each has a
+    weight of its own."""
+    input, *others = args
+    if in_dims[1] is not None or in_dims[2] is not None:
+        return vmap_by_loop(function.call, info, in_dims, args)
+    images = input.dim() - 1
+    outputs = function.call(fold(input.movedim(in_dims[0], 0), images), *others)
+    if isinstance(outputs, torch.Tensor):
+        return unfold(outputs, images, info.batch_size), 0
+    return tuple(unfold(output, images, info.batch_size) for output in outputs), (0,) * len(outputs)
 
 
 @implements("conv2d_backward")
@@ -76,7 +99,7 @@ class Conv2d(Bilinear):
     torch.Size([1, 6, 28, 28])
     """
 
-    gradients = Conv2dBackward
+    backward_call = Conv2dBackward.call
 
     @staticmethod
     def forward(
@@ -104,12 +127,7 @@ class Conv2d(Bilinear):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:
-        input, *others = args
-        if in_dims[1] is None and in_dims[2] is None:
-            images = input.dim() - 1
-            output = Conv2d.call(fold(input.movedim(in_dims[0], 0), images), *others)
-            return unfold(output, images, info.batch_size), 0
-        return vmap_by_loop(Conv2d.call, info, in_dims, args)
+        return vmap_images(Conv2d, info, in_dims, args)
 
     @staticmethod
     def fake(
@@ -121,13 +139,7 @@ class Conv2d(Bilinear):
         dilation: Sequence[int] | int = 1,
         groups: int = 1,
     ) -> torch.Tensor:
-        top, left = pair(padding[:2] if isinstance(padding, Sequence) else padding)
-        bottom, right = padding[2:] if isinstance(padding, Sequence) and len(padding) == 4 else (top, left)
-        padded = input.shape[-2] + top + bottom, input.shape[-1] + left + right
-        size = [
-            (p - d * (k - 1) - 1) // s + 1
-            for p, k, s, d in zip(padded, weight.shape[2:], pair(stride), pair(dilation), strict=True)
-        ]
+        size = output_size(input.shape[-2:], weight.shape[2:], stride, padding, dilation)
         out_channels = weight.shape[0] if input.shape[-3] != 0 else 0  # stock: no channels in, no channels out
         last = channels_last(input) or channels_last(weight)
         return empty_images(input, (*input.shape[:-3], out_channels, *size), last and not is_empty(input.shape))

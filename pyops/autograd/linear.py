@@ -62,7 +62,7 @@ class Linear(Bilinear):
     torch.Size([2, 4])
     """
 
-    gradients = LinearBackward
+    backward_call = LinearBackward.call
 
     @staticmethod
     def forward(input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor = None) -> torch.Tensor:

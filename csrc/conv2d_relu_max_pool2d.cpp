@@ -1,0 +1,72 @@
+// conv2d_relu_max_pool2d on tensors: three ops whose intermediate results are never tensors. Kept for the backward are
+// input, weight and the argmax of each window, in which a window that passes no gradient names no tap.
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "device.h"
+#include "ops.h"
+
+namespace pyops {
+namespace {
+
+using at::IntArrayRef;
+using at::Tensor;
+
+at::DimVector conv_size(const Conv2dShape& s, bool batched) {
+  return batched ? at::DimVector{s.N, s.O, s.OH, s.OW} : at::DimVector{s.O, s.OH, s.OW};
+}
+
+std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
+                                                  int64_t groups, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+                                                  IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode) {
+  constexpr const char* op = "conv2d_relu_max_pool2d";
+  const CheckedConv2d conv = checked_conv2d(op, input, weight, bias, {stride, padding, dilation, groups});
+  const Conv2dShape& s = conv.args.shape;
+  MaxPool2dShape pool = checked_pool_shape(op, conv_size(s, conv.batched),
+                                           {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
+  pool.channels_last = s.channels_last;
+  const at::MemoryFormat format = memory_format(s.channels_last);
+  Tensor output = at::empty({pool.N, pool.C, pool.OH, pool.OW}, input.options(), format);
+  Tensor argmax = at::empty(output.sizes(), input.options().dtype(argmax_dtype(pool)), format);
+  if (output.numel() > 0)
+    kernels(input).conv2d_relu_max_pool2d({conv.args, pool, output.mutable_data_ptr(), argmax.mutable_data_ptr()});
+  if (!conv.batched) return {output.squeeze(0), argmax.squeeze(0)};
+  return {output, argmax};
+}
+
+Gradients conv2d_relu_max_pool2d_backward(const Tensor& grad_output, const Tensor& argmax, const OptionalTensor& input,
+                                          const OptionalTensor& weight, IntArrayRef conv_output_size,
+                                          IntArrayRef input_size, IntArrayRef weight_size, IntArrayRef stride,
+                                          IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                          IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+                                          IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode,
+                                          std::array<bool, 3> output_mask) {
+  constexpr const char* op = "conv2d_relu_max_pool2d_backward";
+  const Tensor grad_conv = max_pool2d_backward(op, grad_output, argmax, conv_output_size,
+                                               {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
+  return conv2d_backward(op, grad_conv, input, weight, input_size, weight_size, {stride, padding, dilation, groups},
+                         output_mask);
+}
+
+}  // namespace
+
+#define CONV "int[2] stride, int[2] padding, int[2] dilation, int groups"
+#define POOL "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding, int[2] pool_dilation, bool ceil_mode"
+TORCH_LIBRARY_FRAGMENT(pyops, m) {
+  m.def("conv2d_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, " CONV ", " POOL
+        ") -> (Tensor output, Tensor argmax)");
+  m.def(
+      "conv2d_relu_max_pool2d_backward(Tensor grad_output, Tensor argmax, Tensor? input, Tensor? weight,"
+      " SymInt[2] conv_output_size, SymInt[] input_size, SymInt[] weight_size, " CONV ", " POOL
+      ", bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+}
+#undef CONV
+#undef POOL
+
+TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+  m.impl("conv2d_relu_max_pool2d", conv2d_relu_max_pool2d);
+  m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward);
+}
+
+}  // namespace pyops

@@ -1,0 +1,55 @@
+// What the fused ops (csrc/linear_relu.cpp, conv2d_relu.cpp, conv2d_relu_max_pool2d.cpp) take from the ops they are
+// made of: the same checks, geometry and allocation, with the name that an error shall have.
+#pragma once
+
+#include <array>
+#include <tuple>
+
+#include "checks.h"
+
+namespace pyops {
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // of input, weight and bias, as far as asked for
+
+at::Tensor relu_backward(const at::Tensor& grad_output, const at::Tensor& output);
+
+at::Tensor linear(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                  bool relu);
+Gradients linear_backward(const char* op, const at::Tensor& grad_output, const OptionalTensor& input,
+                          const OptionalTensor& weight, std::array<bool, 3> output_mask);
+
+// The arguments of a convolution besides its tensors.
+struct Conv2dOptions {
+  at::IntArrayRef stride, padding, dilation;
+  int64_t groups;
+};
+
+at::Tensor conv2d(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
+                  const Conv2dOptions& options, bool relu);
+Gradients conv2d_backward(const char* op, const at::Tensor& grad_output, const OptionalTensor& input,
+                          const OptionalTensor& weight, at::IntArrayRef input_size, at::IntArrayRef weight_size,
+                          const Conv2dOptions& options, std::array<bool, 3> output_mask);
+
+// A convolution whose arguments have been checked. The tensors are what `args` points to: images as a batch, in the
+// layout of the shape.
+struct CheckedConv2d {
+  Conv2dArgs args;  // without output
+  at::Tensor input, weight, bias;
+  bool batched;
+};
+CheckedConv2d checked_conv2d(const char* op, const at::Tensor& input, const at::Tensor& weight,
+                             const OptionalTensor& bias, const Conv2dOptions& options);
+
+// The arguments of a pooling besides its tensors.
+struct PoolOptions {
+  at::IntArrayRef kernel_size, stride, padding, dilation;
+  bool ceil_mode;
+};
+
+// The shape of the pooling of an input of `input` sizes, after every check.
+MaxPool2dShape checked_pool_shape(const char* op, at::IntArrayRef input, const PoolOptions& options);
+at::ScalarType argmax_dtype(const MaxPool2dShape& shape);
+at::Tensor max_pool2d_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& argmax,
+                               at::IntArrayRef input_size, const PoolOptions& options);
+
+}  // namespace pyops

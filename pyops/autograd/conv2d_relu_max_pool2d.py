@@ -1,0 +1,78 @@
+"""conv2d_relu_max_pool2d: a convolution, rectified and pooled without its output ever being stored."""
+
+from typing import Any
+
+import torch
+
+from pyops.autograd._bilinear import Bilinear, MaybeTensor
+from pyops.autograd._function import Dims, composition, implements
+from pyops.autograd.conv2d import Conv2d, Conv2dBackward, output_size, vmap_images
+from pyops.autograd.max_pool2d import MaxPool2d, MaxPool2dBackward, MaxPool2dGather
+
+CONV_OPTIONS = 4  # stride, padding, dilation, groups; those of the pooling come after
+
+
+def _backward_fake(grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
+    input, weight, _, input_size, weight_size, *options, mask = rest
+    return Conv2dBackward.fake(grad_output, input, weight, input_size, weight_size, *options[:CONV_OPTIONS], mask)
+
+
+@composition("conv2d_relu_max_pool2d_backward", _backward_fake)
+def conv2d_relu_max_pool2d_backward(
+    grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any
+) -> tuple[MaybeTensor, ...]:
+    """``(grad_output, argmax, input, weight, conv_output_size, input_size, weight_size, *options, output_mask)`` -> the
+    gradients of input, weight and bias."""
+    input, weight, conv_size, input_size, weight_size, *options, mask = rest
+    conv, pool = options[:CONV_OPTIONS], options[CONV_OPTIONS:]
+    grad_conv = MaxPool2dBackward.call(grad_output, argmax, conv_size, *pool)
+    return Conv2dBackward.call(grad_conv, input, weight, input_size, weight_size, *conv, mask)
+
+
+@implements("conv2d_relu_max_pool2d")
+class Conv2dReLUMaxPool2d(Bilinear):
+    """``Conv2dReLUMaxPool2d.apply(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
+    pool_stride, pool_padding, pool_dilation, ceil_mode)`` -> (output, argmax): ``MaxPool2d`` of ``ReLU`` of ``Conv2d``,
+    values and gradients to the last bit (but for the sign of a zero).
+
+    The maximum and the rectification change places, and a window whose maximum is not above 0 has an argmax that names
+    none of its taps. Saved for backward: argmax, and what :class:`Conv2d` saves.
+
+    >>> x, w = torch.ones(1, 1, 4, 4), torch.ones(2, 1, 3, 3)
+    >>> Conv2dReLUMaxPool2d.apply(x, w, None, 1, 0, 1, 1, 2, 2, 0, 1, False)[0].flatten()
+    tensor([9., 9.])
+    """
+
+    backward_call = conv2d_relu_max_pool2d_backward
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.pyops.conv2d_relu_max_pool2d.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        input, weight, _, stride, padding, dilation, *_ = inputs
+        conv_size = output_size(input.shape[-2:], weight.shape[2:], stride, padding, dilation)
+        sizes = (conv_size, input.shape, weight.shape)
+        ctx.mark_non_differentiable(output[1])
+        Conv2dReLUMaxPool2d.save(ctx, inputs, sizes, kept=(output[1],))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: MaybeTensor, _: None) -> tuple[MaybeTensor, ...]:
+        return Conv2dReLUMaxPool2d.pull_back(ctx, grad_output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: MaybeTensor) -> tuple[MaybeTensor, None]:
+        argmax, input, weight = ctx.saved_tensors
+        conv, pool = ctx.options[:CONV_OPTIONS], ctx.options[CONV_OPTIONS:]
+        tangent = Conv2d.product_rule(input, weight, *tangents[:3], conv)
+        return MaxPool2dGather.call(tangent, argmax, *pool), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        return vmap_images(Conv2dReLUMaxPool2d, info, in_dims, args)
+
+    @staticmethod
+    def fake(input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, *options: Any) -> tuple[Any, Any]:
+        conv = Conv2d.fake(input, weight, bias, *options[:CONV_OPTIONS])
+        return MaxPool2d.fake(conv, *options[CONV_OPTIONS:])

@@ -1,0 +1,50 @@
+"""linear_relu: the rectified output of a linear layer, in one pass."""
+
+from typing import Any
+
+import torch
+
+from pyops.autograd._bilinear import MaybeTensor
+from pyops.autograd._function import Dims, composition, implements
+from pyops.autograd.linear import Linear, LinearBackward
+from pyops.autograd.relu import ReLU, ReLUBackward
+
+
+@composition("linear_relu_backward", lambda grad_output, output, *rest: LinearBackward.fake(grad_output, *rest))
+def linear_relu_backward(grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
+    """``(grad_output, output, input, weight, output_mask)`` -> the gradients of input, weight and bias."""
+    return LinearBackward.call(ReLUBackward.call(grad_output, output), *rest)
+
+
+@implements("linear_relu")
+class LinearReLU(Linear):
+    """``LinearReLU.apply(input, weight, bias=None)``: ``ReLU.apply(Linear.apply(...))``, to the last bit.
+
+    Saved for backward: the output, whose sign is the mask of the gradient, and what :class:`Linear` saves.
+
+    >>> LinearReLU.apply(torch.ones(2, 3), -torch.ones(4, 3), torch.zeros(4)).max()
+    tensor(0.)
+    """
+
+    backward_call = linear_relu_backward
+
+    @staticmethod
+    def forward(input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor = None) -> torch.Tensor:
+        return torch.ops.pyops.linear_relu.default(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        LinearReLU.save(ctx, inputs, kept=(output,))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: MaybeTensor) -> tuple[MaybeTensor, ...]:
+        return LinearReLU.pull_back(ctx, grad_output)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:
+        return ReLUBackward.call(Linear.push_forward(ctx, *tangents), ctx.saved_tensors[0])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:
+        output, dim = Linear.vmap(info, in_dims, *args)
+        return ReLU.call(output), dim
