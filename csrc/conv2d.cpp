@@ -107,6 +107,11 @@ Tensor from_batch(const Tensor& images, bool batched) {
 
 }  // namespace
 
+Conv2dShape checked_conv2d_shape(const char* op, IntArrayRef input_size, IntArrayRef weight_size,
+                                 const Conv2dOptions& options) {
+  return make_shape(op, input_size, weight_size, make_window(op, options));
+}
+
 CheckedConv2d checked_conv2d(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                              const Conv2dOptions& options) {
   const Window window = make_window(op, options);

@@ -36,14 +36,14 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(const Tensor& input, const Ten
 }
 
 Gradients conv2d_relu_max_pool2d_backward(const Tensor& grad_output, const Tensor& argmax, const OptionalTensor& input,
-                                          const OptionalTensor& weight, IntArrayRef conv_output_size,
-                                          IntArrayRef input_size, IntArrayRef weight_size, IntArrayRef stride,
-                                          IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                          const OptionalTensor& weight, IntArrayRef input_size, IntArrayRef weight_size,
+                                          IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                                           IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
                                           IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode,
                                           std::array<bool, 3> output_mask) {
   constexpr const char* op = "conv2d_relu_max_pool2d_backward";
-  const Tensor grad_conv = max_pool2d_backward(op, grad_output, argmax, conv_output_size,
+  const Conv2dShape s = checked_conv2d_shape(op, input_size, weight_size, {stride, padding, dilation, groups});
+  const Tensor grad_conv = max_pool2d_backward(op, grad_output, argmax, {s.OH, s.OW},
                                                {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
   return conv2d_backward(op, grad_conv, input, weight, input_size, weight_size, {stride, padding, dilation, groups},
                          output_mask);
@@ -58,7 +58,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
         ") -> (Tensor output, Tensor argmax)");
   m.def(
       "conv2d_relu_max_pool2d_backward(Tensor grad_output, Tensor argmax, Tensor? input, Tensor? weight,"
-      " SymInt[2] conv_output_size, SymInt[] input_size, SymInt[] weight_size, " CONV ", " POOL
+      " SymInt[] input_size, SymInt[] weight_size, " CONV ", " POOL
       ", bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 }
 #undef CONV

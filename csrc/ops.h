@@ -30,6 +30,10 @@ Gradients conv2d_backward(const char* op, const at::Tensor& grad_output, const O
                           const OptionalTensor& weight, at::IntArrayRef input_size, at::IntArrayRef weight_size,
                           const Conv2dOptions& options, std::array<bool, 3> output_mask);
 
+// The shape of a convolution, after every check of it.
+Conv2dShape checked_conv2d_shape(const char* op, at::IntArrayRef input_size, at::IntArrayRef weight_size,
+                                 const Conv2dOptions& options);
+
 // A convolution whose arguments have been checked. The tensors are what `args` points to: images as a batch, in the
 // layout of the shape.
 struct CheckedConv2d {

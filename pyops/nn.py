@@ -61,6 +61,13 @@ class Linear(torch.nn.Linear):
         return F.linear(input, self.weight, self.bias)
 
 
+def _padded(layer: torch.nn.Conv2d, input: Tensor) -> tuple[Tensor, str | tuple[int, ...] | int]:
+    """The input of a layer, and the padding that is left to the convolution."""
+    if layer.padding_mode == "zeros":
+        return input, layer.padding
+    return torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+
+
 class Conv2d(torch.nn.Conv2d):
     """2-D cross-correlation. Arguments and initialisation: :class:`torch.nn.Conv2d`.
 
@@ -75,14 +82,8 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = self._padded(input)
+        input, padding = _padded(self, input)
         return F.conv2d(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-
-    def _padded(self, input: Tensor) -> tuple[Tensor, str | tuple[int, ...] | int]:
-        """The input, and the padding that is left to the convolution."""
-        if self.padding_mode == "zeros":
-            return input, self.padding
-        return torch.nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
@@ -130,7 +131,7 @@ class ConvReLU2d(Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = self._padded(input)
+        input, padding = _padded(self, input)
         return F.conv2d_relu(input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
 
 
@@ -166,7 +167,7 @@ class ConvReLUMaxPool2d(Conv2d):
         self.pool_padding, self.pool_dilation, self.ceil_mode = pool_padding, pool_dilation, ceil_mode
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = self._padded(input)
+        input, padding = _padded(self, input)
         return F.conv2d_relu_max_pool2d(
             input,
             self.weight,

@@ -73,10 +73,6 @@ def caller(op: Any, apply: Callable[..., Any], apply_in_transform: Callable[...,
             if torch._C._functorch.get_single_level_autograd_function_allowed():
                 return op(*args)
             return apply_in_transform(*args)
-        if torch.is_grad_enabled() and not torch._C._is_any_autocast_enabled():
-            for arg in args:
-                if isinstance(arg, torch.Tensor) and arg.requires_grad:
-                    return apply(*args)
         return op(*args)
 
     return call

@@ -13,7 +13,7 @@ CONV_OPTIONS = 4  # stride, padding, dilation, groups; those of the pooling come
 
 
 def _backward_fake(grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
-    input, weight, _, input_size, weight_size, *options, mask = rest
+    input, weight, input_size, weight_size, *options, mask = rest
     return Conv2dBackward.fake(grad_output, input, weight, input_size, weight_size, *options[:CONV_OPTIONS], mask)
 
 
@@ -21,10 +21,11 @@ def _backward_fake(grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any) 
 def conv2d_relu_max_pool2d_backward(
     grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any
 ) -> tuple[MaybeTensor, ...]:
-    """``(grad_output, argmax, input, weight, conv_output_size, input_size, weight_size, *options, output_mask)`` -> the
-    gradients of input, weight and bias."""
-    input, weight, conv_size, input_size, weight_size, *options, mask = rest
+    """``(grad_output, argmax, input, weight, input_size, weight_size, *options, output_mask)`` -> the gradients of
+    input, weight and bias."""
+    input, weight, input_size, weight_size, *options, mask = rest
     conv, pool = options[:CONV_OPTIONS], options[CONV_OPTIONS:]
+    conv_size = output_size(input_size[-2:], weight_size[2:], *conv[:3])
     grad_conv = MaxPool2dBackward.call(grad_output, argmax, conv_size, *pool)
     return Conv2dBackward.call(grad_conv, input, weight, input_size, weight_size, *conv, mask)
 
@@ -51,11 +52,8 @@ class Conv2dReLUMaxPool2d(Bilinear):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        input, weight, _, stride, padding, dilation, *_ = inputs
-        conv_size = output_size(input.shape[-2:], weight.shape[2:], stride, padding, dilation)
-        sizes = (conv_size, input.shape, weight.shape)
         ctx.mark_non_differentiable(output[1])
-        Conv2dReLUMaxPool2d.save(ctx, inputs, sizes, kept=(output[1],))
+        Conv2dReLUMaxPool2d.save(ctx, inputs, sizes=(inputs[0].shape, inputs[1].shape), kept=(output[1],))
 
     @staticmethod
     def backward(ctx: Any, grad_output: MaybeTensor, _: None) -> tuple[MaybeTensor, ...]:
