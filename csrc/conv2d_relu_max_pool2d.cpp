@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(const Tensor& input, const Ten
   Tensor argmax = at::empty(output.sizes(), input.options().dtype(argmax_dtype(pool)), format);
   if (output.numel() > 0)
     kernels(input).conv2d_relu_max_pool2d({conv.args, pool, output.mutable_data_ptr(), argmax.mutable_data_ptr()});
-  if (!conv.batched) return {output.squeeze(0), argmax.squeeze(0)};
+  // A single image has no memory format: max_pool2d's are contiguous.
+  if (!conv.batched) return {output.squeeze(0).contiguous(), argmax.squeeze(0).contiguous()};
   return {output, argmax};
 }
 

@@ -59,6 +59,18 @@ CASES = {
     ),
     "conv2d_apply": (pyops.autograd.Conv2d.apply, lambda: [leaf(1, 2, 3, 3), leaf(2, 2, 2, 2), leaf(2)]),
     "conv2d_op": (ops.conv2d, lambda: [leaf(1, 2, 3, 3), leaf(2, 2, 2, 2), leaf(2)]),
+    "linear_relu": (F.linear_relu, lambda: [leaf(3, 4), leaf(5, 4), leaf(5)]),
+    "linear_relu_apply": (pyops.autograd.LinearReLU.apply, lambda: [leaf(3, 4), leaf(5, 4), leaf(5)]),
+    "conv2d_relu": (lambda *t: F.conv2d_relu(*t, padding=1), lambda: [leaf(2, 2, 4, 3), leaf(3, 2, 3, 3), leaf(3)]),
+    "conv2d_relu_apply": (pyops.autograd.Conv2dReLU.apply, lambda: [leaf(1, 2, 3, 3), leaf(2, 2, 2, 2), leaf(2)]),
+    "conv2d_relu_max_pool2d": (
+        lambda *t: F.conv2d_relu_max_pool2d(*t, padding=1, pool_kernel_size=3, pool_stride=2, pool_padding=1),
+        lambda: [leaf(2, 2, 4, 3), leaf(3, 2, 3, 3), leaf(3)],
+    ),
+    "conv2d_relu_max_pool2d_apply": (
+        lambda *t: pyops.autograd.Conv2dReLUMaxPool2d.apply(*t, 1, 0, 1, 1, 2, 2, 0, 1, False)[0],
+        lambda: [leaf(1, 2, 5, 5), leaf(2, 2, 2, 2), leaf(2)],
+    ),
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), lambda: [gradcheck_input(2, 2, 4, 5)]),
     "max_pool2d_overlapping": (lambda x: F.max_pool2d(x, **POOL), lambda: [gradcheck_input(1, 2, 6, 5)]),
     "max_pool2d_unbatched": (lambda x: F.max_pool2d(x, **POOL), lambda: [gradcheck_input(2, 6, 5)]),
@@ -173,6 +185,9 @@ def opcheck_calls(where):
     argmax = ops.max_pool2d(x, *POOL_ARGS)[1]
     pool_grad = images(where, *argmax.shape, requires_grad=True)
     fixed = [t.detach() for t in (x, w, grad)]
+    pool = (2, 1, 1, 1, True)
+    codes = ops.conv2d_relu_max_pool2d(x, w, bias, *conv, *pool)[1]
+    fused_grad = images(where, *codes.shape, requires_grad=True)
     return {
         "relu": [(x,), (x[0, 0, 0],), (fixed[0],)],
         "relu_backward": [(x, fixed[0])],
@@ -193,6 +208,21 @@ def opcheck_calls(where):
             (grad, None, w, *conv_backward, [True, False, False]),
             (grad, x, None, *conv_backward, [False, True, True]),
             (fixed[2][0], fixed[0][0], fixed[1], x.shape[1:], *conv_backward[1:], [True, True, False]),
+        ],
+        "linear_relu": [(a, b), (a, b, torch.randn(4, requires_grad=True)), (a[0, 0], b)],
+        "linear_relu_backward": [
+            (linear_grad, linear_grad.detach(), a, b, [True, True, True]),
+            (linear_grad, linear_grad.detach(), None, b, [True, False, True]),
+        ],
+        "conv2d_relu": [(x, w, bias, *conv), (x[0], w, None, *conv), (fixed[0], w, bias, *conv)],
+        "conv2d_relu_backward": [
+            (grad, fixed[2], x, w, *conv_backward, [True, True, True]),
+            (grad, fixed[2], x, None, *conv_backward, [False, True, True]),
+        ],
+        "conv2d_relu_max_pool2d": [(x, w, bias, *conv, *pool), (x[0], w, None, *conv, *pool)],
+        "conv2d_relu_max_pool2d_backward": [
+            (fused_grad, codes, x, w, *conv_backward, *pool, [True, True, True]),
+            (fused_grad, codes, None, w, *conv_backward, *pool, [True, False, True]),
         ],
         "max_pool2d": [(x, *POOL_ARGS), (x[0], 2), (fixed[0], 2)],
         "max_pool2d_backward": [(pool_grad, argmax, (7, 6), *POOL_ARGS), (pool_grad[0], argmax[0], (7, 6), *POOL_ARGS)],

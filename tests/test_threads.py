@@ -50,6 +50,14 @@ def images(channels_first, dtype, where):
     return place(random(channels_first, dtype), where)
 
 
+def fused(input, weight, pool):
+    options = (1, 1, 1, 1, *pool)
+    output, argmax = ops.conv2d_relu_max_pool2d(input, weight, random(weight.shape[:1], weight.dtype), *options)
+    grad, sizes = random(output.shape, output.dtype), (input.shape, weight.shape)
+    grads = ops.conv2d_relu_max_pool2d_backward(grad, argmax, input, weight, *sizes, *options, [True] * 3)
+    return [output, argmax, *grads]
+
+
 # Each large enough for seven threads, with odd sizes, so that the shares differ.
 CASES = {
     "relu": lambda dtype, where: rectified(images((3, 11, 101, 151), dtype, where)),
@@ -63,6 +71,12 @@ CASES = {
     ),
     "conv2d_groups": lambda dtype, where: convolved(
         images((3, 12, 41, 43), dtype, where), images((24, 1, 3, 3), dtype, where), *CONV[:-1], 12
+    ),
+    "conv2d_small_planes": lambda dtype, where: convolved(  # vectors along the images
+        images((85, 7, 9, 10), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 3, 1, 1
+    ),
+    "conv2d_relu_max_pool2d": lambda dtype, where: fused(
+        images((85, 3, 29, 31), dtype, where), images((6, 3, 5, 5), dtype, where), POOL
     ),
     "max_pool2d": lambda dtype, where: pooled(images((7, 11, 85, 91), dtype, where), POOL),
     "max_pool2d_wide": lambda dtype, where: pooled(images((3, 7, 45, 51), dtype, where), WIDE_POOL),

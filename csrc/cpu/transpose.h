@@ -31,6 +31,30 @@ inline void transpose_lanes(__m512 (&v)[4]) {
 inline void store_vector(float* p, __m512 v) {
   _mm512_storeu_ps(p, v);
 }
+// 16 x 16. Every cache line of the source is read once: rows a power of two apart evict one another.
+inline void transpose_square(float* target, int64_t target_stride, const float* source, int64_t source_stride) {
+  __m512 a[16], b[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(source + i * source_stride);
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {
+    __m512 quad[4] = {a[i], a[i + 1], a[i + 2], a[i + 3]};
+    transpose_lanes(quad);  // quad[j]: columns j, j + 4, j + 8, j + 12 of rows i .. i + 3, one to a lane
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) b[i + j] = quad[j];
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512 low01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0x44),
+                 high01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xEE);
+    const __m512 low23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x44);
+    const __m512 high23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xEE);
+    _mm512_storeu_ps(target + j * target_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_storeu_ps(target + (4 + j) * target_stride, _mm512_shuffle_f32x4(low01, low23, 0xDD));
+    _mm512_storeu_ps(target + (8 + j) * target_stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_storeu_ps(target + (12 + j) * target_stride, _mm512_shuffle_f32x4(high01, high23, 0xDD));
+  }
+}
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int64_t tile_rows_transposed = 8;
 using FloatVector = __m256;
@@ -59,7 +83,12 @@ void transpose(T* target, int64_t target_stride, const In* source, int64_t sourc
     // Along the rows, so that a cache line is used up while it is there: rows of a weight are often a power of two
     // apart and share few sets of the cache.
     for (int64_t r = 0; r < whole_rows; r += tile_rows_transposed) {
-      for (int64_t c = 0; c < whole_columns; c += 4) {
+      int64_t c = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+      for (; c + 16 <= columns; c += 16)
+        transpose_square(target + c * target_stride + r, target_stride, source + r * source_stride + c, source_stride);
+#endif
+      for (; c < whole_columns; c += 4) {
         FloatVector v[4];
         for (int i = 0; i < 4; ++i) v[i] = load_lanes(source + (r + i) * source_stride + c, source_stride);
         transpose_lanes(v);

@@ -1,0 +1,220 @@
+"""linear_relu, conv2d_relu and conv2d_relu_max_pool2d: the single ops one after the other, to the last bit."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensors import FLOATING
+
+import pyops
+from pyops import functional as F
+
+ops = torch.ops.pyops
+
+
+def same_bits(expected, actual):
+    for e, a in zip(expected, actual, strict=True):
+        assert a.shape == e.shape and a.stride() == e.stride() and a.dtype == e.dtype
+        assert torch.equal(a.isnan(), e.isnan())
+        assert torch.equal(a.nan_to_num(7), e.nan_to_num(7))
+
+
+def results(function, tensors):
+    """The output and the gradients of all tensors."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    output = function(*tensors)
+    torch.manual_seed(1)
+    return [output.detach(), *torch.autograd.grad(output, tensors, torch.randn_like(output))]
+
+
+def composed(*tensors, pool=None, **conv):
+    output = F.relu(F.conv2d(*tensors, **conv))
+    if pool is None:
+        return output
+    return F.max_pool2d(output, **{name.removeprefix("pool_"): value for name, value in pool.items()})
+
+
+def fused(*tensors, pool=None, **conv):
+    if pool is None:
+        return F.conv2d_relu(*tensors, **conv)
+    return F.conv2d_relu_max_pool2d(*tensors, **conv, **pool)
+
+
+@st.composite
+def convolutions(draw):
+    """Tensors of a convolution, its options, and those of a pooling or None."""
+    groups, kernel = draw(st.sampled_from([1, 1, 2, 3])), (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    images, side = draw(st.sampled_from([1, 2, 5, 17, 33])), st.integers(4, 13)
+    input_size = (images, groups * draw(st.integers(1, 3)), draw(side), draw(side))
+    weight_size = (groups * draw(st.integers(1, 9)), input_size[1] // groups, *kernel)
+    torch.manual_seed(draw(st.integers(0, 1000)))
+    dtype = draw(st.sampled_from(FLOATING))
+    tensors = [torch.randn(size).to(dtype) for size in (input_size, weight_size, weight_size[:1])]
+    if draw(st.booleans()):
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    if draw(st.booleans()):
+        tensors[0][0, 0, 0, 0] = float("nan")
+    if draw(st.booleans()):
+        tensors = tensors[:2]
+    conv = {"stride": draw(st.integers(1, 2)), "padding": draw(st.integers(0, 2)), "groups": groups}
+    pool = {"pool_kernel_size": 2, "pool_stride": draw(st.sampled_from([None, 1])), "ceil_mode": draw(st.booleans())}
+    out = F.conv2d(*tensors, **conv).shape[-2:]
+    return tensors, conv, pool if min(out) >= 2 and draw(st.booleans()) else None
+
+
+@given(convolutions())
+def test_convolutions_equal_the_single_ops(case):
+    tensors, conv, pool = case
+    same_bits(
+        results(lambda *t: composed(*t, pool=pool, **conv), tensors),
+        results(lambda *t: fused(*t, pool=pool, **conv), tensors),
+    )
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("size", [(1, 3, 5), (7, 200, 33), (64, 400, 120), (3, 0, 4), (0, 3, 2)], ids=str)
+def test_linear_equals_the_single_ops(size, dtype):
+    m, k, n = size
+    tensors = [torch.randn(s).to(dtype) for s in ((2, m, k), (n, k), (n,))]
+    if m and k:
+        tensors[0][0, 0, 0] = float("nan")
+    same_bits(results(lambda *t: F.relu(F.linear(*t)), tensors), results(F.linear_relu, tensors))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("weight_size", [(5, 3, 3, 3), (3, 1, 3, 3)], ids=["dense", "depthwise"])
+def test_infinite_weights(weight_size, memory_format, padding):
+    """The border is exact and rectified after all terms are there."""
+    input = torch.randn(2, 3, 6, 7).contiguous(memory_format=memory_format)
+    weight = torch.randn(weight_size)
+    weight[1, 0, 0, 0], weight[2, 0, 1, 1] = float("inf"), float("-inf")
+    conv = {"padding": padding, "groups": 3 // weight_size[1]}
+    for pool in (None, {"pool_kernel_size": 2}):
+        expected = composed(input, weight, pool=pool, **conv)
+        assert expected.isinf().any()
+        same_bits([expected], [fused(input, weight, pool=pool, **conv)])
+
+
+@pytest.mark.parametrize("kernel", [(15, 17), (16, 16)], ids=["255 taps", "256 taps"])
+def test_dead_windows(kernel):
+    """A window without gradient has an argmax of no tap, in either dtype of argmax; a NaN is alive."""
+    input = torch.full((1, 3, *kernel), -1.0)
+    input[0, 1, 3, 4], input[0, 2, 0, 1] = 2.0, float("nan")
+    weight = torch.ones(3, 1, 1, 1)
+    output, argmax = ops.conv2d_relu_max_pool2d(input, weight, None, 1, 0, 1, 3, kernel, kernel, 0, 1, False)
+    assert argmax.dtype == (torch.uint8 if kernel[0] * kernel[1] <= 255 else torch.int64)
+    assert argmax.flatten().tolist() == [255 if argmax.dtype == torch.uint8 else -1, 3 * kernel[1] + 4, 1]
+    assert output.flatten()[:2].tolist() == [0.0, 2.0] and output.flatten()[2].isnan()
+    tensors = [input, weight]
+    same_bits(
+        results(lambda *t: composed(*t, groups=3, pool={"pool_kernel_size": kernel}), tensors),
+        results(lambda *t: fused(*t, groups=3, pool={"pool_kernel_size": kernel}), tensors),
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_many_chunks(memory_format):
+    """More images than one chunk, and images larger than a chunk."""
+    for size in ((70, 3, 30, 29), (3, 2, 190, 181)):
+        tensors = [torch.randn(size).contiguous(memory_format=memory_format), torch.randn(8, size[1], 3, 3)]
+        pool = {"pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}
+        same_bits(
+            results(lambda *t: composed(*t, padding=1, pool=pool), tensors),  # noqa: B023
+            results(lambda *t: fused(*t, padding=1, pool=pool), tensors),  # noqa: B023
+        )
+
+
+def test_empty_batch_and_unbatched():
+    weight = torch.randn(4, 2, 3, 3)
+    for input in (torch.randn(0, 2, 8, 8), torch.randn(2, 8, 8)):
+        for pool in (None, {"pool_kernel_size": 2}):
+            same_bits([composed(input, weight, pool=pool)], [fused(input, weight, pool=pool)])
+
+
+@pytest.mark.parametrize("padding", ["same", "valid"])
+def test_padding_by_name(padding):
+    tensors = [torch.randn(2, 2, 8, 9), torch.randn(4, 2, 2, 4)]
+    for pool in (None, {"pool_kernel_size": 2}):
+        same_bits([composed(*tensors, padding=padding, pool=pool)], [fused(*tensors, padding=padding, pool=pool)])
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(autocast):
+    tensors = [torch.randn(2, 2, 8, 9), torch.randn(4, 2, 3, 3), torch.randn(4)]
+    with torch.autocast("cpu", autocast):
+        for pool in (None, {"pool_kernel_size": 2}):
+            expected, actual = (results(lambda *t, f=f: f(*t, pool=pool), tensors) for f in (composed, fused))  # noqa: B023
+            assert actual[0].dtype == autocast and actual[1].dtype == torch.float32
+            same_bits(expected, actual)
+        linear = [torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)]
+        same_bits(results(lambda *t: F.relu(F.linear(*t)), linear), results(F.linear_relu, linear))
+
+
+def test_errors_name_the_op():
+    x, w = torch.randn(1, 2, 8, 8), torch.randn(4, 2, 3, 3)
+    with pytest.raises(RuntimeError, match="linear_relu: mat1 and mat2 shapes cannot be multiplied"):
+        F.linear_relu(torch.randn(2, 3), torch.randn(4, 5))
+    with pytest.raises(RuntimeError, match="conv2d_relu: non-positive stride is not supported"):
+        F.conv2d_relu(x, w, stride=0)
+    with pytest.raises(RuntimeError, match=r"conv2d_relu_max_pool2d: .* expected input.* to have 2 channels"):
+        F.conv2d_relu_max_pool2d(x[:, :1], w, pool_kernel_size=2)
+    with pytest.raises(RuntimeError, match=r"conv2d_relu_max_pool2d: .*Output size is too small"):
+        F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=7)
+    with pytest.raises(RuntimeError, match="conv2d_relu_max_pool2d: pad should be at most half"):
+        F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=2, pool_padding=2)
+    with pytest.raises(NotImplementedError, match="conv2d_relu"):
+        F.conv2d_relu(x.long(), w.long())
+
+
+def saved_bytes(function, *inputs):
+    """Bytes of all storages that are kept for the backward."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function(*inputs)
+    return sum(storages.values())
+
+
+def test_saved_bytes_of_the_convolutional_part_of_lenet():
+    def convolutional(net, functional):
+        if getattr(net, "fused", False):
+            return lambda x: net.conv2(net.conv1(x))
+        pool, relu = functional.max_pool2d, functional.relu
+        return lambda x: pool(relu(net.conv2(pool(relu(net.conv1(x)), 2))), 2)
+
+    x = torch.randn(1024, 1, 32, 32)
+    stock = saved_bytes(convolutional(pyops.lenet.StockLeNet(), torch.nn.functional), x)
+    drop_in = saved_bytes(convolutional(pyops.LeNet(), F), x)
+    fused = saved_bytes(convolutional(pyops.LeNet(fused=True), F), x)
+    assert stock > 45e6
+    assert drop_in <= 0.77 * stock
+    assert fused <= 13e6
+
+
+def test_vmap_over_weights_and_grad():
+    x, w = torch.randn(3, 2, 2, 8, 8, dtype=torch.float64), torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
+    for pool in (None, {"pool_kernel_size": 2}):
+        expected = torch.stack([fused(a, b, pool=pool) for a, b in zip(x, w, strict=True)])
+        torch.testing.assert_close(torch.func.vmap(lambda a, b: fused(a, b, pool=pool))(x, w), expected)  # noqa: B023
+        by_sample = torch.func.vmap(torch.func.grad(lambda b, a: fused(a, b, pool=pool).sum()), (None, 0))(w[0], x)  # noqa: B023
+        loop = torch.stack([torch.func.grad(lambda b, a: fused(a, b, pool=pool).sum())(w[0], a) for a in x])  # noqa: B023
+        torch.testing.assert_close(by_sample, loop)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    net = pyops.LeNet(fused=True)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    x = torch.randn(3, 1, 32, 32)
+    results = []
+    for module in (net, compiled):
+        net.zero_grad()
+        output = module(x)
+        output.sum().backward()
+        results.append([output.detach(), *(p.grad.clone() for p in net.parameters())])
+    torch.testing.assert_close(*results)
