@@ -31,11 +31,17 @@ inline void transpose_lanes(__m512 (&v)[4]) {
 inline void store_vector(float* p, __m512 v) {
   _mm512_storeu_ps(p, v);
 }
-// 16 x 16. Every cache line of the source is read once: rows a power of two apart evict one another.
-inline void transpose_square(float* target, int64_t target_stride, const float* source, int64_t source_stride) {
+// Up to 16 rows, 16 columns. Every cache line of the source is read once: rows a power of two apart evict one another.
+inline void transpose_square(float* target, int64_t target_stride, const float* source, int64_t source_stride,
+                             int64_t rows) {
+  const auto mask = static_cast<__mmask16>((1u << rows) - 1);
   __m512 a[16], b[16];
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(source + i * source_stride);
+  for (int i = 0; i < 16; ++i) {
+    const float* row = source + std::min<int64_t>(i, rows - 1) * source_stride;
+    a[i] = _mm512_loadu_ps(row);
+    _mm_prefetch(reinterpret_cast<const char*>(row + 64), _MM_HINT_T0);  // 16 rows are more streams than a core follows
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4) {
     __m512 quad[4] = {a[i], a[i + 1], a[i + 2], a[i + 3]};
@@ -49,10 +55,10 @@ inline void transpose_square(float* target, int64_t target_stride, const float* 
                  high01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xEE);
     const __m512 low23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x44);
     const __m512 high23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xEE);
-    _mm512_storeu_ps(target + j * target_stride, _mm512_shuffle_f32x4(low01, low23, 0x88));
-    _mm512_storeu_ps(target + (4 + j) * target_stride, _mm512_shuffle_f32x4(low01, low23, 0xDD));
-    _mm512_storeu_ps(target + (8 + j) * target_stride, _mm512_shuffle_f32x4(high01, high23, 0x88));
-    _mm512_storeu_ps(target + (12 + j) * target_stride, _mm512_shuffle_f32x4(high01, high23, 0xDD));
+    _mm512_mask_storeu_ps(target + j * target_stride, mask, _mm512_shuffle_f32x4(low01, low23, 0x88));
+    _mm512_mask_storeu_ps(target + (4 + j) * target_stride, mask, _mm512_shuffle_f32x4(low01, low23, 0xDD));
+    _mm512_mask_storeu_ps(target + (8 + j) * target_stride, mask, _mm512_shuffle_f32x4(high01, high23, 0x88));
+    _mm512_mask_storeu_ps(target + (12 + j) * target_stride, mask, _mm512_shuffle_f32x4(high01, high23, 0xDD));
   }
 }
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -76,19 +82,19 @@ inline void store_vector(float* p, __m256 v) {
 template <class T, class In>
 void transpose(T* target, int64_t target_stride, const In* source, int64_t source_stride, int64_t rows,
                int64_t columns) {
-  int64_t whole_rows = 0, whole_columns = 0;  // covered by whole tiles
+  int64_t whole_rows = 0, whole_columns = 0, square_columns = 0;  // what tiles cover, and squares in the rows left over
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<In, float>) {
     whole_rows = rows / tile_rows_transposed * tile_rows_transposed, whole_columns = columns / 4 * 4;
-    // Along the rows, so that a cache line is used up while it is there: rows of a weight are often a power of two
-    // apart and share few sets of the cache.
-    for (int64_t r = 0; r < whole_rows; r += tile_rows_transposed) {
-      int64_t c = 0;
 #if defined(CPU_CAPABILITY_AVX512)
-      for (; c + 16 <= columns; c += 16)
-        transpose_square(target + c * target_stride + r, target_stride, source + r * source_stride + c, source_stride);
+    square_columns = columns / 16 * 16;
+    for (int64_t r = 0; r < rows; r += 16)
+      for (int64_t c = 0; c < square_columns; c += 16)
+        transpose_square(target + c * target_stride + r, target_stride, source + r * source_stride + c, source_stride,
+                         std::min(int64_t{16}, rows - r));
 #endif
-      for (; c < whole_columns; c += 4) {
+    for (int64_t r = 0; r < whole_rows; r += tile_rows_transposed) {
+      for (int64_t c = square_columns; c < whole_columns; c += 4) {
         FloatVector v[4];
         for (int i = 0; i < 4; ++i) v[i] = load_lanes(source + (r + i) * source_stride + c, source_stride);
         transpose_lanes(v);
@@ -98,7 +104,7 @@ void transpose(T* target, int64_t target_stride, const In* source, int64_t sourc
   }
 #endif
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+    for (int64_t c = r < whole_rows ? whole_columns : square_columns; c < columns; ++c)
       target[c * target_stride + r] = static_cast<T>(source[r * source_stride + c]);
 }
 
