@@ -8,6 +8,7 @@
 
 #include "checks.h"
 #include "device.h"
+#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -141,7 +142,7 @@ Tensor conv2d(const char* op, const Tensor& input, const Tensor& weight, const O
   CheckedConv2d checked = checked_conv2d(op, input, weight, bias, options);
   const Conv2dShape& shape = checked.args.shape;
   const Tensor output =
-      at::empty({shape.N, shape.O, shape.OH, shape.OW}, input.options(), memory_format(shape.channels_last));
+      fresh(at::empty({shape.N, shape.O, shape.OH, shape.OW}, input.options(), memory_format(shape.channels_last)));
   if (output.numel() > 0) {
     checked.args.output = output.mutable_data_ptr();
     checked.args.relu = relu;
@@ -177,7 +178,7 @@ Gradients conv2d_backward(const char* op, const Tensor& grad_output, const Optio
   // With nothing to sum over (an empty batch, no channels) the gradients are zeros.
   const bool empty = grad_output.numel() == 0;
   const auto gradient = [&](IntArrayRef size, at::MemoryFormat gradient_format) {
-    Tensor result = at::empty(size, grad_output.options(), gradient_format);
+    Tensor result = fresh(at::empty(size, grad_output.options(), gradient_format));
     return empty ? result.zero_() : result;
   };
   Tensor grad_input, grad_weight, grad_bias;

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "device.h"
+#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -27,8 +28,8 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(const Tensor& input, const Ten
                                            {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
   pool.channels_last = s.channels_last;
   const at::MemoryFormat format = memory_format(s.channels_last);
-  Tensor output = at::empty({pool.N, pool.C, pool.OH, pool.OW}, input.options(), format);
-  Tensor argmax = at::empty(output.sizes(), input.options().dtype(argmax_dtype(pool)), format);
+  Tensor output = fresh(at::empty({pool.N, pool.C, pool.OH, pool.OW}, input.options(), format));
+  Tensor argmax = fresh(at::empty(output.sizes(), input.options().dtype(argmax_dtype(pool)), format));
   if (output.numel() > 0)
     kernels(input).conv2d_relu_max_pool2d({conv.args, pool, output.mutable_data_ptr(), argmax.mutable_data_ptr()});
   // A single image has no memory format: max_pool2d's are contiguous.

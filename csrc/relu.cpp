@@ -5,6 +5,7 @@
 
 #include "checks.h"
 #include "device.h"
+#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -14,12 +15,12 @@ using at::Tensor;
 
 // `tensor` with the strides of `layout` (dense, of the same shape): itself where it already has them.
 Tensor with_layout_of(const Tensor& tensor, const Tensor& layout) {
-  return tensor.strides() == layout.strides() ? tensor : at::empty_like(layout).copy_(tensor);
+  return tensor.strides() == layout.strides() ? tensor : fresh(at::empty_like(layout)).copy_(tensor);
 }
 
 Tensor relu(const Tensor& input) {
   const DType dtype = real_dtype("relu", input);
-  Tensor output = at::empty_like(input);
+  Tensor output = fresh(at::empty_like(input));
   if (output.numel() == 0) return output;
   const Tensor dense = with_layout_of(input, output);
   kernels(input).relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr()});
@@ -43,7 +44,7 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
   const DType dtype = real_dtype("relu_backward", output);
   check_same_kind("relu_backward", "grad_output", grad_output, "output", output);
   check_shape("relu_backward", "grad_output", grad_output, output.sizes());
-  Tensor grad_input = at::empty_like(output);
+  Tensor grad_input = fresh(at::empty_like(output));
   if (grad_input.numel() == 0) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input);
   const Tensor dense_output = with_layout_of(output, grad_input);
