@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "max_pool2d.h"
+#include "max_pool2d_backward_avx512.h"
 #include "max_pool2d_elements.h"
 #include "scratch.h"
 
@@ -356,6 +357,15 @@ void backward(const MaxPool2dBackwardArgs& args) {
   const auto* argmax = static_cast<const A*>(args.argmax);
   auto* grad_input = static_cast<T*>(args.grad_input);
   if constexpr (std::is_same_v<A, uint8_t>) {
+#ifdef CPU_CAPABILITY_AVX512
+    if constexpr (std::is_same_v<T, float>) {
+      const bool by_pairs = !s.channels_last && s.stride_h == 2;
+      if (by_pairs && is_square(s, 2, 2) && s.padding_h == 0 && s.padding_w == 0)
+        return backward_by_row_pairs<RowPair2x2>(s, grad_output, argmax, grad_input);
+      if (by_pairs && is_square(s, 3, 2) && s.padding_h == 1 && s.padding_w == 1)
+        return backward_by_row_pairs<RowPair3x3>(s, grad_output, argmax, grad_input);
+    }
+#endif
     // To gather one element costs about taps / kLanes of what it costs to scatter one, and more with idle lanes.
     const bool lanes_busy = s.channels_last ? s.C >= ChannelGather<T>::kMany * kLanes<T> : s.stride_w <= 2;
     if (s.taps() <= kLanes<T> && lanes_busy) {
