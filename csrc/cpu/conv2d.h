@@ -90,9 +90,14 @@ struct Correlation {
 template <class T>
 void correlate(const Correlation<T>* phases, int64_t count);
 
-// The same for channels-last images with one channel in and one out in every group.
+// The same for one channel in and one out in every group, of one phase; weight: [groups, taps]. A channels-first output
+// has no gaps between its columns.
 template <class T>
 void correlate_depthwise(const Correlation<T>& x, const T* weight);
+
+// grad_weight where every channel is a group of its own.
+template <class T>
+void weight_gradient_depthwise(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight);
 
 // The same with vectors along the images, for a single phase of a compute type.
 template <class T>

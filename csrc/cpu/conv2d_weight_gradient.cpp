@@ -263,6 +263,8 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
     std::swap(exchanged.C, exchanged.O);
     return add_up<T>({exchanged, input_source<T>(exchanged, grad_output), source.images, grad_weight, 1, K});
   }
+  if (s.groups > 1 && s.C == s.groups && s.O == s.groups)
+    return weight_gradient_depthwise(s, source, grad_output, grad_weight);
   if (taps == kernel) return add_up<T>({s, source, grad_output, grad_weight, K, 1});
   // The taps that no pixel meets have no gradient.
   std::fill(grad_weight, grad_weight + s.O * source.channels * kernel, T(0));

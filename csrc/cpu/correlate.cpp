@@ -270,8 +270,28 @@ const Compute<T>** arrange_filters(const Correlation<T>* phases, int64_t count, 
   return filters;
 }
 
+// Where each filter has one tap after the other: what correlate_depthwise reads.
+template <class T>
+const T* filters_of_taps(const Correlation<T>& x) {
+  const int64_t taps = x.source.tap_count;
+  T* selected = scratch<T>(Scratch::partial_sums, x.groups * taps);
+  for (int64_t g = 0; g < x.groups; ++g)
+    for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filters.at(g, 0, 0)[x.source.taps[t].index];
+  return selected;
+}
+
+template <class T>
+bool is_depthwise(const Correlation<T>& x) {
+  return x.groups > 1 && x.source.channels == 1 && x.out_channels == 1 &&
+         (x.channels_last || x.out_pixels().x_stride == 1);
+}
+
 template <class T>
 void correlate_finite(const Correlation<T>* phases, int64_t count) {
+  if (is_depthwise(phases[0])) {
+    for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
+    return;
+  }
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& x = phases[0];
@@ -335,16 +355,6 @@ void rectify(T* values, int64_t count) {
     if (values[i] < T(0)) values[i] = T(0);
 }
 
-// Where each filter has one tap after the other: what correlate_depthwise reads.
-template <class T>
-const T* filters_of_taps(const Correlation<T>& x) {
-  const int64_t taps = x.source.tap_count;
-  T* selected = scratch<T>(Scratch::partial_sums, x.groups * taps);
-  for (int64_t g = 0; g < x.groups; ++g)
-    for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filters.at(g, 0, 0)[x.source.taps[t].index];
-  return selected;
-}
-
 // Where every output pixel meets just the input pixel of its own place, an image is one long line, of which the vectors
 // leave fewer lanes idle.
 template <class T>
@@ -366,10 +376,6 @@ Correlation<T> flattened(Correlation<T> x) {
 template <class T>
 void correlate(const Correlation<T>* phases, int64_t count) {
   const Correlation<T>& x = phases[0];
-  if (x.channels_last && x.source.channels == 1 && x.out_channels == 1) {
-    for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
-    return;
-  }
   if (count == 1 && x.source.height > 1 && is_pointwise(x)) {
     const Correlation<T> line = flattened(x);
     return correlate(&line, 1);
