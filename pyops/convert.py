@@ -3,12 +3,16 @@
 Our layers differ from torch's in ``forward`` alone, so switching one is assigning its ``__class__``: the object, its
 parameters, buffers, hooks, flags, name and place in the model (or several places) stay what they are. Nothing is
 copied, so nothing can be forgotten, and optimizers and tied weights keep working.
+
+Fusing is the same: a convolution followed by a ReLU and a max-pool becomes a fused layer in its own place, under its
+own name, and the ReLU and the pool become layers that hand on what they are given.
 """
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, fx
 from torch.nn.utils.parametrize import is_parametrized
 
 from pyops import nn
@@ -28,7 +32,30 @@ _TO_PYOPS: dict[type, type] = {
 _TO_STOCK = {ours: stock for stock, ours in _TO_PYOPS.items()}
 
 
-def convert(module: Module) -> Module:
+class _FusedReLU(nn.ReLU):
+    """A ReLU that the layer before it does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+class _FusedMaxPool2d(nn.MaxPool2d):
+    """A max-pool that the layer before it does."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+_UNFUSED: dict[type, type] = {_FusedReLU: nn.ReLU, _FusedMaxPool2d: nn.MaxPool2d}
+_UNFUSED_LAYER: dict[type, type] = {
+    nn.LinearReLU: nn.Linear,
+    nn.ConvReLU2d: nn.Conv2d,
+    nn.ConvReLUMaxPool2d: nn.Conv2d,
+}
+_FUSED_FLAG = "_fused_by_convert"  # on a layer that was not built as a fused one
+
+
+def convert(module: Module, fuse: bool = False) -> Module:
     """Make every stock layer of ``module`` that pyops has a pyops layer, in place.
 
     ``torch.nn.ReLU``, ``Linear``, ``Conv2d`` and ``MaxPool2d`` become their :mod:`pyops.nn` namesakes, ``module``
@@ -36,8 +63,18 @@ def convert(module: Module) -> Module:
     functional calls in a ``forward`` method and scripted modules. Parameters, buffers, hooks, parametrizations and
     the training flag are kept. For a converted copy write ``convert(copy.deepcopy(module))``.
 
+    With ``fuse``, a Linear followed by a ReLU, and a Conv2d followed by a ReLU and perhaps a MaxPool2d, in either
+    order, become one layer: :class:`pyops.nn.LinearReLU`, :class:`~pyops.nn.ConvReLU2d`,
+    :class:`~pyops.nn.ConvReLUMaxPool2d`. It takes the place of the first; the others stay where they are and hand on
+    what they are given, so the ``state_dict`` keys remain. Results are the same. Only what is known to be alone is
+    fused: by tracing ``module.forward`` with :mod:`torch.fx`, in training and in evaluation mode, where that can be
+    done, and else inside each :class:`torch.nn.Sequential`, which is taken to be called as a whole. A layer that is
+    called or registered twice, whose result is used elsewhere too, or that has hooks or parametrizations, and
+    functional calls, are left alone; :class:`pyops.LeNet` is fused as a whole.
+
     Args:
         module: the model; converting it twice is the same as once.
+        fuse: also replace sequences of layers by fused layers.
 
     Returns:
         ``module``, the same object.
@@ -49,7 +86,14 @@ def convert(module: Module) -> Module:
     >>> [type(layer).__module__ for layer in convert(net)]
     ['pyops.nn', 'torch.nn.modules.activation']
     """
-    return _switch(module, _TO_PYOPS, "convert")
+    _switch(module, _TO_PYOPS, "convert")
+    if fuse:
+        for layers in _sequences(module):
+            _fuse(layers)
+        for layer in module.modules():
+            if type(layer) is LeNet:
+                _fuse_lenet(layer)
+    return module
 
 
 def revert(module: Module) -> Module:
@@ -61,6 +105,9 @@ def revert(module: Module) -> Module:
     >>> type(revert(nn.Linear(4, 3)))
     <class 'torch.nn.modules.linear.Linear'>
     """
+    if isinstance(module, torch.nn.Module):
+        for layer in module.modules():
+            _unfuse(layer)
     return _switch(module, _TO_STOCK, "revert")
 
 
@@ -76,3 +123,104 @@ def _switch(module: Module, classes: Mapping[type, type], caller: str) -> Module
             # layer share that class, so it is made anew over the other base instead of being changed.
             layer.__class__ = type(cls.__name__, (classes[base],), dict(vars(cls)))
     return module
+
+
+# ---- fusing ----
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
+        return type(module).__module__ in (nn.__name__, __name__) or super().is_leaf_module(module, name)
+
+
+def _sequences(root: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
+    """Layers that are called one after the other, each once, and whose results only the next one sees."""
+    names = [id(layer) for _, layer in root.named_modules(remove_duplicate=False)]
+    once = {identity for identity in names if names.count(identity) == 1}
+    try:
+        training, evaluation = (_traced(root, mode) for mode in (True, False))
+        chains = [chain for chain in training if chain in evaluation]
+    except Exception:  # a forward that fx cannot follow may raise anything
+        chains = [list(layer) for layer in root.modules() if type(layer) is torch.nn.Sequential]
+    for chain in chains:
+        for i in range(len(chain)):
+            for length in (3, 2):
+                layers = chain[i : i + length]
+                if len(layers) == length and all(id(layer) in once and _is_plain(layer) for layer in layers):
+                    yield layers
+
+
+def _traced(root: torch.nn.Module, training: bool) -> list[list[torch.nn.Module]]:
+    """The longest chains of module calls in the graph of `root.forward`."""
+    modes = {layer: layer.training for layer in root.modules()}
+    try:
+        root.train(training)
+        graph = _Tracer().trace(root)
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+    calls = [node.target for node in graph.nodes if node.op == "call_module"]
+    chains: list[list[torch.nn.Module]] = []
+    ends: dict[fx.Node, list[torch.nn.Module]] = {}
+    for node in graph.nodes:
+        if node.op != "call_module" or calls.count(node.target) > 1:
+            continue
+        before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
+        chain = ends.pop(before, None) if isinstance(before, fx.Node) and len(before.users) == 1 else None
+        if chain is None:
+            chains.append(chain := [])
+        chain.append(root.get_submodule(node.target))
+        ends[node] = chain
+    return chains
+
+
+def _is_plain(layer: torch.nn.Module) -> bool:
+    """Whether nobody could notice that a layer is not called, or not with what it was called with."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return not any(getattr(layer, name) for name in hooks)
+
+
+def _fuse(layers: list[torch.nn.Module]) -> None:
+    """Fuses the layers if they are one of the patterns."""
+    kinds = tuple(type(layer) for layer in layers)
+    first = layers[0]
+    if kinds == (nn.Linear, nn.ReLU):
+        first.__class__ = nn.LinearReLU
+    elif kinds == (nn.Conv2d, nn.ReLU):
+        first.__class__ = nn.ConvReLU2d
+    elif kinds in ((nn.Conv2d, nn.ReLU, nn.MaxPool2d), (nn.Conv2d, nn.MaxPool2d, nn.ReLU)):
+        pool: Any = layers[kinds.index(nn.MaxPool2d)]
+        if pool.return_indices:
+            return
+        first.__class__ = nn.ConvReLUMaxPool2d
+        first.pool_kernel_size, first.pool_stride = pool.kernel_size, pool.stride
+        first.pool_padding, first.pool_dilation, first.ceil_mode = pool.padding, pool.dilation, pool.ceil_mode
+    else:
+        return
+    setattr(first, _FUSED_FLAG, True)
+    for layer in layers[1:]:
+        layer.__class__ = _FusedReLU if isinstance(layer, nn.ReLU) else _FusedMaxPool2d
+
+
+def _fuse_lenet(net: LeNet) -> None:
+    layers = [net.conv1, net.conv2, net.fc1, net.fc2]
+    if net.fused or not all(type(layer) in (nn.Conv2d, nn.Linear) and _is_plain(layer) for layer in layers):
+        return
+    for conv in layers[:2]:
+        _fuse([conv, nn.ReLU(), nn.MaxPool2d(2)])
+    for linear in layers[2:]:
+        _fuse([linear, nn.ReLU()])
+    net.fused = True
+    setattr(net, _FUSED_FLAG, True)
+
+
+def _unfuse(layer: torch.nn.Module) -> None:
+    layer.__class__ = _UNFUSED.get(type(layer), type(layer))
+    if not vars(layer).pop(_FUSED_FLAG, False):
+        return
+    if isinstance(layer, LeNet):
+        layer.fused = False
+        return
+    layer.__class__ = _UNFUSED_LAYER[type(layer)]
+    for name in ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"):
+        vars(layer).pop(name, None)

@@ -241,3 +241,118 @@ def test_what_is_no_module_is_refused():
         pyops.convert(torch.ones(1))
     with pytest.raises(TypeError, match=r"revert: module must be a torch\.nn\.Module, got list"):
         pyops.revert([nn.ReLU()])
+
+
+# ---- fusing ----
+
+
+class Net(nn.Module):
+    """Layers as attributes, called in order; `use` says how the first ReLU's result is used."""
+
+    def __init__(self, use: str = "once") -> None:
+        super().__init__()
+        self.use = use
+        self.conv, self.relu, self.pool = (
+            nn.Conv2d(1, 4, 3, padding=1),
+            nn.ReLU(inplace=use == "inplace"),
+            nn.MaxPool2d(2),
+        )
+        self.fc, self.act = nn.Linear(64, 5), nn.ReLU()
+
+    def forward(self, x):
+        y = self.conv(x)
+        z = self.relu(y)
+        pooled = self.pool(z)
+        if self.use == "again":
+            pooled = pooled + z.mean()
+        if self.use == "untraceable" and pooled.sum() > 1e9:
+            return pooled
+        if self.use == "called twice":
+            pooled = self.relu(pooled)
+        if self.use == "in training" and self.training:
+            pooled = pooled + y.mean()
+        return self.act(self.fc(pooled.flatten(1)))
+
+
+def kinds(net: nn.Module) -> list[str]:
+    return [type(layer).__name__ for layer in net.modules()][1:]
+
+
+FUSED = ["ConvReLUMaxPool2d", "_FusedReLU", "_FusedMaxPool2d", "LinearReLU", "_FusedReLU"]
+
+
+@pytest.mark.parametrize(
+    ("use", "expected"),
+    [
+        ("once", FUSED),
+        ("inplace", FUSED),
+        ("again", ["ConvReLU2d", "_FusedReLU", "MaxPool2d", "LinearReLU", "_FusedReLU"]),
+        ("called twice", ["Conv2d", "ReLU", "MaxPool2d", "LinearReLU", "_FusedReLU"]),
+        ("in training", ["Conv2d", "ReLU", "MaxPool2d", "LinearReLU", "_FusedReLU"]),
+        ("untraceable", ["Conv2d", "ReLU", "MaxPool2d", "Linear", "ReLU"]),
+    ],
+)
+def test_fuse(use, expected):
+    torch.manual_seed(0)
+    net = Net(use).double()
+    stock = copy.deepcopy(net)
+    before = step(pyops.convert(copy.deepcopy(net)))
+    assert pyops.convert(net, fuse=True) is net
+    assert kinds(net) == expected
+    torch.testing.assert_close(step(net), before, rtol=0, atol=0)
+    assert net.training
+    assert str(net.load_state_dict(stock.state_dict())) == "<All keys matched successfully>"
+    assert str(stock.load_state_dict(net.state_dict())) == "<All keys matched successfully>"
+    assert kinds(pyops.convert(net, fuse=True)) == expected
+    torch.testing.assert_close(step(copy.deepcopy(net)), before, rtol=0, atol=0)
+    pyops.revert(net)
+    assert [type(layer) for layer in net.modules()] == [type(layer) for layer in stock.modules()]
+    assert {name: set(vars(layer)) for name, layer in net.named_modules()} == {
+        name: set(vars(layer)) for name, layer in stock.named_modules()
+    }
+
+
+@pytest.mark.parametrize("pool_first", [False, True])
+def test_fuse_in_sequential(pool_first):
+    middle = [nn.ReLU(), nn.MaxPool2d(3, 2, padding=1, ceil_mode=True)]
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3), *(reversed(middle) if pool_first else middle)), nn.Conv2d(4, 2, 1), nn.ReLU()
+    )
+    net.append(nn.Flatten()).append(nn.Linear(32, 3)).double()
+    before = step(pyops.convert(copy.deepcopy(net)))
+    pyops.convert(net, fuse=True)
+    assert kinds(net)[1] == "ConvReLUMaxPool2d" and kinds(net)[4] == "ConvReLU2d" and kinds(net)[-1] == "Linear"
+    torch.testing.assert_close(step(net), before, rtol=0, atol=0)
+
+
+def test_fuse_leaves_alone_what_others_see():
+    hooked = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    hooked[0].register_forward_hook(lambda *_: None)
+    assert kinds(pyops.convert(hooked, fuse=True)) == ["Linear", "ReLU"]
+    shared = nn.ReLU()
+    assert kinds(pyops.convert(nn.Sequential(nn.Linear(4, 3), shared, nn.Linear(3, 3), shared), fuse=True)) == [
+        "Linear",
+        "ReLU",
+        "Linear",
+    ]
+    indices = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2, return_indices=True))
+    assert kinds(pyops.convert(indices, fuse=True)) == ["ConvReLU2d", "_FusedReLU", "MaxPool2d"]
+    normed = nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 3)), nn.ReLU())
+    assert kinds(pyops.convert(normed, fuse=True))[-1] == "ReLU"
+
+
+def test_fuse_lenet():
+    torch.manual_seed(0)
+    net = StockLeNet()
+    fused = pyops.convert(copy.deepcopy(net), fuse=True)
+    assert str(fused) == str(pyops.LeNet(fused=True))
+    x = torch.randn(3, 1, 32, 32)
+    assert torch.equal(fused(x), pyops.convert(copy.deepcopy(net))(x))
+    assert type(pyops.revert(fused)) is StockLeNet and str(fused) == str(net)
+    assert torch.equal(fused(x), net(x))
+
+
+def test_layers_built_fused_stay():
+    net = nn.Sequential(pyops.nn.LinearReLU(4, 3), nn.Linear(3, 2))
+    assert kinds(pyops.revert(pyops.convert(net, fuse=True))) == ["LinearReLU", "Linear"]
+    assert type(net[0]) is pyops.nn.LinearReLU
