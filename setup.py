@@ -1,7 +1,8 @@
 """Builds pyops against the torch that the user has: the tensor side `pyops._C`, and the CPU kernels once per
 instruction set as `pyops._cpu_*`, of which pyops/_load.py loads one. Everything else is said in pyproject.toml.
 
-Environment: CXX, MAX_JOBS (compilers at a time), PYOPS_WERROR=1 (a warning fails the build).
+Environment: CXX, MAX_JOBS (compilers at a time), PYOPS_WERROR=1 (a warning fails the build), PYOPS_SANITIZE=1 (what
+tests/sanitize.py builds).
 """
 
 import os
@@ -52,6 +53,9 @@ if platform.machine() == "x86_64":
     # False alarms in gcc's own headers (gcc bug 105593).
     CPU_CAPABILITIES["AVX512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
+SANITIZE = os.environ.get("PYOPS_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
 
 def extension(name: str, folder: str, flags: list[str]) -> setuptools.Extension:
     return setuptools.Extension(
@@ -82,7 +86,7 @@ class build_ext(BuildExtension):
                 f"building pyops needs a C++ compiler, but found no {compiler[0]}; install g++ or set CXX"
             )
         # Kept from build to build, one per torch: ninja does not see that system headers, such as torch's, change.
-        self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}"
+        self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}{'-sanitized' * SANITIZE}"
         super().run()
         self.write_build_info(compiler)
 
@@ -92,6 +96,9 @@ class build_ext(BuildExtension):
         ext.extra_compile_args += [flag for path in include_paths() for flag in ("-isystem", path)]
         if os.environ.get("PYOPS_WERROR") == "1":
             ext.extra_compile_args.append("-Werror")
+        if SANITIZE:
+            ext.extra_compile_args += [*SANITIZERS, "-fno-omit-frame-pointer", "-O2", "-g1"]
+            ext.extra_link_args += SANITIZERS
         ext.library_dirs = library_paths()
         ext.libraries = ["c10", "torch_cpu", "torch_python"]
         # The capabilities share their sources: each extension needs a folder of its own for the objects.

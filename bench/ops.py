@@ -19,6 +19,17 @@ import pyops
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
 
+def function(functional: ModuleType, op: str) -> Callable[..., torch.Tensor]:
+    """The op of a library; stock's fused ones are the single ops one after the other."""
+    pooling = {"pool_kernel_size": 2} if op == "conv2d_relu_max_pool2d" else {}
+    if hasattr(functional, op):
+        return partial(getattr(functional, op), **pooling)
+    first = getattr(functional, op.split("_relu")[0])
+    if pooling:
+        return lambda *arguments: functional.max_pool2d(functional.relu(first(*arguments)), 2)
+    return lambda *arguments: functional.relu(first(*arguments))
+
+
 @dataclass(frozen=True)
 class Case:
     """One function of `functional` on one shape, and what of it is timed."""
@@ -49,7 +60,7 @@ class Case:
             weight = self._random(self.weight).mul_(math.prod(self.weight[1:]) ** -0.5)  # outputs of about 1
             operands += [weight, self._random(self.weight[:1]) if self.bias else None]
         arguments = (*operands, *self.options)
-        output = getattr(torch.nn.functional, self.op)(*arguments)
+        output = function(torch.nn.functional, self.op)(*arguments)
         grad_output = torch.randn_like(output)
         wanted = {
             "forward": [],
@@ -60,7 +71,7 @@ class Case:
         wanted = [operand.requires_grad_() for operand in wanted if operand is not None]
 
         def call(functional: ModuleType) -> Callable[[], Any]:
-            forward = partial(getattr(functional, self.op), *arguments)
+            forward = partial(function(functional, self.op), *arguments)
             if self.timed.startswith("forward"):
                 return forward
             return partial(torch.autograd.grad, forward(), wanted, grad_output, retain_graph=True)
@@ -184,6 +195,18 @@ GROUPS = [
         "bfloat16, large",
         cases("linear", LARGE_LINEARS, *PASSES, dtype=torch.bfloat16, gate=0.5)
         + cases("conv2d", LARGE_CONVS[:2], *PASSES, dtype=torch.bfloat16, bias=False, gate=0.5),
+    ),
+    Group(
+        "fused",  # against the single ops of stock
+        [
+            case
+            for n in BATCHES
+            for case in (
+                *cases("linear_relu", LENET_LINEARS[n][:2], *PASSES, gate=1),
+                *cases("conv2d_relu", LENET_CONVS[n][:2], *PASSES, gate=1),
+                *cases("conv2d_relu_max_pool2d", LENET_CONVS[n][:2], *PASSES, gate=1),
+            )
+        ],
     ),
     Group(
         "relu",

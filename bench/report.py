@@ -1,20 +1,60 @@
-"""The Markdown table of the README, from files that bench/ops.py and bench/lenet.py wrote with --json.
+"""The whole benchmark, and the Markdown tables of the README made of it.
 
-`python bench/report.py bench/results/*.json`
+`python bench/report.py --run NAME` times everything and writes bench/results/NAME-lenet.json and NAME-ops.json, with a
+plot of the ratios of each and a roofline; `python bench/report.py FILE.json ...` prints the tables of such files.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Print a Markdown table of benchmark results, a line for each group.")
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE.json")
-    for file in parser.parse_args().files:
+    parser = argparse.ArgumentParser(
+        description="Time everything, or print a Markdown table with a line for each group."
+    )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
+    parser.add_argument("--run", metavar="NAME", help="time everything first; NAME says what machine it is")
+    args = parser.parse_args()
+    for file in args.files + (run(args.run) if args.run else []):
         print("\n".join(table(file.name, json.loads(file.read_text()))), end="\n\n")
+
+
+def run(name: str) -> list[Path]:
+    """Time everything, each script in a process of its own."""
+    files = []
+    for script in ("lenet", "ops"):
+        file = HERE / "results" / f"{name}-{script}.json"
+        outputs = ["--json", str(file), "--plot", str(file.with_suffix(".png"))]
+        subprocess.run([sys.executable, str(HERE / f"{script}.py"), *outputs], check=True)
+        files.append(file)
+    roofline(json.loads(files[-1].read_text()), HERE / "results" / f"{name}-roofline.png")
+    return files
+
+
+def roofline(report: dict[str, Any], path: Path) -> None:
+    """float32, one thread: operations per second over operations per byte, and what the machine was seen to reach."""
+    limits = report["limits"]["1"]
+    flops, bandwidth = limits["torch.float32 GFLOP/s"], limits["copy GB/s"]
+    drawn = [r for r in report["results"] if r["threads"] == 1 and r["dtype"] == "torch.float32" and r["flops"]]
+    intensity = [r["flops"] / r["bytes"] for r in drawn]
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for side in ("stock", "ours"):
+        axes.plot(intensity, [r["flops"] / r[f"{side}_min"] / 1e9 for r in drawn], "o", markersize=3, label=side)
+    ends = [min(intensity), flops / bandwidth, max(intensity)]
+    axes.plot(ends, [min(flops, bandwidth * x) for x in ends], "k-", linewidth=0.8, label="copying, best product")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte that has to move", ylabel="GFLOP/s")
+    axes.legend()
+    figure.savefig(path, dpi=100)
 
 
 def table(name: str, report: dict[str, Any]) -> list[str]:

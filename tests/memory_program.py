@@ -58,6 +58,18 @@ def run(dtype: torch.dtype, where: str, at_end: bool) -> None:
             a, weight, bias = tensor(rows, width), tensor(width + 2, width), tensor(width + 2)
             result = guarded(ops.linear(a, weight, bias), at_end)
             ops.linear_backward(result, a, weight, [True, True, True])
+            ops.linear_relu(a, weight, bias)
+        planes, filters = tensor(17, 4, 5, min(width, 17)), tensor(3, 4, 5, 5)  # vectors along the images
+        result = guarded(ops.conv2d(planes, filters, None, 1, 2), at_end)
+        ops.conv2d_backward(result, planes, filters, planes.shape, filters.shape, 1, 2, 1, 1, [True, True, True])
+        pooled, codes = ops.conv2d_relu_max_pool2d(planes, filters, None, 1, 2, 1, 1, 2, 2, 0, 1, True)
+        ops.conv2d_relu_max_pool2d_backward(
+            *(guarded(pooled, at_end), guarded(codes, at_end), planes, filters, planes.shape, filters.shape),
+            *(1, 2, 1, 1, 2, 2, 0, 1, True, [True, True, True]),
+        )
+        image, weight = tensor(2, width, 6, 19), tensor(width, 1, 3, 3)  # depthwise
+        result = guarded(ops.conv2d_relu(image, weight, None, 1, 1, 1, width), at_end)
+        ops.conv2d_backward(result, image, weight, image.shape, weight.shape, 1, 1, 1, width, [True, True, True])
         for channels, groups, options in ((3, 1, (1, 1, 1)), (4, 2, (2, 0, 1)), (4, 4, (1, 2, 2))):
             image, weight = tensor(2, channels, 6, width + 4), tensor(2 * channels, channels // groups, 3, 3)
             result = guarded(ops.conv2d(image, weight, tensor(2 * channels), *options, groups), at_end)

@@ -1,12 +1,20 @@
-"""No op reads or writes memory that is not its operands' or results'."""
+"""No op reads or writes memory that is not its operands' or results', and none needs more memory than it has to."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
+import pyops
+
+TESTS = Path(__file__).parent
+COMPILER = os.environ.get("CXX", "c++")
 CHECKING_ALLOCATOR = "libc_malloc_debug.so.0"  # of glibc
 
 
@@ -16,7 +24,7 @@ def run(program: list[str]) -> subprocess.CompletedProcess:
 
 
 def test_nothing_around_the_tensors_is_touched():
-    result = run([str(Path(__file__).with_name("memory_program.py"))])
+    result = run([str(TESTS / "memory_program.py")])
     assert result.stdout.strip() == "unharmed", f"exit status {result.returncode}\n{result.stderr}"
 
 
@@ -27,3 +35,78 @@ def test_the_checking_allocator_notices():
     if "cannot be preloaded" in result.stderr:
         pytest.skip(f"no {CHECKING_ALLOCATOR} here")
     assert result.returncode != 0 and "unnoticed" not in result.stdout
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes the place of glibc's functions")
+@pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
+def test_kernels_allocate_nothing_after_the_first_calls(tmp_path):
+    """In 10,000 calls, in any order, of shapes that were seen before; and nothing leaks."""
+    library = tmp_path / "allocations.so"
+    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", TESTS / "allocations.cpp", "-o", library], check=True)
+    program = [sys.executable, TESTS / "allocations_program.py"]
+    counting = os.environ | {"LD_PRELOAD": str(library)}
+    result = subprocess.run(program, env=counting, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(result.stdout)
+    assert measured["first"] > 0, "the counter does not count"
+    assert measured["later"] == 0
+    assert measured["growth"] < 8 << 20, "resident bytes"  # 1 KB a call would be 10 MB
+
+
+def peak_of_training(network: str) -> int:
+    """The kilobytes that training LeNet on batches of 1024 takes at most, on top of what the program has before.
+
+    The C library is told to hand large pieces back when they are freed, so that it is the live memory that counts.
+    """
+    program = f"""
+import resource, torch, pyops
+from pyops.lenet import StockLeNet
+torch.set_num_threads(1)
+net, images, digits = {network}, torch.randn(1024, 1, 32, 32), torch.randint(10, (1024,))
+optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+
+def step(batch):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(net(images[:batch]), digits[:batch]).backward()
+    optimizer.step()
+
+step(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(3):
+    step(1024)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+    command, at_once = [sys.executable, "-P", "-c", program], os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    return int(subprocess.run(command, env=at_once, check=True, capture_output=True, text=True).stdout)
+
+
+def test_training_needs_less_memory_than_stock():
+    stock, layers, fused = map(peak_of_training, ("StockLeNet()", "pyops.LeNet()", "pyops.LeNet(fused=True)"))
+    assert layers < 0.95 * stock
+    assert fused < 0.6 * stock
+
+
+def bytes_saved_for_backward(*layers: torch.nn.Module) -> int:
+    """Of all storages that are kept from forward to backward."""
+    storages = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, lest another takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        torch.nn.Sequential(*layers)(torch.randn(1024, 1, 32, 32))
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_less_is_saved_for_backward_than_by_stock():
+    """By the convolutional part of LeNet."""
+
+    def layers(nn):
+        return [nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
+
+    block = partial(pyops.nn.ConvReLUMaxPool2d, pool_kernel_size=2)
+    stock = bytes_saved_for_backward(*layers(torch.nn))
+    assert bytes_saved_for_backward(*layers(pyops.nn)) < 0.77 * stock  # a byte for each window instead of eight
+    assert bytes_saved_for_backward(block(1, 6, 5), block(6, 16, 5)) < 0.23 * stock  # and no output of a ReLU

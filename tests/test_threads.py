@@ -6,7 +6,10 @@ from itertools import product
 
 import pytest
 import torch
+from benched import DTYPES, every_shape
 from tensors import FLOATING, INTEGER, place, random
+
+from pyops import functional
 
 ops = torch.ops.pyops
 
@@ -100,6 +103,20 @@ def test_same_bits(case, dtype, where):
         expected = expected or bits
         for i, (actual, first) in enumerate(zip(bits, expected, strict=True)):
             assert torch.equal(actual, first), f"result {i} differs with {threads} threads"
+
+
+@every_shape
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_on_benched_shapes(dtype, shape):
+    operands, grad = shape.operands(dtype), shape.grad_output(dtype)
+    expected = None
+    for threads in (1, 1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results = shape.results(functional, operands, grad)
+        bits = {name: result.contiguous().view(torch.uint8) for name, result in results.items()}
+        expected = expected or bits
+        for name, actual in bits.items():
+            assert torch.equal(actual, expected[name]), f"{name} differs with {threads} threads"
 
 
 def test_every_op_forks():

@@ -1,0 +1,50 @@
+"""Builds pyops with AddressSanitizer and UndefinedBehaviorSanitizer of gcc, and runs the tests on that build.
+
+``python tests/sanitize.py [arguments of pytest]``; without arguments the tests that reach the kernels. Only code of
+pyops is checked, but all that it reads and writes is, for the allocator is the sanitizer's in the whole process. The
+build lies in build/, next to the ordinary one. ATEN_CPU_CAPABILITY selects the instruction set, as ever.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = ROOT / "build" / "sanitized"
+
+# libstdc++ because the sanitizer looks up what throws an exception when it is loaded, which is before torch brings it.
+PRELOADED = ("libasan.so", "libubsan.so", "libstdc++.so")
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0",  # Python itself frees little of what it holds at the end
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+TESTS = [
+    *(f"test_{stem}.py" for stem in ("relu", "linear", "conv2d", "max_pool2d", "fused", "threads", "errors", "lenet")),
+    "--every=3",
+    "--hypothesis-profile=thin",
+]
+
+
+def build() -> None:
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", LIBRARY]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYOPS_SANITIZE": "1"}, check=True)
+
+
+def sanitized_environment() -> dict[str, str]:
+    compiler = os.environ.get("CXX", "g++")
+    paths = (subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in PRELOADED)
+    return os.environ | OPTIONS | {"LD_PRELOAD": ":".join(paths), "PYTHONPATH": str(LIBRARY)}
+
+
+def main() -> None:
+    build()
+    environment = sanitized_environment()
+    # test_memory.py runs this program on another checking allocator, which the sanitizer's takes the place of here.
+    subprocess.run([sys.executable, "memory_program.py"], cwd=ROOT / "tests", env=environment, check=True)
+    pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
+    sys.exit(subprocess.run(pytest, cwd=ROOT / "tests", env=environment).returncode)
+
+
+if __name__ == "__main__":
+    main()
