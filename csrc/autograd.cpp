@@ -18,6 +18,19 @@
 #include "device.h"
 
 namespace pyops {
+
+// What the nodes of the graph are named by: grad_fn.name() is
+// torch::autograd::CppNode<pyops::Gradient<pyops::op::relu>>.
+namespace op {
+struct relu;
+struct linear;
+struct linear_relu;
+struct conv2d;
+struct conv2d_relu;
+struct conv2d_relu_max_pool2d;
+struct max_pool2d;
+}  // namespace op
+
 namespace {
 
 using at::Tensor;
@@ -27,22 +40,29 @@ using torch::jit::Stack;
 
 // How the backward op of an op is called: (grad_output, kept output, saved inputs, sizes, options, mask), of which each
 // may be missing. The options are the op's own arguments after its tensors.
+struct Derivative;
+template <class Op>
+variable_list record(const Derivative& derivative, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                     Stack* stack, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias);
+
 struct Derivative {
   const char* op;
-  const char* backward = nullptr;  // null: the Function in Python alone knows
-  int kept_output = -1;            // the number of the output that is kept, -1: none
+  decltype(&record<op::relu>) record = nullptr;  // null: the Function in Python alone knows
+  const char* backward = nullptr;
+  int kept_output = -1;   // the number of the output that is kept, -1: none
   bool bilinear = false;  // inputs are input, weight and bias; the gradient of each of the former needs the other
   enum Sizes { none, image, input_and_weight } sizes = none;
 };
 
 constexpr Derivative derivatives[] = {
-    {"relu", "relu_backward", 0},
-    {"linear", "linear_backward", -1, true},
-    {"linear_relu", "linear_relu_backward", 0, true},
-    {"conv2d", "conv2d_backward", -1, true, Derivative::input_and_weight},
-    {"conv2d_relu", "conv2d_relu_backward", 0, true, Derivative::input_and_weight},
-    {"max_pool2d", "max_pool2d_backward", 1, false, Derivative::image},
-    {"conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward", 1, true, Derivative::input_and_weight},
+    {"relu", record<op::relu>, "relu_backward", 0},
+    {"linear", record<op::linear>, "linear_backward", -1, true},
+    {"linear_relu", record<op::linear_relu>, "linear_relu_backward", 0, true},
+    {"conv2d", record<op::conv2d>, "conv2d_backward", -1, true, Derivative::input_and_weight},
+    {"conv2d_relu", record<op::conv2d_relu>, "conv2d_relu_backward", 0, true, Derivative::input_and_weight},
+    {"max_pool2d", record<op::max_pool2d>, "max_pool2d_backward", 1, false, Derivative::image},
+    {"conv2d_relu_max_pool2d", record<op::conv2d_relu_max_pool2d>, "conv2d_relu_max_pool2d_backward", 1, true,
+     Derivative::input_and_weight},
     {"relu_"},
     {"relu_backward"},
     {"linear_backward"},
@@ -61,8 +81,11 @@ c10::IValue size_of(const Tensor& tensor, int64_t first) {
   return c10::IValue(sizes);
 }
 
+}  // namespace
+
 // The graph node. What it keeps besides tensors is one list: its derivative, the number of its inputs, sizes, options.
-struct Recorded : torch::autograd::Function<Recorded> {
+template <class Op>
+struct Gradient : torch::autograd::Function<Gradient<Op>> {
   // The tensors are those of the op's arguments, which are on the stack; the outputs are left there.
   static variable_list forward(AutogradContext* ctx, const Derivative& derivative, const c10::OperatorHandle& op,
                                c10::DispatchKeySet keys, Stack* stack, const Tensor& input,
@@ -78,7 +101,10 @@ struct Recorded : torch::autograd::Function<Recorded> {
     ctx->saved_data["rest"] = std::move(rest);
     ctx->set_materialize_grads(false);
 
-    below_autograd(op, keys, stack);
+    {
+      at::AutoDispatchBelowAutograd guard;
+      op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    }
     const size_t returns = op.schema().returns().size();
     variable_list outputs, kept;
     for (const c10::IValue& output : torch::jit::last(*stack, returns)) outputs.push_back(output.toTensor());
@@ -114,12 +140,15 @@ struct Recorded : torch::autograd::Function<Recorded> {
     for (int64_t i = 0; i < inputs; ++i) results[4 + i] = std::move(stack[i]).toTensor();
     return results;
   }
-
-  static void below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    at::AutoDispatchBelowAutograd guard;
-    op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-  }
 };
+
+namespace {
+
+template <class Op>
+variable_list record(const Derivative& derivative, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                     Stack* stack, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias) {
+  return Gradient<Op>::apply(derivative, op, keys, stack, input, weight, bias);
+}
 
 // Never destroyed: the interpreter may be gone by then.
 PyObject* apply_function = nullptr;
@@ -144,8 +173,9 @@ class AutogradKernel final : public c10::OperatorKernel {
     }
     wants_gradient &= c10::GradMode::is_enabled();
     if (!wants_gradient && !wants_tangent) {
-      Recorded::below_autograd(op, keys, stack);
-    } else if (wants_tangent || derivative_.backward == nullptr || in_transform()) {
+      at::AutoDispatchBelowAutograd guard;
+      op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    } else if (wants_tangent || derivative_.record == nullptr || in_transform()) {
       call_python(op, stack);
     } else {
       record(op, keys, stack, arguments);
@@ -158,7 +188,7 @@ class AutogradKernel final : public c10::OperatorKernel {
     const Tensor input = arguments[0].toTensor();
     OptionalTensor weight, bias;
     if (derivative_.bilinear) weight = arguments[1].toTensor(), bias = arguments[2].toOptional<Tensor>();
-    const variable_list outputs = Recorded::apply(derivative_, op, keys, stack, input, weight, bias);
+    const variable_list outputs = derivative_.record(derivative_, op, keys, stack, input, weight, bias);
     torch::jit::drop(*stack, outputs.size());
     for (const Tensor& output : outputs) stack->emplace_back(output);
   }
