@@ -23,8 +23,8 @@ from rich.table import Table
 import pyops
 
 FLOOR = 0.9  # the gate of a case that has no other: nothing may be slower than this
-# Of a result as a whole, relative to its size. Where a ReLU is fused, rounding decides the sign of some outputs, and with
-# it whether their gradients pass.
+# Of a result as a whole, relative to its size. Where a ReLU is fused, rounding decides the sign of some outputs, and
+# with it whether their gradients pass.
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 5e-3, torch.bfloat16: 2e-2}
 
 
