@@ -287,40 +287,91 @@ const int32_t* column_lanes(int64_t nc) {
   return counts;
 }
 
-// sums[vectors * lanes] = A[1, kc] B[kc, vectors], for a B that is read just once: some rows of it at a time, each from
-// beginning to end. A register tile would go down its columns, a page for every row. 1x4096 * 4096x4096, one core: 3.4
-// ms, in tiles 6.4, stock torch 3.4.
+// sums[nc] (+)= A[1, kc] B[kc, nc], for a B that is read just once: some rows of it at a time, each from beginning to
+// end. A register tile would go down its columns, a page for every row. 1x4096 * 4096x4096, one core: 3.4 ms, in tiles
+// 6.4, stock torch 3.4.
 template <class T>
-void multiply_row(int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums) {
+void multiply_row(int64_t kc, const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t n, int64_t nc, T* sums) {
   using V = Vec<T>;
   constexpr int64_t lanes = V::size(), rows_at_once = 8;
-  for (int64_t k = 0; k < kc; k += rows_at_once) {
+  for (int64_t i = 0; i < kc; i += rows_at_once) {
+    const int64_t rows = std::min(rows_at_once, kc - i);
     const T* row[rows_at_once];
     V value[rows_at_once];
-    for (int64_t i = 0; i < rows_at_once; ++i) {
-      const int64_t at = std::min(k + i, kc - 1);
-      row[i] = b.data + b.offsets[0] + b.steps[at];
-      value[i] = V(k + i < kc ? a.data[a.offsets[0] + a.steps[at]] : T(0));
-    }
-    const int64_t count = std::min(rows_at_once, kc - k);
-    for (int64_t j = 0; j < vectors * lanes; j += lanes) {
-      V sum = k == 0 ? V(0) : V::loadu(sums + j);
-      if (count == rows_at_once) {
+    for (int64_t r = 0; r < rows; ++r) row[r] = b.at(k + i + r, n), value[r] = V(*a.at(0, k + i + r));
+    for (int64_t j = 0; j < nc; j += lanes) {
+      const int64_t count = std::min(lanes, nc - j);
+      V sum = i == 0 ? V(0) : V::loadu(sums + j, count);
+      if (rows == rows_at_once && count == lanes) {
 #pragma GCC unroll 8
-        for (int64_t i = 0; i < rows_at_once; ++i) sum = at::vec::fmadd(value[i], V::loadu(row[i] + j), sum);
+        for (int64_t r = 0; r < rows_at_once; ++r) sum = at::vec::fmadd(value[r], V::loadu(row[r] + j), sum);
       } else {
-        for (int64_t i = 0; i < count; ++i) sum = at::vec::fmadd(value[i], V::loadu(row[i] + j), sum);
+        for (int64_t r = 0; r < rows; ++r) sum = at::vec::fmadd(value[r], V::loadu(row[r] + j, count), sum);
       }
-      sum.store(sums + j);
+      sum.store(sums + j, count);
     }
   }
 }
+
+// The columns n .. n + nc of a C of one row, without bias.
+template <class T>
+void multiply_row_by_rows(const GemmArgs<T, T>& x, int64_t n, int64_t nc) {
+  constexpr int64_t lanes = Vec<T>::size();
+  T* total = x.out.data + n;
+  for_each_chunk(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool) {
+    if (first) return multiply_row(kc, x.a, x.b, k, n, nc, total);
+    T* sums = scratch<T>(Scratch::sums, nc);
+    multiply_row(kc, x.a, x.b, k, n, nc, sums);
+    for (int64_t j = 0; j < nc; j += lanes) {
+      const int64_t count = std::min(lanes, nc - j);
+      (Vec<T>::loadu(total + j, count) + Vec<T>::loadu(sums + j, count)).store(total + j, count);
+    }
+  });
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// The columns n .. n + nc of a C of one row, where B is stored by columns: squares of B are transposed in registers and
+// multiplied there, so that B is read once and written nowhere. The sums are those of every other way.
+inline void multiply_row_by_squares(const GemmArgs<float, float>& x, int64_t n, int64_t nc) {
+  using V = Vec<float>;
+  for (int64_t end = n + nc; n < end; n += V::size()) {
+    const int64_t count = std::min<int64_t>(V::size(), end - n);
+    V total(0);
+    for_each_chunk(x.k_begin, x.k_end, [&](int64_t chunk, int64_t kc, bool first, bool) {
+      V sum(0);
+      for (int64_t k = chunk; k < chunk + kc; k += square_columns) {
+        const int64_t terms = std::min(square_columns, chunk + kc - k);
+        __m512 square[square_columns];
+        load_square(square, x.b.at(k, n), x.b.column_stride, count, terms);
+        if (terms == square_columns) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < square_columns; ++i) sum = at::vec::fmadd(V(*x.a.at(0, k + i)), V(square[i]), sum);
+        } else {
+          for (int64_t i = 0; i < terms; ++i) sum = at::vec::fmadd(V(*x.a.at(0, k + i)), V(square[i]), sum);
+        }
+      }
+      total = first ? sum : total + sum;
+    });
+    const Output<float>& out = x.out;
+    if (out.column_bias) total = total + load(out.column_bias + n, count);
+    if (out.relu) total = at::vec::clamp_min(total, V(0));
+    total.store(out.data + n, count);
+  }
+}
+#endif
 
 // The block of C from (m, n) on, of mc x nc.
 template <class In, class Out>
 void gemm_block(const GemmArgs<In, Out>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
   using T = Compute<In>;
   constexpr int64_t lanes = Vec<T>::size();
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<In, float> && std::is_same_v<Out, float>) {
+    if (M == 1 && x.b.row_stride == 1 && x.out.columns.x_stride == 1 && x.out.columns.pixels == Axis::endless &&
+        x.out.row_bias == nullptr)
+      return multiply_row_by_squares(x, n, nc);
+  }
+#endif
   const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes), sums_stride = vectors * lanes;
   const bool b_in_place = K * N * int64_t{sizeof(T)} <= in_place_bytes || M <= tile_rows.back();
   Target<T> target{};
@@ -337,23 +388,17 @@ void gemm_block(const GemmArgs<In, Out>& x, int64_t M, int64_t N, int64_t m, int
       target.relu = x.out.relu;
     }
   }
+  if constexpr (std::is_same_v<In, T> && std::is_same_v<Out, T>) {
+    if (M == 1 && direct && x.b.column_stride == 1 && !x.out.row_bias && !x.out.column_bias && !x.out.relu && K > 0)
+      return multiply_row_by_rows(x, n, nc);
+  }
   if (!direct) {
     target.data = scratch<T>(Scratch::sums, mc * sums_stride);
     target.rows = multiples(Scratch::target_rows, mc, sums_stride);
   }
-  const bool by_row = M == 1 && direct && std::is_same_v<In, T> && b_in_place && x.b.column_stride == 1 &&
-                      nc % lanes == 0 && x.out.row_bias == nullptr && x.out.column_bias == nullptr && !x.out.relu &&
-                      K > 0;
   for_each_chunk(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
     const Rows<T> a = rows_of(x.a, M * K, m, mc, k, kc);
     const Vectors<T> b = vectors_of(x.b, b_in_place, k, kc, n, nc);
-    if (by_row) {
-      T* sums = first ? target.data : scratch<T>(Scratch::sums, nc);
-      multiply_row<T>(vectors, kc, a, b, sums);
-      for (int64_t j = 0; j < nc && !first; j += lanes)
-        (Vec<T>::loadu(target.data + j) + Vec<T>::loadu(sums + j)).store(target.data + j);
-      return;
-    }
     multiply<T>(mc, vectors, kc, a, b, target, !first, last && direct);
     if (last && !direct) write(x.out, target.data, sums_stride, m, mc, n, nc);
   });

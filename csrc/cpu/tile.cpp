@@ -3,6 +3,7 @@
 
 #include <ATen/cpu/vec/functional.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "scratch.h"
@@ -106,6 +107,11 @@ bool are_adjacent(const int64_t* offsets, int64_t vectors) {
   return adjacent;
 }
 
+template <class T>
+bool are_full(const int32_t* lanes, int64_t vectors) {
+  return std::all_of(lanes, lanes + vectors, [](int32_t count) { return count == Vec<T>::size(); });
+}
+
 // The share of the next of `parts` parts of `count`, as even as they can be: 13 in 4 parts is 4, 3, 3, 3.
 int64_t next_share(int64_t count, int64_t parts) {
   return (count + parts - 1) / parts;
@@ -126,6 +132,7 @@ void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b
     const int64_t width = next_share(vectors, panels);
     const auto& tiles_here = (are_adjacent<T>(b.offsets, width) ? tiles<T, true> : tiles<T, false>)[width - 1];
     TileArgs<T> args{kc, a, b, target, accumulate, last};
+    if (target.lanes && are_full<T>(target.lanes, width)) args.target.lanes = nullptr;
     int64_t left = rows;
     for (int64_t parts = (rows + tile_rows[width - 1] - 1) / tile_rows[width - 1]; parts > 0; --parts) {
       const int64_t height = next_share(left, parts);

@@ -31,15 +31,17 @@ inline void transpose_lanes(__m512 (&v)[4]) {
 inline void store_vector(float* p, __m512 v) {
   _mm512_storeu_ps(p, v);
 }
-// Up to 16 rows, 16 columns. Every cache line of the source is read once: rows a power of two apart evict one another.
-inline void transpose_square(float* target, int64_t target_stride, const float* source, int64_t source_stride,
-                             int64_t rows) {
-  const auto mask = static_cast<__mmask16>((1u << rows) - 1);
+// square[c] = column c of up to 16 rows of `columns` columns; what is missing repeats the last row, or is zero. Every
+// cache line of the source is read once: rows a power of two apart evict one another.
+constexpr int64_t square_columns = 16;
+inline void load_square(__m512 (&square)[16], const float* source, int64_t source_stride, int64_t rows,
+                        int64_t columns = 16) {
+  const auto mask = static_cast<__mmask16>((1u << columns) - 1);
   __m512 a[16], b[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     const float* row = source + std::min<int64_t>(i, rows - 1) * source_stride;
-    a[i] = _mm512_loadu_ps(row);
+    a[i] = _mm512_maskz_loadu_ps(mask, row);
     _mm_prefetch(reinterpret_cast<const char*>(row + 64), _MM_HINT_T0);  // 16 rows are more streams than a core follows
   }
 #pragma GCC unroll 4
@@ -55,11 +57,18 @@ inline void transpose_square(float* target, int64_t target_stride, const float* 
                  high01 = _mm512_shuffle_f32x4(b[j], b[4 + j], 0xEE);
     const __m512 low23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0x44);
     const __m512 high23 = _mm512_shuffle_f32x4(b[8 + j], b[12 + j], 0xEE);
-    _mm512_mask_storeu_ps(target + j * target_stride, mask, _mm512_shuffle_f32x4(low01, low23, 0x88));
-    _mm512_mask_storeu_ps(target + (4 + j) * target_stride, mask, _mm512_shuffle_f32x4(low01, low23, 0xDD));
-    _mm512_mask_storeu_ps(target + (8 + j) * target_stride, mask, _mm512_shuffle_f32x4(high01, high23, 0x88));
-    _mm512_mask_storeu_ps(target + (12 + j) * target_stride, mask, _mm512_shuffle_f32x4(high01, high23, 0xDD));
+    square[j] = _mm512_shuffle_f32x4(low01, low23, 0x88), square[4 + j] = _mm512_shuffle_f32x4(low01, low23, 0xDD);
+    square[8 + j] = _mm512_shuffle_f32x4(high01, high23, 0x88);
+    square[12 + j] = _mm512_shuffle_f32x4(high01, high23, 0xDD);
   }
+}
+inline void transpose_square(float* target, int64_t target_stride, const float* source, int64_t source_stride,
+                             int64_t rows) {
+  const auto mask = static_cast<__mmask16>((1u << rows) - 1);
+  __m512 square[16];
+  load_square(square, source, source_stride, rows);
+#pragma GCC unroll 16
+  for (int c = 0; c < 16; ++c) _mm512_mask_storeu_ps(target + c * target_stride, mask, square[c]);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int64_t tile_rows_transposed = 8;
