@@ -27,11 +27,27 @@ void input_gradient(const LinearBackwardArgs& x) {
   gemm(1, x.M, x.K, x.N, [&](int64_t) { return GemmArgs<T, T>{{grad_output, x.N, 1}, {weight, x.K, 1}, out, 0, x.N}; });
 }
 
+// One sample's: an outer product, all of whose work is to write it.
+template <class T>
+void weight_gradient_of_one(const LinearBackwardArgs& x) {
+  using V = Vec<Compute<T>>;
+  const T *grad_output = static_cast<const T*>(x.grad_output), *input = static_cast<const T*>(x.input);
+  for_each_task(x.N, 2.0 * x.N * x.K, [&](int64_t n) {
+    T* row = static_cast<T*>(x.grad_weight) + n * x.K;
+    const V grad(static_cast<Compute<T>>(grad_output[n]));
+    for (int64_t k = 0; k < x.K; k += V::size()) {
+      const int64_t count = std::min<int64_t>(V::size(), x.K - k);
+      store(row + k, at::vec::fmadd(grad, load(input + k, count), V(0)), count);
+    }
+  });
+}
+
 // A small weight has too few blocks for the threads: then the batch is cut too, into a number of parts that depends on
 // the shape only, and their sums are added in order.
 template <class T>
 void weight_gradient(const LinearBackwardArgs& x) {
   using C = Compute<T>;
+  if (x.M == 1) return weight_gradient_of_one<T>(x);
   const T *grad_output = static_cast<const T*>(x.grad_output), *input = static_cast<const T*>(x.input);
   const Matrix<T> a{grad_output, 1, x.N}, b{input, x.K, 1};
   const Output<T> out{static_cast<T*>(x.grad_weight), Axis::plain(x.K), Axis::plain(1)};
