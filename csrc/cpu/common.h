@@ -23,6 +23,19 @@ constexpr bool is_reduced = std::is_same_v<T, c10::BFloat16> || std::is_same_v<T
 template <class T>
 using Compute = std::conditional_t<is_reduced<T>, float, T>;
 
+#if defined(CPU_CAPABILITY_AVX512)
+// The floats at p that `mask` names, zeros elsewhere; a 16-bit float is widened.
+inline __m512 load_floats(const float* p, __mmask16 mask) {
+  return _mm512_maskz_loadu_ps(mask, p);
+}
+inline __m512 load_floats(const c10::BFloat16* p, __mmask16 mask) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16));
+}
+inline __m512 load_floats(const c10::Half* p, __mmask16 mask) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
+}
+#endif
+
 // f(T{}) for the floating type that dtype names: dispatch_floating(dtype, [&](auto t) { using T = decltype(t); ... }).
 template <class F>
 void dispatch_floating(DType dtype, F&& f) {

@@ -89,6 +89,9 @@ inline void store(Out* target, Vec<Compute<Out>> value, int64_t count) {
 template <class In>
 inline Vec<Compute<In>> load(const In* source, int64_t count) {
   using T = Compute<In>;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_reduced<In>) return load_floats(source, static_cast<__mmask16>((1u << count) - 1));
+#endif
   if constexpr (is_reduced<In>) {
     T values[Vec<T>::size()] = {};
     for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(source[i]);
@@ -290,49 +293,52 @@ const int32_t* column_lanes(int64_t nc) {
 // sums[nc] (+)= A[1, kc] B[kc, nc], for a B that is read just once: some rows of it at a time, each from beginning to
 // end. A register tile would go down its columns, a page for every row. 1x4096 * 4096x4096, one core: 3.4 ms, in tiles
 // 6.4, stock torch 3.4.
-template <class T>
-void multiply_row(int64_t kc, const Matrix<T>& a, const Matrix<T>& b, int64_t k, int64_t n, int64_t nc, T* sums) {
-  using V = Vec<T>;
+template <class In>
+void multiply_row(int64_t kc, const Matrix<In>& a, const Matrix<In>& b, int64_t k, int64_t n, int64_t nc,
+                  Compute<In>* sums) {
+  using V = Vec<Compute<In>>;
   constexpr int64_t lanes = V::size(), rows_at_once = 8;
   for (int64_t i = 0; i < kc; i += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, kc - i);
-    const T* row[rows_at_once];
+    const In* row[rows_at_once];
     V value[rows_at_once];
-    for (int64_t r = 0; r < rows; ++r) row[r] = b.at(k + i + r, n), value[r] = V(*a.at(0, k + i + r));
+    for (int64_t r = 0; r < rows; ++r)
+      row[r] = b.at(k + i + r, n), value[r] = V(static_cast<Compute<In>>(*a.at(0, k + i + r)));
     for (int64_t j = 0; j < nc; j += lanes) {
       const int64_t count = std::min(lanes, nc - j);
       V sum = i == 0 ? V(0) : V::loadu(sums + j, count);
       if (rows == rows_at_once && count == lanes) {
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < rows_at_once; ++r) sum = at::vec::fmadd(value[r], V::loadu(row[r] + j), sum);
+        for (int64_t r = 0; r < rows_at_once; ++r) sum = at::vec::fmadd(value[r], load(row[r] + j, lanes), sum);
       } else {
-        for (int64_t r = 0; r < rows; ++r) sum = at::vec::fmadd(value[r], V::loadu(row[r] + j, count), sum);
+        for (int64_t r = 0; r < rows; ++r) sum = at::vec::fmadd(value[r], load(row[r] + j, count), sum);
       }
       sum.store(sums + j, count);
     }
   }
 }
 
-// The columns n .. n + nc of a C of one row, without bias.
-template <class T>
-void multiply_row_by_rows(const GemmArgs<T, T>& x, int64_t n, int64_t nc) {
+// The columns n .. n + nc of a C of one row.
+template <class In, class Out>
+void multiply_row_by_rows(const GemmArgs<In, Out>& x, int64_t n, int64_t nc) {
+  using T = Compute<In>;
   constexpr int64_t lanes = Vec<T>::size();
-  T* total = x.out.data + n;
+  T *total = scratch<T>(Scratch::sums, 2 * nc), *sums = total + nc;
   for_each_chunk(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool) {
-    if (first) return multiply_row(kc, x.a, x.b, k, n, nc, total);
-    T* sums = scratch<T>(Scratch::sums, nc);
-    multiply_row(kc, x.a, x.b, k, n, nc, sums);
-    for (int64_t j = 0; j < nc; j += lanes) {
+    multiply_row(kc, x.a, x.b, k, n, nc, first ? total : sums);
+    for (int64_t j = 0; j < nc && !first; j += lanes) {
       const int64_t count = std::min(lanes, nc - j);
-      (Vec<T>::loadu(total + j, count) + Vec<T>::loadu(sums + j, count)).store(total + j, count);
+      (load(total + j, count) + load(sums + j, count)).store(total + j, count);
     }
   });
+  write(x.out, total, nc, 0, 1, n, nc);
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
 // The columns n .. n + nc of a C of one row, where B is stored by columns: squares of B are transposed in registers and
 // multiplied there, so that B is read once and written nowhere. The sums are those of every other way.
-inline void multiply_row_by_squares(const GemmArgs<float, float>& x, int64_t n, int64_t nc) {
+template <class In, class Out>
+void multiply_row_by_squares(const GemmArgs<In, Out>& x, int64_t n, int64_t nc) {
   using V = Vec<float>;
   for (int64_t end = n + nc; n < end; n += V::size()) {
     const int64_t count = std::min<int64_t>(V::size(), end - n);
@@ -345,17 +351,19 @@ inline void multiply_row_by_squares(const GemmArgs<float, float>& x, int64_t n, 
         load_square(square, x.b.at(k, n), x.b.column_stride, count, terms);
         if (terms == square_columns) {
 #pragma GCC unroll 16
-          for (int64_t i = 0; i < square_columns; ++i) sum = at::vec::fmadd(V(*x.a.at(0, k + i)), V(square[i]), sum);
+          for (int64_t i = 0; i < square_columns; ++i)
+            sum = at::vec::fmadd(V(static_cast<float>(*x.a.at(0, k + i))), V(square[i]), sum);
         } else {
-          for (int64_t i = 0; i < terms; ++i) sum = at::vec::fmadd(V(*x.a.at(0, k + i)), V(square[i]), sum);
+          for (int64_t i = 0; i < terms; ++i)
+            sum = at::vec::fmadd(V(static_cast<float>(*x.a.at(0, k + i))), V(square[i]), sum);
         }
       }
       total = first ? sum : total + sum;
     });
-    const Output<float>& out = x.out;
+    const Output<Out>& out = x.out;
     if (out.column_bias) total = total + load(out.column_bias + n, count);
     if (out.relu) total = at::vec::clamp_min(total, V(0));
-    total.store(out.data + n, count);
+    store(out.data + n, total, count);
   }
 }
 #endif
@@ -366,12 +374,13 @@ void gemm_block(const GemmArgs<In, Out>& x, int64_t M, int64_t N, int64_t m, int
   using T = Compute<In>;
   constexpr int64_t lanes = Vec<T>::size();
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<In, float> && std::is_same_v<Out, float>) {
+  if constexpr (is_squared<In>) {
     if (M == 1 && x.b.row_stride == 1 && x.out.columns.x_stride == 1 && x.out.columns.pixels == Axis::endless &&
         x.out.row_bias == nullptr)
       return multiply_row_by_squares(x, n, nc);
   }
 #endif
+  if (M == 1 && x.b.column_stride == 1 && x.k_end > x.k_begin) return multiply_row_by_rows(x, n, nc);
   const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes), sums_stride = vectors * lanes;
   const bool b_in_place = K * N * int64_t{sizeof(T)} <= in_place_bytes || M <= tile_rows.back();
   Target<T> target{};
@@ -387,10 +396,6 @@ void gemm_block(const GemmArgs<In, Out>& x, int64_t M, int64_t N, int64_t m, int
       if (x.out.column_bias) target.column_bias = x.out.column_bias + n;
       target.relu = x.out.relu;
     }
-  }
-  if constexpr (std::is_same_v<In, T> && std::is_same_v<Out, T>) {
-    if (M == 1 && direct && x.b.column_stride == 1 && !x.out.row_bias && !x.out.column_bias && !x.out.relu && K > 0)
-      return multiply_row_by_rows(x, n, nc);
   }
   if (!direct) {
     target.data = scratch<T>(Scratch::sums, mc * sums_stride);

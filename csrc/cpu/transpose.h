@@ -31,17 +31,20 @@ inline void transpose_lanes(__m512 (&v)[4]) {
 inline void store_vector(float* p, __m512 v) {
   _mm512_storeu_ps(p, v);
 }
+template <class T>
+constexpr bool is_squared = std::is_same_v<T, float> || is_reduced<T>;
 // square[c] = column c of up to 16 rows of `columns` columns; what is missing repeats the last row, or is zero. Every
 // cache line of the source is read once: rows a power of two apart evict one another.
 constexpr int64_t square_columns = 16;
-inline void load_square(__m512 (&square)[16], const float* source, int64_t source_stride, int64_t rows,
+template <class In>
+inline void load_square(__m512 (&square)[16], const In* source, int64_t source_stride, int64_t rows,
                         int64_t columns = 16) {
   const auto mask = static_cast<__mmask16>((1u << columns) - 1);
   __m512 a[16], b[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
-    const float* row = source + std::min<int64_t>(i, rows - 1) * source_stride;
-    a[i] = _mm512_maskz_loadu_ps(mask, row);
+    const In* row = source + std::min<int64_t>(i, rows - 1) * source_stride;
+    a[i] = load_floats(row, mask);
     _mm_prefetch(reinterpret_cast<const char*>(row + 64), _MM_HINT_T0);  // 16 rows are more streams than a core follows
   }
 #pragma GCC unroll 4
@@ -62,7 +65,8 @@ inline void load_square(__m512 (&square)[16], const float* source, int64_t sourc
     square[12 + j] = _mm512_shuffle_f32x4(high01, high23, 0xDD);
   }
 }
-inline void transpose_square(float* target, int64_t target_stride, const float* source, int64_t source_stride,
+template <class In>
+inline void transpose_square(float* target, int64_t target_stride, const In* source, int64_t source_stride,
                              int64_t rows) {
   const auto mask = static_cast<__mmask16>((1u << rows) - 1);
   __m512 square[16];
@@ -91,19 +95,21 @@ inline void store_vector(float* p, __m256 v) {
 template <class T, class In>
 void transpose(T* target, int64_t target_stride, const In* source, int64_t source_stride, int64_t rows,
                int64_t columns) {
-  int64_t whole_rows = 0, whole_columns = 0, square_columns = 0;  // what tiles cover, and squares in the rows left over
+  int64_t whole_rows = 0, whole_columns = 0, in_squares = 0;  // what tiles cover, and squares in the rows left over
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, float> && is_squared<In>) {
+    in_squares = columns / square_columns * square_columns;
+    for (int64_t r = 0; r < rows; r += 16)
+      for (int64_t c = 0; c < in_squares; c += square_columns)
+        transpose_square(target + c * target_stride + r, target_stride, source + r * source_stride + c, source_stride,
+                         std::min(int64_t{16}, rows - r));
+  }
+#endif
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<In, float>) {
     whole_rows = rows / tile_rows_transposed * tile_rows_transposed, whole_columns = columns / 4 * 4;
-#if defined(CPU_CAPABILITY_AVX512)
-    square_columns = columns / 16 * 16;
-    for (int64_t r = 0; r < rows; r += 16)
-      for (int64_t c = 0; c < square_columns; c += 16)
-        transpose_square(target + c * target_stride + r, target_stride, source + r * source_stride + c, source_stride,
-                         std::min(int64_t{16}, rows - r));
-#endif
     for (int64_t r = 0; r < whole_rows; r += tile_rows_transposed) {
-      for (int64_t c = square_columns; c < whole_columns; c += 4) {
+      for (int64_t c = in_squares; c < whole_columns; c += 4) {
         FloatVector v[4];
         for (int i = 0; i < 4; ++i) v[i] = load_lanes(source + (r + i) * source_stride + c, source_stride);
         transpose_lanes(v);
@@ -113,7 +119,7 @@ void transpose(T* target, int64_t target_stride, const In* source, int64_t sourc
   }
 #endif
   for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = r < whole_rows ? whole_columns : square_columns; c < columns; ++c)
+    for (int64_t c = r < whole_rows ? whole_columns : in_squares; c < columns; ++c)
       target[c * target_stride + r] = static_cast<T>(source[r * source_stride + c]);
 }
 
