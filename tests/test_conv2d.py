@@ -45,6 +45,7 @@ GEOMETRIES = [
     ((2, 4, 7, 7), (6, 2, 3, 3), {"groups": 2}),
     ((2, 4, 7, 7), (4, 1, 3, 3), {"groups": 4, "padding": 1}),  # depthwise
     ((2, 4, 7, 7), (12, 1, 3, 3), {"groups": 4, "padding": 1, "stride": 2}),  # with a multiplier
+    ((3, 36, 9, 8), (72, 4, 3, 2), {"groups": 9, "padding": 1, "stride": (2, 3)}),  # narrow groups, several phases
     ((1, 20, 5, 5), (20, 2, 3, 3), {"groups": 10, "dilation": 2}),
     ((1, 70, 4, 5), (67, 70, 3, 3), {"padding": 1}),  # K beyond one chunk, odd channels
     ((3, 5, 30, 31), (33, 5, 3, 3), {"padding": 1}),

@@ -103,6 +103,10 @@ void weight_gradient_depthwise(const Conv2dShape& s, const Source<T>& source, co
 template <class T>
 void correlate_images(const Correlation<T>& x);
 
+// The same for narrow groups of channels-last images, which are transposed to planes and back.
+template <class T>
+void correlate_planes(const Correlation<T>* phases, int64_t count);
+
 // The share of the products (pixel, tap) that meet the image; the others meet the zeros around it.
 template <class T>
 double share_inside(const Source<T>& s);

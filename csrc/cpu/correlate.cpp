@@ -287,6 +287,11 @@ bool is_depthwise(const Correlation<T>& x) {
 }
 
 template <class T>
+bool has_narrow_groups(const Correlation<T>& x) {
+  return x.groups > 1 && lanes_used<Compute<T>>(x.out_channels) <= 0.5;
+}
+
+template <class T>
 void correlate_finite(const Correlation<T>* phases, int64_t count) {
   if (is_depthwise(phases[0])) {
     for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
@@ -314,8 +319,8 @@ void correlate_finite(const Correlation<T>* phases, int64_t count) {
     Window<C> window{};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t o = task % o_parts * o_part, y = task / o_parts % row_bands * size.rows;
-      const int64_t n = task / o_parts / row_bands % image_bands * size.images;
-      const int64_t g = task / o_parts / row_bands / image_bands;
+      const int64_t g = task / o_parts / row_bands % x.groups;
+      const int64_t n = task / o_parts / row_bands / x.groups * size.images;
       const Band band{
           g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
       if (task == begin || o == 0) window = window_of(s, extent, band, x.channels_last, along_x);
@@ -380,6 +385,7 @@ void correlate(const Correlation<T>* phases, int64_t count) {
     const Correlation<T> line = flattened(x);
     return correlate(&line, 1);
   }
+  if (x.channels_last && has_narrow_groups(x) && !is_depthwise(x)) return correlate_planes(phases, count);
   if constexpr (std::is_same_v<T, Compute<T>>)
     if (count == 1 && vectors_along_images(x)) return correlate_images(x);
   if (!leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))

@@ -1,0 +1,49 @@
+// Convolutions of narrow groups over channels-last images, where vectors along the channels of one group would leave
+// most lanes idle: image by image, a transpose in cache makes planes of it, which are convolved channels-first, and
+// another brings the result back. 8x128x28x28, 32 groups, 3x3, one core with AVX-512: 1.7 ms, stock torch 1.85; each
+// group by itself on the images as they are took 6.
+//
+// Guarantees: those of gemm.h; every image is computed by itself.
+#include "conv2d.h"
+
+namespace pyops::cpu {
+
+template <class T>
+void correlate_planes(const Correlation<T>* phases, int64_t count) {
+  const Correlation<T>& x = phases[0];
+  const Source<T>& s = x.source;
+  const int64_t in = x.groups * s.channels, in_pixels = s.height * s.width;
+  const int64_t out = x.groups * x.out_channels, out_pixels = x.out_lines.image_stride / out;
+  double flops = 0;
+  for (int64_t p = 0; p < count; ++p)
+    flops += 2.0 * s.count * phases[p].source.pixels() * out * static_cast<double>(phases[p].depth());
+  for_each_task(s.count, flops, [&](int64_t n) {
+    T* planes = scratch<T>(Scratch::planes, in * in_pixels);
+    T* result = scratch<T>(Scratch::result_planes, out * out_pixels);
+    auto* of_planes = scratch<Correlation<T>>(Scratch::phases_of_planes, count);
+    transpose(planes, in_pixels, s.images + n * s.image_stride, in, in_pixels, in);
+    for (int64_t p = 0; p < count; ++p) {
+      Correlation<T>& phase = of_planes[p] = phases[p];
+      phase.source.images = planes;
+      phase.source.count = 1;
+      phase.source.channel_stride = in_pixels;
+      phase.source.y_stride = s.width;
+      phase.source.x_stride = 1;
+      phase.source.end = in * in_pixels;
+      phase.channels_last = false;
+      phase.output = result + (phases[p].output - x.output) / out;
+      phase.out_channel_stride = out_pixels;
+      phase.out_lines.y_stride /= out;
+      phase.out_lines.x_stride = 1;
+    }
+    correlate(of_planes, count);
+    transpose(x.output + n * x.out_lines.image_stride, out, result, out_pixels, out, out_pixels);
+  });
+}
+
+template void correlate_planes(const Correlation<float>*, int64_t);
+template void correlate_planes(const Correlation<double>*, int64_t);
+template void correlate_planes(const Correlation<c10::BFloat16>*, int64_t);
+template void correlate_planes(const Correlation<c10::Half>*, int64_t);
+
+}  // namespace pyops::cpu
