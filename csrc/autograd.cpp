@@ -6,8 +6,8 @@
 //   - anything else (forward mode, torch.func, an op without `Derivative`): the op's torch.autograd.Function in Python
 //     (pyops/autograd), which states forward, backward, jvp and vmap.
 //
-// The node and the Function save the same and call the same backward op. The node is there for speed: of a call of
-// linear on 8 elements and its backward it takes 9 us, the Function 31.
+// The node is there for speed: of a call of linear on 8 elements and its backward it takes 9 us, the Function 31. It
+// saves and calls the same as the Function, but for relu, of which it saves a mask of bits instead of the output.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -51,11 +51,12 @@ struct Derivative {
   const char* backward = nullptr;
   int kept_output = -1;   // the number of the output that is kept, -1: none
   bool bilinear = false;  // inputs are input, weight and bias; the gradient of each of the former needs the other
-  enum Sizes { none, image, input_and_weight } sizes = none;
+  enum Sizes { none, image, input_and_weight, output_strides } sizes = none;
+  const char* forward = nullptr;  // the op that computes what is kept too; null: the op itself does
 };
 
 constexpr Derivative derivatives[] = {
-    {"relu", record<op::relu>, "relu_backward", 0},
+    {"relu", record<op::relu>, "relu_mask_backward", 1, false, Derivative::output_strides, "relu_with_mask"},
     {"linear", record<op::linear>, "linear_backward", -1, true},
     {"linear_relu", record<op::linear_relu>, "linear_relu_backward", 0, true},
     {"conv2d", record<op::conv2d>, "conv2d_backward", -1, true, Derivative::input_and_weight},
@@ -64,7 +65,9 @@ constexpr Derivative derivatives[] = {
     {"conv2d_relu_max_pool2d", record<op::conv2d_relu_max_pool2d>, "conv2d_relu_max_pool2d_backward", 1, true,
      Derivative::input_and_weight},
     {"relu_"},
+    {"relu_with_mask"},
     {"relu_backward"},
+    {"relu_mask_backward"},
     {"linear_backward"},
     {"linear_relu_backward"},
     {"conv2d_backward"},
@@ -75,10 +78,13 @@ constexpr Derivative derivatives[] = {
     {"max_pool2d_indices"},
 };
 
-c10::IValue size_of(const Tensor& tensor, int64_t first) {
-  const auto sizes = tensor.sym_sizes().slice(first);
-  if (const auto known = c10::asIntArrayRefSlowOpt(sizes)) return c10::IValue(*known);
-  return c10::IValue(sizes);
+c10::IValue to_value(c10::SymIntArrayRef numbers) {
+  if (const auto known = c10::asIntArrayRefSlowOpt(numbers)) return c10::IValue(*known);
+  return c10::IValue(numbers);
+}
+
+c10::OperatorHandle find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("pyops::") + name).c_str(), "");
 }
 
 }  // namespace
@@ -86,35 +92,37 @@ c10::IValue size_of(const Tensor& tensor, int64_t first) {
 // The graph node. What it keeps besides tensors is one list: its derivative, the number of its inputs, sizes, options.
 template <class Op>
 struct Gradient : torch::autograd::Function<Gradient<Op>> {
-  // The tensors are those of the op's arguments, which are on the stack; the outputs are left there.
+  // The tensors are those of the op's arguments, which are taken from the stack.
   static variable_list forward(AutogradContext* ctx, const Derivative& derivative, const c10::OperatorHandle& op,
                                c10::DispatchKeySet keys, Stack* stack, const Tensor& input,
                                const OptionalTensor& weight, const OptionalTensor& bias) {
     auto rest = c10::impl::GenericList(c10::AnyType::get());
     rest.push_back(reinterpret_cast<int64_t>(&derivative));
     rest.push_back(derivative.bilinear ? 2 + int64_t{bias.has_value()} : 1);
-    if (derivative.sizes == Derivative::image) rest.push_back(size_of(input, input.dim() - 2));
+    if (derivative.sizes == Derivative::image) rest.push_back(to_value(input.sym_sizes().slice(input.dim() - 2)));
     if (derivative.sizes == Derivative::input_and_weight)
-      rest.push_back(size_of(input, 0)), rest.push_back(size_of(*weight, 0));
+      rest.push_back(to_value(input.sym_sizes())), rest.push_back(to_value(weight->sym_sizes()));
     const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
     for (const c10::IValue& option : arguments.slice(derivative.bilinear ? 3 : 1)) rest.push_back(option);
-    ctx->saved_data["rest"] = std::move(rest);
-    ctx->set_materialize_grads(false);
-
+    static const c10::OperatorHandle forward_op = derivative.forward ? find_op(derivative.forward) : op;
     {
       at::AutoDispatchBelowAutograd guard;
-      op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+      forward_op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
     }
-    const size_t returns = op.schema().returns().size();
     variable_list outputs, kept;
-    for (const c10::IValue& output : torch::jit::last(*stack, returns)) outputs.push_back(output.toTensor());
-    if (returns == 2) ctx->mark_non_differentiable({outputs[1]});
+    for (c10::IValue& output : torch::jit::pop(*stack, forward_op.schema().returns().size()))
+      outputs.push_back(std::move(output).toTensor());
+    if (derivative.sizes == Derivative::output_strides) rest.push_back(to_value(outputs[0].sym_strides()));
+    ctx->saved_data["rest"] = std::move(rest);
+    ctx->set_materialize_grads(false);
     if (derivative.kept_output >= 0) kept.push_back(outputs[derivative.kept_output]);
     if (derivative.bilinear) {
       kept.push_back(weight->requires_grad() ? input : Tensor());
       kept.push_back(input.requires_grad() ? *weight : Tensor());
     }
     ctx->save_for_backward(std::move(kept));
+    outputs.resize(op.schema().returns().size());
+    if (outputs.size() == 2) ctx->mark_non_differentiable({outputs[1]});
     return outputs;
   }
 
@@ -134,9 +142,8 @@ struct Gradient : torch::autograd::Function<Gradient<Op>> {
       for (int64_t i = 0; i < 3; ++i) mask.push_back(i < inputs && ctx->needs_input_grad(i));
       stack.emplace_back(std::move(mask));
     }
-    c10::Dispatcher::singleton()
-        .findSchemaOrThrow((std::string("pyops::") + derivative.backward).c_str(), "")
-        .callBoxed(stack);
+    static const c10::OperatorHandle backward_op = find_op(derivative.backward);
+    backward_op.callBoxed(stack);
     for (int64_t i = 0; i < inputs; ++i) results[4 + i] = std::move(stack[i]).toTensor();
     return results;
   }
@@ -189,7 +196,6 @@ class AutogradKernel final : public c10::OperatorKernel {
     OptionalTensor weight, bias;
     if (derivative_.bilinear) weight = arguments[1].toTensor(), bias = arguments[2].toOptional<Tensor>();
     const variable_list outputs = derivative_.record(derivative_, op, keys, stack, input, weight, bias);
-    torch::jit::drop(*stack, outputs.size());
     for (const Tensor& output : outputs) stack->emplace_back(output);
   }
 

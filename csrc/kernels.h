@@ -15,12 +15,15 @@ namespace pyops {
 
 enum class DType : int32_t { f32, f64, bf16, f16, u8, i8, i16, i32, i64 };
 
-// output[i] = max(input[i], 0), NaN and -0.0 kept. input and output may be the same memory.
+// output[i] = max(input[i], 0), NaN and -0.0 kept. input and output may be the same memory. For a floating dtype, bit
+// i % 64 of mask[i / 64] tells whether element i passes its gradient, that is whether output[i] is not <= 0; bits of no
+// element are 0.
 struct ReluArgs {
   DType dtype;
   int64_t numel;
   const void* input;
   void* output;
+  uint64_t* mask = nullptr;  // null: none
 };
 
 // grad_input[i] = output[i] <= 0 ? 0 : grad_output[i]   (a NaN output passes its gradient)
@@ -29,6 +32,15 @@ struct ReluBackwardArgs {
   int64_t numel;
   const void* grad_output;
   const void* output;
+  void* grad_input;
+};
+
+// The same from the mask of the forward.
+struct ReluMaskBackwardArgs {
+  DType dtype;
+  int64_t numel;
+  const void* grad_output;
+  const uint64_t* mask;
   void* grad_input;
 };
 
@@ -160,6 +172,7 @@ struct MaxPool2dIndicesArgs {
 struct Kernels {
   void (*relu)(const ReluArgs&);
   void (*relu_backward)(const ReluBackwardArgs&);
+  void (*relu_mask_backward)(const ReluMaskBackwardArgs&);
   void (*linear)(const LinearArgs&);
   void (*linear_backward)(const LinearBackwardArgs&);
   void (*conv2d)(const Conv2dArgs&);

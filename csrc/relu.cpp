@@ -1,7 +1,11 @@
 // relu on tensors: checks, allocation and layout; any dense layout is walked flat, as it lies in memory.
 #include <ATen/MemoryOverlap.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
+
+#include <tuple>
 
 #include "checks.h"
 #include "device.h"
@@ -25,6 +29,42 @@ Tensor relu(const Tensor& input) {
   const Tensor dense = with_layout_of(input, output);
   kernels(input).relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr()});
   return output;
+}
+
+int64_t mask_words(int64_t numel) {
+  return (numel + 63) / 64;
+}
+
+std::tuple<Tensor, Tensor> relu_with_mask(const Tensor& input) {
+  const DType dtype = floating_dtype("relu_with_mask", input);
+  Tensor output = fresh(at::empty_like(input));
+  Tensor mask = at::empty({mask_words(output.numel())}, input.options().dtype(at::kLong));
+  if (output.numel() == 0) return {output, mask};
+  const Tensor dense = with_layout_of(input, output);
+  kernels(input).relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr(),
+                       static_cast<uint64_t*>(mask.mutable_data_ptr())});
+  return {output, mask};
+}
+
+Tensor relu_mask_backward(const Tensor& grad_output, const Tensor& mask, at::IntArrayRef stride) {
+  constexpr const char* op = "relu_mask_backward";
+  const DType dtype = floating_dtype(op, grad_output);
+  check_same_device(op, "grad_output", grad_output, "mask", mask);
+  TORCH_CHECK(mask.scalar_type() == at::kLong, op, ": expected mask of dtype Long, but got ", mask.scalar_type());
+  check_shape(op, "mask", mask, {mask_words(grad_output.numel())});
+  TORCH_CHECK(static_cast<int64_t>(stride.size()) == grad_output.dim(), op,
+              ": expected a stride for each dimension of ", "grad_output of shape ", grad_output.sizes(),
+              ", but got stride=", stride);
+  Tensor grad_input = at::empty_strided(grad_output.sizes(), stride, grad_output.options());
+  TORCH_CHECK(grad_input.is_non_overlapping_and_dense(), op, ": stride must be that of a dense tensor of shape ",
+              grad_output.sizes(), ", but got stride=", stride);
+  fresh(grad_input);
+  if (grad_input.numel() == 0) return grad_input;
+  const Tensor dense_grad = with_layout_of(grad_output, grad_input), words = mask.contiguous();
+  kernels(grad_output)
+      .relu_mask_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(),
+                           static_cast<const uint64_t*>(words.const_data_ptr()), grad_input.mutable_data_ptr()});
+  return grad_input;
 }
 
 void relu_(const Tensor& input) {
@@ -56,12 +96,18 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
 TORCH_LIBRARY_FRAGMENT(pyops, m) {
   m.def("relu(Tensor input) -> Tensor");
   m.def("relu_(Tensor(a!) input) -> ()");  // torch.compile takes no custom op that returns its argument
+  // What is kept of a relu in training: which elements pass their gradient, one bit for each, in the order in which
+  // the output, whose strides the backward is told, lies in memory.
+  m.def("relu_with_mask(Tensor input) -> (Tensor output, Tensor mask)");
+  m.def("relu_mask_backward(Tensor grad_output, Tensor mask, SymInt[] stride) -> Tensor");
   m.def("relu_backward(Tensor grad_output, Tensor output) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(pyops, CPU, m) {
   m.impl("relu", relu);
   m.impl("relu_", relu_);
+  m.impl("relu_with_mask", relu_with_mask);
+  m.impl("relu_mask_backward", relu_mask_backward);
   m.impl("relu_backward", relu_backward);
 }
 

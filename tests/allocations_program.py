@@ -59,6 +59,7 @@ def calls_of_random_shapes(count: int) -> list:
             lambda a=(product, rows, matrix, mask): ops.linear_backward(*a),
             lambda a=(output,): ops.relu(*a),
             lambda a=(output, output): ops.relu_backward(*a),
+            lambda a=output: ops.relu_mask_backward(a, ops.relu_with_mask(a)[1], a.stride()),
         ]
     return calls
 

@@ -43,6 +43,9 @@ def run(dtype: torch.dtype, where: str, at_end: bool) -> None:
         x = tensor(2, 3, 5, width)
         output = ops.relu(x)
         ops.relu_backward(x, output)
+        if dtype.is_floating_point:
+            mask = guarded(ops.relu_with_mask(x)[1], at_end)
+            ops.relu_mask_backward(x, mask, x.stride())
         ops.relu_(x)
         for window in ((1, 2), (2,), (3, 2, 1), (3, 1, 1), (2, 3, 1, 1, True), ((5, 60), 2, (2, 30))):
             pool_x = tensor(1, width, 6, 2 * width + 7)

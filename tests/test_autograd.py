@@ -38,6 +38,7 @@ CASES = {
     "relu": (F.relu, lambda: [gradcheck_input(3, 5)]),
     "relu_apply": (pyops.autograd.ReLU.apply, lambda: [gradcheck_input(7)]),
     "relu_op": (ops.relu, lambda: [gradcheck_input(2, 3)]),
+    "relu_with_mask_op": (lambda x: ops.relu_with_mask(x)[0], lambda: [gradcheck_input(2, 3)]),
     "relu_in_place": (lambda x: F.relu(x * 1, inplace=True), lambda: [gradcheck_input(2, 3)]),
     "relu_op_in_place": (relu_op_in_place, lambda: [gradcheck_input(2, 3)]),
     "linear": (F.linear, lambda: [leaf(2, 3, 4), leaf(5, 4), leaf(5)]),
@@ -108,6 +109,10 @@ def backward_cases():
     grad = ops.conv2d(torch.zeros(conv[0]), torch.zeros(conv[1]), None, *conv[2:])
     return {
         "relu_backward": (lambda g: ops.relu_backward(g, torch.randn(3, 4).double()), [leaf(3, 4)]),
+        "relu_mask_backward": (
+            lambda g: ops.relu_mask_backward(g, torch.tensor([0b0110_1010_0101]), [4, 1]),
+            [leaf(3, 4)],
+        ),
         "linear_backward": (lambda *t: ops.linear_backward(*t, mask), [leaf(2, 3), leaf(2, 4), leaf(3, 4)]),
         "conv2d_backward": (
             lambda *t: ops.conv2d_backward(*t, *conv, mask),
@@ -190,7 +195,9 @@ def opcheck_calls(where):
     fused_grad = images(where, *codes.shape, requires_grad=True)
     return {
         "relu": [(x,), (x[0, 0, 0],), (fixed[0],)],
+        "relu_with_mask": [(x,), (x[0, 0, 0],), (fixed[0],)],
         "relu_backward": [(x, fixed[0])],
+        "relu_mask_backward": [(x, ops.relu_with_mask(fixed[0])[1], torch.empty_like(x).stride())],
         "linear": [(a, b), (a, b, torch.randn(4, requires_grad=True)), (a[0, 0], b), (a.detach(), b)],
         "linear_backward": [
             (linear_grad, a, b, [True, True, True]),
@@ -324,11 +331,13 @@ def is_one_of(tensor, others):
     return any(tensor.data_ptr() == other.data_ptr() for other in others)
 
 
-def test_relu_saves_its_output():
+def test_relu_saves_a_bit_for_each_element():
     x = torch.randn(100, requires_grad=True)
-    for function in (F.relu, ops.relu, pyops.autograd.ReLU.apply):
+    for function in (F.relu, ops.relu, pyops.nn.ReLU(), lambda x: ops.relu_with_mask(x)[0]):
         kept, output = saved_by(lambda function=function: function(x))
-        assert len(kept) == 1 and is_one_of(kept[0], [output])
+        assert [t.nbytes for t in kept] == [16] and not is_one_of(kept[0], [x, output])
+    kept, output = saved_by(lambda: pyops.autograd.ReLU.apply(x))
+    assert len(kept) == 1 and is_one_of(kept[0], [output])
 
 
 @pytest.mark.parametrize("where", ["contiguous", "channels_last", "sliced"])
@@ -395,10 +404,20 @@ def test_backward_twice_needs_retain_graph():
 
 def test_saved_output_that_is_overwritten_is_noticed():
     x = torch.randn(3, requires_grad=True)
+    for function in (pyops.autograd.ReLU.apply, lambda x: F.linear_relu(x, torch.eye(3))):
+        y = function(x)
+        y += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+def test_output_of_relu_may_be_overwritten():
+    """Its mask is kept, not itself."""
+    x = torch.tensor([-1.0, 2.0], requires_grad=True)
     y = F.relu(x)
     y += 1
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+    y.sum().backward()
+    assert x.grad.tolist() == [0, 1]
 
 
 def test_checkpoint():

@@ -178,6 +178,7 @@ def test_other_dtypes(op, dtype):
 
 conv = ((2, 3, 8, 8), (4, 3, 3, 3), 1, 0, 1, 1)
 conv_grad = torch.ones(2, 4, 6, 6)
+bits = torch.ones(1, dtype=torch.int64)
 every = [True, True, True]
 pool = ((8, 8), 2, 2, 0, 1, False)
 argmax, pool_grad = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.ones(2, 3, 4, 4)
@@ -185,6 +186,11 @@ argmax, pool_grad = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.ones(2, 3,
 BACKWARD_CALLS = [
     ("relu_backward", (a, fc), r"\[4, 3\].*\[2, 3\]"),
     ("relu_backward", (a, a.double()), "Float.*Double"),
+    ("relu_mask_backward", (a, bits.int(), [3, 1]), "dtype Long.*Int"),
+    ("relu_mask_backward", (a, torch.zeros(2).long(), [3, 1]), r"mask of shape \[1\].*\[2\]"),
+    ("relu_mask_backward", (a, bits, [1]), r"a stride for each dimension.*\[2, 3\].*\[1\]"),
+    ("relu_mask_backward", (a, bits, [0, 0]), r"dense tensor of shape \[2, 3\].*\[0, 0\]"),
+    ("relu_mask_backward", (a, bits, [6, 2]), r"dense tensor of shape \[2, 3\].*\[6, 2\]"),
     ("linear_backward", (torch.ones(()), a, fc, every), r"\[\]"),
     ("linear_backward", (torch.ones(2, 5), a, fc, every), r"\[5.*\[2, 5\].*\[4, 3\]"),
     ("linear_backward", (torch.ones(3, 4), a, fc, every), r"\[3, 4\].*\[2, 3\]"),
@@ -239,6 +245,8 @@ def test_wrong_arguments_of_backward(op, arguments, message):
     ("op", "arguments"),
     [
         ("relu_backward", (a.bool(), a.bool())),
+        ("relu_with_mask", (a.int(),)),
+        ("relu_mask_backward", (a.int(), bits, [3, 1])),
         ("linear_backward", (torch.ones(2, 4).int(), a.int(), fc.int(), every)),
         ("conv2d_backward", (conv_grad.int(), x.int(), w.int(), *conv, every)),
         ("max_pool2d_backward", (pool_grad.int(), argmax, *pool)),
@@ -259,6 +267,7 @@ def test_other_dtypes_of_backward(op, arguments):
         ("linear", (a, fc, b), (0, 1, 2)),
         ("conv2d", (x, w, b), (0, 1, 2)),
         ("relu_backward", (a, a), (0, 1)),
+        ("relu_mask_backward", (a, bits, [3, 1]), (0, 1)),
         ("linear_backward", (torch.ones(2, 4), a, fc, every), (0, 1, 2)),
         ("conv2d_backward", (conv_grad, x, w, *conv, every), (0, 1, 2)),
         ("max_pool2d_backward", (pool_grad, argmax, *pool), (0, 1)),

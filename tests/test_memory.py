@@ -113,5 +113,5 @@ def test_less_is_saved_for_backward_than_by_stock():
 
     block = partial(pyops.nn.ConvReLUMaxPool2d, pool_kernel_size=2)
     stock = bytes_saved_for_backward(*layers(torch.nn))
-    assert bytes_saved_for_backward(*layers(pyops.nn)) < 0.77 * stock  # a byte for each window instead of eight
+    assert bytes_saved_for_backward(*layers(pyops.nn)) < 0.24 * stock  # a byte for each window, a bit for each ReLU
     assert bytes_saved_for_backward(block(1, 6, 5), block(6, 16, 5)) < 0.23 * stock  # and no output of a ReLU

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_identical
-from tensors import FLOATING, INTEGER, LAYOUTS, layouts, random, with_ties
+from tensors import FLOATING, INTEGER, LAYOUTS, layouts, place, random, with_ties
 
 import pyops
 from pyops.functional import relu
@@ -186,6 +186,18 @@ def test_more_than_2_to_the_31_elements():
     memory[-3:] = torch.tensor([5, -128, 127])
     assert relu(memory, inplace=True)[-5:].tolist() == [0, 0, 5, 0, 127]
     assert int(memory[2**31 - 40 :].sum()) == 132 and not memory[:: 2**12].any()
+
+
+@every_floating_dtype
+@pytest.mark.parametrize("where", LAYOUTS)
+def test_the_mask_gates_as_the_output_does(where, dtype):
+    for size in (1, 3, 17, 70):
+        input = place(special_values(dtype).repeat(9)[: 4 * size].view(1, 2, 2, size), where)
+        output, mask = torch.ops.pyops.relu_with_mask(input)
+        assert_identical("output", output, torch.relu(input))
+        grad = torch.randn(input.shape).to(dtype)
+        expected = torch.ops.pyops.relu_backward(grad, output)
+        assert_identical("gradient", torch.ops.pyops.relu_mask_backward(grad, mask, output.stride()), expected)
 
 
 def test_my_relu_of_the_tutorials():

@@ -46,7 +46,11 @@ def rectified(input):
     grad = random(input.shape, input.dtype)
     in_place = input.clone()
     ops.relu_(in_place)
-    return [output, ops.relu_backward(grad, output), in_place]
+    results = [output, ops.relu_backward(grad, output), in_place]
+    if input.is_floating_point():
+        _, mask = kept = ops.relu_with_mask(input)
+        results += [*kept, ops.relu_mask_backward(grad, mask, output.stride())]
+    return results
 
 
 def images(channels_first, dtype, where):
@@ -127,12 +131,15 @@ ops = torch.ops.pyops
 x, w, b = torch.randn(2000, 300), torch.randn(300, 300), torch.randn(300)
 images, weight = torch.randn(16, 16, 64, 64), torch.randn(16, 16, 3, 3)
 pool = (2, 2, 0, 1, False)
+mask = ops.relu_with_mask(images)[1]
 output, argmax = ops.max_pool2d(images.repeat(4, 1, 1, 1), *pool)
 conv = (images.shape, weight.shape, 1, 1, 1, 1)
 calls = {
     "relu": lambda: ops.relu(images),
     "relu_": lambda: ops.relu_(images),
     "relu_backward": lambda: ops.relu_backward(images, images),
+    "relu_with_mask": lambda: ops.relu_with_mask(images),
+    "relu_mask_backward": lambda: ops.relu_mask_backward(images, mask, images.stride()),
     "linear": lambda: ops.linear(x, w, b),
     "linear_backward, input": lambda: ops.linear_backward(x, x, w, [True, False, False]),
     "linear_backward, weight": lambda: ops.linear_backward(x, x, w, [False, True, False]),

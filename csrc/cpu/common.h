@@ -72,6 +72,7 @@ void dispatch_real(DType dtype, F&& f) {
 
 void relu(const ReluArgs&);
 void relu_backward(const ReluBackwardArgs&);
+void relu_mask_backward(const ReluMaskBackwardArgs&);
 void linear(const LinearArgs&);
 void linear_backward(const LinearBackwardArgs&);
 void conv2d(const Conv2dArgs&);

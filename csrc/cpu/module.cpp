@@ -10,6 +10,7 @@ namespace {
 const pyops::Kernels kernels = {
     .relu = pyops::cpu::relu,
     .relu_backward = pyops::cpu::relu_backward,
+    .relu_mask_backward = pyops::cpu::relu_mask_backward,
     .linear = pyops::cpu::linear,
     .linear_backward = pyops::cpu::linear_backward,
     .conv2d = pyops::cpu::conv2d,

@@ -1,4 +1,5 @@
-// output[i] = max(input[i], 0) and grad_input[i] = output[i] <= 0 ? 0 : grad_output[i], over flat arrays.
+// output[i] = max(input[i], 0) and grad_input[i] = output[i] <= 0 ? 0 : grad_output[i], over flat arrays. Instead of
+// the output the backward may read a mask, one bit an element: less is kept, and a third less is moved.
 //
 // Both are bound by memory, so all there is to gain is at the small end (no fork below about 20 us of work) and in the
 // 16-bit floats: those are compared as the integers they are stored in. The order of their bits is the order of their
@@ -8,9 +9,8 @@
 // Every element is computed by itself: the result does not depend on threads or position. A NaN stays a NaN and passes
 // its gradient, -0.0 stays -0.0 and blocks it. output may be input: each vector is read before it is written.
 #include <algorithm>
-#include <limits>
 
-#include "common.h"
+#include "relu_mask.h"
 
 namespace pyops::cpu {
 namespace {
@@ -20,21 +20,11 @@ namespace {
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kGrainBlocks = 32;
 
-// What a vector of T is computed as: itself, or for a 16-bit float its bits.
-template <class T>
-using Lane = std::conditional_t<is_reduced<T>, int16_t, T>;
-
-// -inf in the bits of a 16-bit float. As signed integers, negative floats run from -0.0 = INT16_MIN through -inf to
-// the negative NaNs, which end at -1.
-template <class T>
-constexpr int16_t kMinusInfinityBits =
-    std::is_same_v<T, c10::Half> ? int16_t(0xFC00 - 0x10000) : int16_t(0xFF80 - 0x10000);
-
 template <class T>
 Vec<Lane<T>> rectified(const Vec<Lane<T>>& input) {
   const Vec<Lane<T>> zero(0);
   if constexpr (is_reduced<T>) {
-    const Vec<int16_t> minus_zero(std::numeric_limits<int16_t>::min()), minus_infinity(kMinusInfinityBits<T>);
+    const Vec<int16_t> minus_zero(std::numeric_limits<int16_t>::min()), minus_infinity(minus_infinity_bits<T>);
     return Vec<int16_t>::blendv(input, zero, (input > minus_zero) & (input <= minus_infinity));
   } else {
     return at::vec::clamp_min(input, zero);
@@ -45,7 +35,7 @@ template <class T>
 Vec<Lane<T>> gated(const Vec<Lane<T>>& grad_output, const Vec<Lane<T>>& output) {
   const Vec<Lane<T>> zero(0);
   if constexpr (is_reduced<T>) {
-    const Vec<int16_t> minus_infinity(kMinusInfinityBits<T>);
+    const Vec<int16_t> minus_infinity(minus_infinity_bits<T>);
     return Vec<int16_t>::blendv(grad_output, zero, (output <= minus_infinity) | (output == zero));
   } else {
     return Vec<T>::blendv(grad_output, zero, output <= zero);
@@ -65,12 +55,66 @@ void map(int64_t numel, L* output, const Inputs*... inputs) {
   });
 }
 
+// f(word, first, count) for each word of a mask and the elements [first, first + count) that share it: 64, or what is
+// left.
+template <class F>
+void for_each_word(int64_t numel, const F& f) {
+  constexpr int64_t bits = 64;
+  at::parallel_for(0, at::divup(numel, kBlock), kGrainBlocks, [&](int64_t first_block, int64_t last_block) {
+    const int64_t end = std::min(last_block * kBlock, numel);
+    for (int64_t i = first_block * kBlock; i < end; i += bits) f(i / bits, i, std::min(bits, end - i));
+  });
+}
+
+// f(i, lanes) for each vector of `count` elements; lanes is a constant where there are 64.
+template <class L, class F>
+C10_ALWAYS_INLINE void for_each_vector(int64_t count, const F& f) {
+  constexpr int64_t n = Vec<L>::size(), bits = 64;
+  if (count == bits) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < bits; i += n) f(i, n);
+  } else {
+    for (int64_t i = 0; i < count; i += n) f(i, std::min(n, count - i));
+  }
+}
+
+template <class T>
+void rectify_with_mask(int64_t numel, const Lane<T>* input, Lane<T>* output, uint64_t* mask) {
+  using L = Lane<T>;
+  for_each_word(numel, [&](int64_t word, int64_t first, int64_t count) {
+    uint64_t bits = 0;
+    for_each_vector<L>(count, [&](int64_t i, int64_t lanes) {
+      const Vec<L> value = rectified<T>(Vec<L>::loadu(input + first + i, lanes));
+      value.store(output + first + i, static_cast<int>(lanes));
+      bits |= passing_bits<T>(value) << i;
+    });
+    mask[word] = bits & ~uint64_t{0} >> (64 - count);
+  });
+}
+
+template <class T>
+void gate_by_mask(int64_t numel, const Lane<T>* grad_output, const uint64_t* mask, Lane<T>* grad_input) {
+  using L = Lane<T>;
+  for_each_word(numel, [&](int64_t word, int64_t first, int64_t count) {
+    const uint64_t bits = mask[word];
+    for_each_vector<L>(count, [&](int64_t i, int64_t lanes) {
+      const Vec<L> grad = Vec<L>::loadu(grad_output + first + i, lanes);
+      select_bits<T>(grad, bits >> i).store(grad_input + first + i, static_cast<int>(lanes));
+    });
+  });
+}
+
 }  // namespace
 
 void relu(const ReluArgs& args) {
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
     using L = Lane<T>;
+    if constexpr (std::is_floating_point_v<T> || is_reduced<T>) {
+      if (args.mask)
+        return rectify_with_mask<T>(args.numel, static_cast<const L*>(args.input), static_cast<L*>(args.output),
+                                    args.mask);
+    }
     map<rectified<T>>(args.numel, static_cast<L*>(args.output), static_cast<const L*>(args.input));
   });
 }
@@ -81,6 +125,14 @@ void relu_backward(const ReluBackwardArgs& args) {
     using L = Lane<T>;
     map<gated<T>>(args.numel, static_cast<L*>(args.grad_input), static_cast<const L*>(args.grad_output),
                   static_cast<const L*>(args.output));
+  });
+}
+
+void relu_mask_backward(const ReluMaskBackwardArgs& args) {
+  dispatch_floating(args.dtype, [&](auto t) {
+    using T = decltype(t);
+    using L = Lane<T>;
+    gate_by_mask<T>(args.numel, static_cast<const L*>(args.grad_output), args.mask, static_cast<L*>(args.grad_input));
   });
 }
 

@@ -1,10 +1,11 @@
 """relu: output = max(input, 0), and its derivative, in and out of place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from pyops.autograd._function import Dims, OpFunction, batch_first, implements
+from pyops.autograd._function import Dims, OpFunction, batch_first, implements, vmap_by_loop
 
 
 @implements("relu")
@@ -13,7 +14,8 @@ class ReLU(OpFunction):
 
     ``ReLU.apply(input)``: a tensor of any shape, of a floating or integer dtype; the output has its shape and dtype.
     NaN stays NaN and -0.0 stays -0.0. The gradient is that of the output where the output is not <= 0, and 0 elsewhere.
-    Saved for backward: the output.
+    Saved for backward: the output by this Function, a mask of one bit for each element by the op itself, which the
+    function and the layer call.
 
     >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
     >>> ReLU.apply(x).sum().backward()
@@ -107,3 +109,73 @@ class ReLUBackward(OpFunction):
     @staticmethod
     def fake(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(output)
+
+
+@implements("relu_with_mask")
+class ReLUWithMask(OpFunction):
+    """``(input)`` -> (output, mask): :class:`ReLU` and which elements pass their gradient.
+
+    mask is of dtype int64 with one bit for each element, 64 in a number, in the order in which the output lies in
+    memory. Saved for backward: mask.
+    """
+
+    @staticmethod
+    def forward(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.pyops.relu_with_mask.default(input)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.stride = output[0].stride()
+        ctx.save_for_backward(output[1])
+        ctx.save_for_forward(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> torch.Tensor | None:
+        if grad_output is None:
+            return None
+        return ReLUMaskBackward.call(grad_output, *ctx.saved_tensors, ctx.stride)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ReLUMaskBackward.call(tangent, *ctx.saved_tensors, ctx.stride), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+        return vmap_by_loop(ReLUWithMask.call, info, in_dims, args)
+
+    @staticmethod
+    def fake(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(input), input.new_empty(((input.numel() + 63) // 64,), dtype=torch.int64)
+
+
+@implements("relu_mask_backward")
+class ReLUMaskBackward(OpFunction):
+    """``(grad_output, mask, stride)`` -> grad_output where the mask says so, else 0, with the strides of the output."""
+
+    @staticmethod
+    def forward(grad_output: torch.Tensor, mask: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+        return torch.ops.pyops.relu_mask_backward.default(grad_output, mask, stride)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor, Any], output: torch.Tensor) -> None:
+        _, mask, ctx.stride = inputs
+        ctx.save_for_backward(mask)
+        ctx.save_for_forward(mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ReLUMaskBackward.call(grad, *ctx.saved_tensors, ctx.stride), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, grad_tangent: torch.Tensor, *_: None) -> torch.Tensor:
+        return ReLUMaskBackward.call(grad_tangent, *ctx.saved_tensors, ctx.stride)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:
+        return vmap_by_loop(ReLUMaskBackward.call, info, in_dims, args)
+
+    @staticmethod
+    def fake(grad_output: torch.Tensor, mask: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:
+        return grad_output.new_empty_strided(grad_output.shape, stride)
