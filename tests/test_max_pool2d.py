@@ -41,6 +41,8 @@ def check(input, grad_layout="contiguous", **options):
 
 WINDOWS = [
     {"kernel_size": 2},
+    {"kernel_size": 2, "stride": (3, 2)},
+    {"kernel_size": 2, "ceil_mode": True},
     {"kernel_size": 2, "stride": 1},
     {"kernel_size": 3, "stride": 1, "padding": 1},
     {"kernel_size": 3, "stride": 2, "padding": 1},

@@ -17,6 +17,7 @@
 #include <algorithm>
 #include <array>
 
+#include "max_pool2d_avx512.h"
 #include "max_pool2d_best.h"
 
 namespace pyops::cpu {
@@ -289,6 +290,13 @@ void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax)
   });
 }
 
+#ifdef CPU_CAPABILITY_AVX512
+void pool_2x2(const MaxPool2dShape& s, const float* input, float* output, uint8_t* argmax) {
+  at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(s.OW / 4 + 1),
+                   [&](int64_t begin, int64_t end) { Windows2x2(s).rows(begin, end, input, output, argmax); });
+}
+#endif
+
 template <class T, class A>
 void pool(const MaxPool2dArgs& args) {
   const auto* input = static_cast<const T*>(args.input);
@@ -296,6 +304,10 @@ void pool(const MaxPool2dArgs& args) {
   auto* argmax = static_cast<A*>(args.argmax);
   const MaxPool2dShape& s = args.shape;
   if (s.channels_last) return pool_channels(s, input, output, argmax);
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<A, uint8_t>)
+    if (Windows2x2::takes(s)) return pool_2x2(s, input, output, argmax);
+#endif
   if constexpr (std::is_floating_point_v<Compute<T>> && std::is_same_v<A, uint8_t>) {
     if (s.OW >= kLanes<T> / 4) {
       if (is_square(s, 2, 2)) return pool_columns<2, 2>(s, input, output, argmax);

@@ -10,14 +10,9 @@
 
 #ifdef CPU_CAPABILITY_AVX512
 
-#include "max_pool2d.h"
+#include "max_pool2d_avx512.h"
 
 namespace pyops::cpu {
-
-// The first `count` lanes; count may be anything.
-inline __mmask16 first_lanes(int64_t count) {
-  return static_cast<__mmask16>((1u << std::clamp(count, int64_t{0}, int64_t{16})) - 1);
-}
 
 // Lanes of windows: their gradients and argmaxes.
 struct WindowVector {
