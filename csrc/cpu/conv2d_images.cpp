@@ -8,6 +8,8 @@
 //
 // The pixels whose taps inside are the same, a class, are one product of tile.h. A sum runs over (channel, tap) in
 // order and in the chunks that correlate.cpp has, less its zeros: the result is the same to the last bit.
+#include <algorithm>
+
 #include "conv2d.h"
 
 namespace pyops::cpu {
@@ -67,18 +69,24 @@ void correlate_images(const Correlation<T>& x) {
   int64_t* source_steps = scratch<int64_t>(Scratch::b_steps, classes * K);
   int64_t* begins = scratch<int64_t>(Scratch::chunk_begins, classes * chunks + 1);
   int64_t term = 0, next_begin = 0;
+  int64_t* met = scratch<int64_t>(Scratch::target_rows, s.tap_count);  // the taps inside of a class
   for (int64_t i = 0; i < classes; ++i) {
     const int64_t y = spans[i / column_count].begin, column = column_spans[i % column_count].begin;
-    for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool, bool) {
-      begins[next_begin++] = term;
-      for (int64_t end = k + kc; k < end; ++k) {
-        const int64_t channel = k / s.tap_count;
-        const Tap& tap = s.taps[k % s.tap_count];
-        if (!inside(y, s.step_h, tap.dy, s.height) || !inside(column, s.step_w, tap.dx, s.width)) continue;
+    int64_t met_count = 0;
+    for (int64_t t = 0; t < s.tap_count; ++t)
+      if (inside(y, s.step_h, s.taps[t].dy, s.height) && inside(column, s.step_w, s.taps[t].dx, s.width))
+        met[met_count++] = t;
+    for_each_chunk(0, K, [&](int64_t k, int64_t, bool, bool) {  // how many terms lie before it
+      const int64_t in_channel = std::lower_bound(met, met + met_count, k % s.tap_count) - met;
+      begins[next_begin++] = term + k / s.tap_count * met_count + in_channel;
+    });
+    for (int64_t channel = 0; channel < s.channels; ++channel) {
+      for (int64_t j = 0; j < met_count; ++j) {
+        const Tap& tap = s.taps[met[j]];
         filter_steps[term] = channel * x.filters.channel_stride + tap.index;
         source_steps[term++] = (channel * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * lanes;
       }
-    });
+    }
   }
   begins[next_begin] = term;
 
