@@ -6,17 +6,24 @@ what torch.utils.benchmark.Timer times with; the latter repeats at least two unt
 though, and where one call is a block that would make the run three times as long.
 """
 
+import concurrent.futures
+import ctypes
 import functools
+import os
 import statistics
+import subprocess
+import tempfile
 import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 BLOCK_SECONDS = 5e-3  # long against the clock's resolution, short against the disturbances
 CASE_SECONDS = 0.4  # what one comparison may take ...
 MIN_ROUNDS, MAX_ROUNDS = 5, 20  # ... within this many turns
+FMA_REPETITIONS = 1_000_000  # some 10 ms
 
 
 @dataclass(frozen=True)
@@ -58,10 +65,25 @@ def _calls_per_block(timer: timeit.Timer) -> int:
 def peak_flops(dtype: torch.dtype, threads: int) -> float:
     """Floating point operations per second that the machine is seen to reach, a fused multiply-add counting as two.
 
-    The best that stock's matrix product manages on matrices that fit into a core's cache: a few percent below what
-    the multipliers could do, and for bfloat16 on matrix units (AMX) where there are any.
+    For float32 and float64 those of a loop of nothing else (fma_peak.cpp), on every thread at once; for the 16-bit
+    types the best of stock's matrix product on matrices that fit into a core's cache, on matrix units if there are any.
     """
+    if dtype in (torch.float32, torch.float64):
+        count = getattr(_fma_library(), f"fma_peak_{dtype}".replace("torch.", ""))
+        count.restype, count.argtypes = ctypes.c_double, [ctypes.c_long]
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:  # ctypes releases the GIL
+            return max(sum(pool.map(count, [FMA_REPETITIONS] * threads)) for _ in range(MAX_ROUNDS))
     return max(2 * n**3 / _best_seconds(torch.mm, torch.ones(n, n, dtype=dtype), threads) for n in (256, 512, 1024))
+
+
+@functools.cache
+def _fma_library() -> ctypes.CDLL:
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "fma_peak.so")
+        compiler = os.environ.get("CXX", "c++")
+        options = ("-O3", "-march=native", "-shared", "-fPIC")
+        subprocess.run([compiler, *options, Path(__file__).with_name("fma_peak.cpp"), "-o", library], check=True)
+        return ctypes.CDLL(str(library))
 
 
 @functools.cache
