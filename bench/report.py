@@ -51,7 +51,7 @@ def roofline(report: dict[str, Any], path: Path) -> None:
     for side in ("stock", "ours"):
         axes.plot(intensity, [r["flops"] / r[f"{side}_min"] / 1e9 for r in drawn], "o", markersize=3, label=side)
     ends = [min(intensity), flops / bandwidth, max(intensity)]
-    axes.plot(ends, [min(flops, bandwidth * x) for x in ends], "k-", linewidth=0.8, label="copying, best product")
+    axes.plot(ends, [min(flops, bandwidth * x) for x in ends], "k-", linewidth=0.8, label="copying, multiply-adds")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte that has to move", ylabel="GFLOP/s")
     axes.legend()
     figure.savefig(path, dpi=100)

@@ -419,7 +419,9 @@ void gemm(int64_t parts, int64_t M, int64_t N, int64_t K, const Args& args) {
   const auto tasks = [&] { return parts * ceil_div(M, mc) * ceil_div(N, nc); };
   while (tasks() < tasks_worth(flops) && nc > smallest_nc) nc = ceil_div(nc / 2, smallest_nc) * smallest_nc;
   while (tasks() < tasks_worth(flops) && mc > smallest_mc) mc = ceil_div(mc / 2, smallest_mc) * smallest_mc;
-  const int64_t row_blocks = ceil_div(M, mc), column_blocks = ceil_div(N, nc);
+  // Of even size: a thread's share is a number of blocks.
+  const int64_t row_blocks = ceil_div(M, mc), column_blocks = ceil_div(N, nc), lanes = Vec<float>::size();
+  mc = ceil_div(M, row_blocks), nc = ceil_div(ceil_div(N, column_blocks), lanes) * lanes;
   for_each_range(tasks(), flops, [&](int64_t begin, int64_t end) {
     // What a thread has of one column of blocks is one block to it, so that B is packed once for all of its rows.
     for (int64_t task = begin; task < end;) {
