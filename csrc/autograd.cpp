@@ -10,6 +10,7 @@
 // saves and calls the same as the Function, but for relu, of which it saves a mask of bits instead of the output.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/library.h>
@@ -87,6 +88,25 @@ c10::OperatorHandle find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow((std::string("pyops::") + name).c_str(), "");
 }
 
+// The derivative by the input of a gradient that depends on which elements of it are the largest, or positive, and on
+// nothing else of it: zeros, as stock has them, where there would be no path in the graph.
+struct Zeros : torch::autograd::Node {
+  variable_list apply(variable_list&& grads) override {
+    return {grads[0].defined() ? at::zeros_like(grads[0]) : Tensor()};
+  }
+};
+
+// To be called from the backward of the node whose first input that is.
+void connect_to_input(const Tensor& grad_input) {
+  using torch::autograd::Node;
+  const auto current = torch::autograd::get_current_node();
+  if (!current || grad_input.requires_grad()) return;
+  // A std::shared_ptr or a c10::intrusive_ptr, as the version of torch has it.
+  const std::remove_const_t<decltype(current)> zeros(std::unique_ptr<Node>(new Zeros));
+  zeros->add_next_edge(current->next_edge(0));
+  torch::autograd::create_gradient_edge(const_cast<Tensor&>(grad_input), zeros);
+}
+
 }  // namespace
 
 // The graph node. What it keeps besides tensors is one list: its derivative, the number of its inputs, sizes, options.
@@ -145,6 +165,7 @@ struct Gradient : torch::autograd::Function<Gradient<Op>> {
     static const c10::OperatorHandle backward_op = find_op(derivative.backward);
     backward_op.callBoxed(stack);
     for (int64_t i = 0; i < inputs; ++i) results[4 + i] = std::move(stack[i]).toTensor();
+    if (c10::GradMode::is_enabled() && !derivative.bilinear) connect_to_input(results[4]);
     return results;
   }
 };

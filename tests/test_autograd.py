@@ -420,6 +420,19 @@ def test_output_of_relu_may_be_overwritten():
     assert x.grad.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("function", [F.relu, lambda x: F.max_pool2d(x, 2)], ids=["relu", "max_pool2d"])
+def test_second_derivatives_are_zeros_as_stock_has_them(function):
+    """The gradient is constant all around x; and yet a part of the graph, with or without grad_output in it."""
+    for grad_requires_grad in (False, True):
+        x = leaf(1, 1, 4, 4)
+        y = function(x)
+        grad_output = torch.ones_like(y, requires_grad=grad_requires_grad)
+        (grad,) = torch.autograd.grad(y, x, grad_output, create_graph=True)
+        assert grad.requires_grad
+        (second,) = torch.autograd.grad(grad.square().sum(), x, allow_unused=grad_requires_grad)
+        assert (second is None and grad_requires_grad) or torch.equal(second, torch.zeros_like(x))
+
+
 def test_checkpoint():
     x, w = leaf(3, 4), leaf(5, 4)
     direct = torch.autograd.grad(F.relu(F.linear(x, w)).sum(), [x, w])
