@@ -23,6 +23,12 @@ class KernelLog(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def kernels_of_training(op: str) -> set[str]:
+    """The operators that a call of `op` reaches where a gradient is wanted, its backward included."""
+    special = {"relu": {"relu_with_mask", "relu_mask_backward"}, "relu_": {"relu_", "relu_backward"}}
+    return special.get(op, {op, f"{op}_backward"})
+
+
 def run_backward(output: torch.Tensor) -> None:
     """Backward from every element of ``output``, with gradients that differ."""
     output.backward(torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape))
