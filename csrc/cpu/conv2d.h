@@ -2,6 +2,8 @@
 // of a source with weights, which is both the forward and the gradient of the input.
 #pragma once
 
+#include <utility>
+
 #include "window.h"
 
 namespace pyops::cpu {
@@ -99,7 +101,7 @@ void correlate_depthwise(const Correlation<T>& x, const T* weight);
 template <class T>
 void weight_gradient_depthwise(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight);
 
-// The same with vectors along the images, for a single phase of a compute type.
+// The same over blocks of images (conv2d_images.h), for a single phase.
 template <class T>
 void correlate_images(const Correlation<T>& x);
 
@@ -110,6 +112,11 @@ void correlate_planes(const Correlation<T>* phases, int64_t count);
 // The share of the products (pixel, tap) that meet the image; the others meet the zeros around it.
 template <class T>
 double share_inside(const Source<T>& s);
+
+// grad_input of conv2d_backward as a correlation of grad_output with the weight, by its phases: stride_h x stride_w of
+// them, or fewer if the image is smaller. In the scratch of this thread.
+template <class T>
+std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x);
 
 // grad_weight of conv2d_backward.
 template <class T>

@@ -5,25 +5,24 @@
 // (a phase) is a correlation of stride 1 with its share of the taps: no zeros are multiplied and every element is
 // written once, where col2im would add into it.
 //
-// grad_weight: conv2d_weight_gradient.cpp.
+// grad_weight: conv2d_weight_gradient.cpp. Of few channels all gradients are computed together, over blocks of images:
+// conv2d_images.cpp.
 //
 // grad_bias: sums of grad_output over all but the channels.
 //
 // Guarantees: those of gemm.h; the sums run over the taps inside of the image only, also where values are infinite.
-#include "conv2d.h"
+#include "conv2d_images.h"
 #include "sums.h"
 
 namespace pyops::cpu {
-namespace {
 
-// A phase is the pixels of the input whose coordinates have the same remainders by the stride.
 template <class T>
-void input_gradient(const Conv2dBackwardArgs& x) {
+std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;
   const Layout grad(s.O, s.OH, s.OW, s.channels_last), image(s.C, s.H, s.W, s.channels_last);
   const int64_t out = s.O / s.groups, in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
   const int64_t y_phases = std::min(s.stride_h, s.H), x_phases = std::min(s.stride_w, s.W);
-  Tap* taps = scratch<Tap>(Scratch::taps, kernel);
+  Tap* taps = scratch<Tap>(Scratch::gradient_taps, kernel);
   auto* phases = scratch<Correlation<T>>(Scratch::phases, y_phases * x_phases);
   for (int64_t phase_y = 0; phase_y < y_phases; ++phase_y) {
     for (int64_t phase_x = 0; phase_x < x_phases; ++phase_x) {
@@ -67,16 +66,31 @@ void input_gradient(const Conv2dBackwardArgs& x) {
           x_phases};
     }
   }
-  correlate(phases, y_phases * x_phases);
+  return {phases, y_phases * x_phases};
 }
 
-}  // namespace
+#define INSTANTIATE(T) \
+  template std::pair<const Correlation<T>*, int64_t> input_gradient_phases<T>(const Conv2dBackwardArgs&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
+#undef INSTANTIATE
 
 void conv2d_backward(const Conv2dBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Conv2dShape& s = x.shape;
-    if (x.grad_input) input_gradient<T>(x);
+    if (backward_along_images<T>(x)) {
+      const int64_t image = s.O * s.OH * s.OW;
+      return backward_of_blocks<T>(x, [&](int64_t first, int64_t count, Compute<T>* block) {
+        to_block(block, static_cast<const T*>(x.grad_output) + first * image, image, count);
+      });
+    }
+    if (x.grad_input) {
+      const auto [phases, count] = input_gradient_phases<T>(x);
+      correlate(phases, count);
+    }
     if (x.grad_weight) weight_gradient<T>(x);
     if (x.grad_bias) {
       T* grad_bias = static_cast<T*>(x.grad_bias);

@@ -15,6 +15,7 @@
 // The batch is cut into parts whose number depends on the shape only; their sums are added in order. The sums run over
 // the taps inside of the image only, also where values are infinite.
 #include "conv2d.h"
+#include "dot.h"
 #include "nonfinite.h"
 
 namespace pyops::cpu {
@@ -85,16 +86,6 @@ Planes<Compute<T>> grad_planes(const Conv2dShape& s, const T* grad_output, const
   return {planes, b.images * pixels, pixels};
 }
 
-// A register tile of dot products: as many as the registers hold beside a vector of the window and one of each
-// gradient.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int dot_rows = 4, dot_columns = 6;
-#elif defined(CPU_CAPABILITY_AVX2)
-constexpr int dot_rows = 3, dot_columns = 3;
-#else
-constexpr int dot_rows = 2, dot_columns = 2;
-#endif
-
 // A run of pixels along x, up to a vector of them: where it begins in the window and in a plane.
 struct Run {
   int64_t window, plane;
@@ -154,27 +145,16 @@ void dot_products(const DotArgs<C>& x) {
   }
 }
 
-template <class C, int... I>
-constexpr auto all_dot_products(std::integer_sequence<int, I...>) {
-  return std::array<void (*)(const DotArgs<C>&), sizeof...(I)>{
-      dot_products<C, I / dot_columns + 1, I % dot_columns + 1>...};
-}
-
 // The dot products of all rows (channel, tap) of the window with all planes of the gradient.
 template <class C>
-void multiply_along_x(DotArgs<C> x, int64_t rows, int64_t columns) {
-  constexpr auto tiles = all_dot_products<C>(std::make_integer_sequence<int, dot_rows * dot_columns>{});
-  const int64_t* const offsets = x.offsets;
-  C* const sums = x.sums;
-  for (int64_t o = 0; o < columns; o += dot_columns) {
-    const int64_t width = std::min(int64_t{dot_columns}, columns - o);
-    for (int64_t r = 0; r < rows; r += dot_rows) {
-      x.offsets = offsets + r;
-      x.sums = sums + r * x.sums_stride + o;
-      tiles[(std::min(int64_t{dot_rows}, rows - r) - 1) * dot_columns + width - 1](x);
-    }
-    x.planes += width * x.plane_stride;
-  }
+void multiply_along_x(const DotArgs<C>& x, int64_t rows, int64_t columns) {
+  for_each_dot_tile(rows, columns, [&](auto tile_rows, auto tile_columns, int64_t row, int64_t column) {
+    DotArgs<C> tile = x;
+    tile.offsets += row;
+    tile.planes += column * x.plane_stride;
+    tile.sums += row * x.sums_stride + column;
+    dot_products<C, decltype(tile_rows)::value, decltype(tile_columns)::value>(tile);
+  });
 }
 
 // All runs of a band, row by row.

@@ -32,12 +32,14 @@ bool vectors_along_x(const Correlation<T>& x) {
 template <class T>
 bool vectors_along_images(const Correlation<T>& x) {
   const Source<T>& s = x.source;
-  constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(T);
+  constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(Compute<T>);
   const int64_t out = x.groups * x.out_channels * s.pixels();
-  if (!std::is_same_v<T, Compute<T>> || s.count < lanes || (s.image_stride + out) * lanes > most_elements) return false;
+  if (s.count < lanes || (s.image_stride + out) * lanes > most_elements) return false;
   const double inside = share_inside(s), products = inside * static_cast<double>(out * x.depth());
   const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
-  const double others = std::max(lanes_used<Compute<T>>(s.out_width), lanes_used<Compute<T>>(x.out_channels));
+  // A tile of one vector waits for its few chains of sums.
+  const double channels = lanes_used<Compute<T>>(x.out_channels) * (x.out_channels <= lanes ? 0.6 : 1);
+  const double others = std::max(lanes_used<Compute<T>>(s.out_width), channels);
   return lanes_used<Compute<T>>(s.count) * products / (products + transposes) > inside * others;
 }
 
@@ -386,8 +388,7 @@ void correlate(const Correlation<T>* phases, int64_t count) {
     return correlate(&line, 1);
   }
   if (x.channels_last && has_narrow_groups(x) && !is_depthwise(x)) return correlate_planes(phases, count);
-  if constexpr (std::is_same_v<T, Compute<T>>)
-    if (count == 1 && vectors_along_images(x)) return correlate_images(x);
+  if (count == 1 && vectors_along_images(x)) return correlate_images(x);
   if (!leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
     return correlate_finite(phases, count);
 

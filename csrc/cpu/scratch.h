@@ -34,6 +34,20 @@ enum class Scratch {
   planes,
   result_planes,
   phases_of_planes,
+  gradient_taps,
+  source_block,
+  output_block,
+  grad_block,
+  block_sums,
+  classes,
+  met_taps,
+  filter_steps,
+  filter_rows,
+  source_steps,
+  source_pixels,
+  output_pixels,
+  output_channels,
+  bias,
   count
 };
 

@@ -123,4 +123,54 @@ void transpose(T* target, int64_t target_stride, const In* source, int64_t sourc
       target[c * target_stride + r] = static_cast<T>(source[r * source_stride + c]);
 }
 
+#if defined(__SSE2__)
+// Up to 16 bytes from or to memory, the rest zeros or left alone.
+inline __m128i load_bytes(const uint8_t* p, int64_t count) {
+  if (count >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  if (count == 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  uint8_t bytes[16] = {};
+  std::copy_n(p, count, bytes);
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+}
+inline void store_bytes(uint8_t* p, __m128i v, int64_t count) {
+  if (count >= 16) return _mm_storeu_si128(reinterpret_cast<__m128i*>(p), v);
+  if (count == 8) return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), v);
+  uint8_t bytes[16];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(bytes), v);
+  std::copy_n(bytes, count, p);
+}
+#endif
+
+// The same for bytes: squares of 16 x 16, in which interleaving row i with row i + 8 four times is a transpose.
+inline void transpose_bytes(uint8_t* target, int64_t target_stride, const uint8_t* source, int64_t source_stride,
+                            int64_t rows, int64_t columns) {
+#if defined(__SSE2__)
+  for (int64_t r = 0; r < rows; r += 16) {
+    const int64_t height = std::min(int64_t{16}, rows - r);
+    for (int64_t c = 0; c < columns; c += 16) {
+      const int64_t width = std::min(int64_t{16}, columns - c);
+      __m128i a[16], b[16];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i)
+        a[i] = i < height ? load_bytes(source + (r + i) * source_stride + c, width) : _mm_setzero_si128();
+#pragma GCC unroll 4
+      for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 8
+        for (int i = 0; i < 8; ++i) {
+          b[2 * i] = _mm_unpacklo_epi8(a[i], a[i + 8]);
+          b[2 * i + 1] = _mm_unpackhi_epi8(a[i], a[i + 8]);
+        }
+        std::copy_n(b, 16, a);
+      }
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < 16; ++i)
+        if (i < width) store_bytes(target + (c + i) * target_stride + r, a[i], height);
+    }
+  }
+#else
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) target[c * target_stride + r] = source[r * source_stride + c];
+#endif
+}
+
 }  // namespace pyops::cpu
