@@ -85,6 +85,14 @@ inline at::MemoryFormat memory_format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
+// An unbatched image as a batch of one, and back.
+inline at::Tensor to_batch(const at::Tensor& images) {
+  return images.dim() == 3 ? images.unsqueeze(0) : images;
+}
+inline at::Tensor from_batch(const at::Tensor& images, bool batched) {
+  return batched ? images : images.squeeze(0);
+}
+
 inline const void* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
 }

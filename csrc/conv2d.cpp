@@ -98,20 +98,7 @@ Conv2dShape make_shape(const char* op, IntArrayRef input, IntArrayRef weight, co
   return shape;
 }
 
-// An unbatched image as a batch of one, and back.
-Tensor to_batch(const Tensor& images) {
-  return images.dim() == 3 ? images.unsqueeze(0) : images;
-}
-Tensor from_batch(const Tensor& images, bool batched) {
-  return batched ? images : images.squeeze(0);
-}
-
 }  // namespace
-
-Conv2dShape checked_conv2d_shape(const char* op, IntArrayRef input_size, IntArrayRef weight_size,
-                                 const Conv2dOptions& options) {
-  return make_shape(op, input_size, weight_size, make_window(op, options));
-}
 
 CheckedConv2d checked_conv2d(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                              const Conv2dOptions& options) {
@@ -151,53 +138,79 @@ Tensor conv2d(const char* op, const Tensor& input, const Tensor& weight, const O
   return from_batch(output, checked.batched);
 }
 
-Gradients conv2d_backward(const char* op, const Tensor& grad_output, const OptionalTensor& input,
-                          const OptionalTensor& weight, IntArrayRef input_size, IntArrayRef weight_size,
-                          const Conv2dOptions& options, std::array<bool, 3> output_mask) {
+Conv2dGradients checked_conv2d_backward(const char* op, const Tensor& grad, const Tensor& images,
+                                        const OptionalTensor& input, const OptionalTensor& weight,
+                                        IntArrayRef input_size, IntArrayRef weight_size, const Conv2dOptions& options,
+                                        std::array<bool, 3> output_mask) {
   const auto [want_input, want_weight, want_bias] = output_mask;
   const Window window = make_window(op, options);
   TORCH_CHECK(!want_input || weight.has_value(), op, ": the gradient of input needs weight, but got None");
   TORCH_CHECK(!want_weight || input.has_value(), op, ": the gradient of weight needs input, but got None");
   if (input.has_value()) {
-    check_same_kind(op, "input", *input, "grad_output", grad_output);
+    check_same_kind(op, "input", *input, "grad_output", grad);
     check_shape(op, "input", *input, input_size);
   }
   if (weight.has_value()) {
-    check_same_kind(op, "weight", *weight, "grad_output", grad_output);
+    check_same_kind(op, "weight", *weight, "grad_output", grad);
     check_shape(op, "weight", *weight, weight_size);
   }
-  const DType dtype = floating_dtype(op, grad_output);
-  Conv2dShape shape = make_shape(op, input_size, weight_size, window);
-  const bool batched = input_size.size() == 4;
-  at::DimVector output_size{shape.N, shape.O, shape.OH, shape.OW};
-  check_shape(op, "grad_output", grad_output, IntArrayRef(output_size).slice(batched ? 0 : 1));
+  Conv2dGradients checked{};
+  checked.args.dtype = floating_dtype(op, grad);
+  Conv2dShape& shape = checked.args.shape = make_shape(op, input_size, weight_size, window);
+  checked.batched = input_size.size() == 4;
+  checked.weight_channels_last = weight.has_value() && is_channels_last(*weight);
+  shape.channels_last =
+      shape.N > 0 && (is_channels_last(to_batch(input.has_value() ? *input : images)) || checked.weight_channels_last);
+  checked.weight_size = weight_size;
+  checked.output_mask = output_mask;
+  if (want_weight) checked.input = *input;
+  if (want_input) checked.weight = *weight;
+  return checked;
+}
 
-  shape.channels_last = shape.N > 0 && (is_channels_last(to_batch(input.has_value() ? *input : grad_output)) ||
-                                        (weight.has_value() && is_channels_last(*weight)));
+void Conv2dGradients::allocate(const at::TensorOptions& like) {
+  const Conv2dShape& shape = args.shape;
   const at::MemoryFormat format = memory_format(shape.channels_last);
+  const auto [want_input, want_weight, want_bias] = output_mask;
   // With nothing to sum over (an empty batch, no channels) the gradients are zeros.
-  const bool empty = grad_output.numel() == 0;
+  const bool empty = shape.N * shape.O == 0;
   const auto gradient = [&](IntArrayRef size, at::MemoryFormat gradient_format) {
-    Tensor result = fresh(at::empty(size, grad_output.options(), gradient_format));
+    Tensor result = fresh(at::empty(size, like, gradient_format));
     return empty ? result.zero_() : result;
   };
-  Tensor grad_input, grad_weight, grad_bias;
   if (want_input) grad_input = gradient({shape.N, shape.C, shape.H, shape.W}, format);
   if (want_weight) grad_weight = gradient(weight_size, at::MemoryFormat::Contiguous);
   if (want_bias) grad_bias = gradient({weight_size[0]}, at::MemoryFormat::Contiguous);
-  if (!empty) {
-    const Tensor g = to_batch(grad_output).contiguous(format);
-    const Tensor x = want_weight ? to_batch(*input).contiguous(format) : Tensor();
-    const Tensor w = want_input ? weight->contiguous() : Tensor();
-    kernels(grad_output)
-        .conv2d_backward({dtype, shape, g.const_data_ptr(), data_or_null(x), data_or_null(w),
-                          mutable_data_or_null(grad_input), mutable_data_or_null(grad_weight),
-                          mutable_data_or_null(grad_bias)});
+  if (empty) return;
+  if (want_weight) input = to_batch(input).contiguous(format);
+  if (want_input) weight = weight.contiguous();
+  args.input = data_or_null(input), args.weight = data_or_null(weight);
+  args.grad_input = mutable_data_or_null(grad_input), args.grad_weight = mutable_data_or_null(grad_weight);
+  args.grad_bias = mutable_data_or_null(grad_bias);
+}
+
+Gradients Conv2dGradients::results() const {
+  return {grad_input.defined() ? from_batch(grad_input, batched) : grad_input,
+          grad_weight.defined() && weight_channels_last ? grad_weight.contiguous(at::MemoryFormat::ChannelsLast)
+                                                        : grad_weight,
+          grad_bias};
+}
+
+Gradients conv2d_backward(const char* op, const Tensor& grad_output, const OptionalTensor& input,
+                          const OptionalTensor& weight, IntArrayRef input_size, IntArrayRef weight_size,
+                          const Conv2dOptions& options, std::array<bool, 3> output_mask) {
+  Conv2dGradients gradients = checked_conv2d_backward(op, grad_output, grad_output, input, weight, input_size,
+                                                      weight_size, options, output_mask);
+  const Conv2dShape& shape = gradients.args.shape;
+  const at::DimVector output_size{shape.N, shape.O, shape.OH, shape.OW};
+  check_shape(op, "grad_output", grad_output, IntArrayRef(output_size).slice(gradients.batched ? 0 : 1));
+  gradients.allocate(grad_output.options());
+  if (grad_output.numel() > 0) {
+    const Tensor g = to_batch(grad_output).contiguous(memory_format(shape.channels_last));
+    gradients.args.grad_output = g.const_data_ptr();
+    kernels(grad_output).conv2d_backward(gradients.args);
   }
-  if (want_weight && weight.has_value() && is_channels_last(*weight))
-    grad_weight = grad_weight.contiguous(at::MemoryFormat::ChannelsLast);
-  if (want_input) grad_input = from_batch(grad_input, batched);
-  return {grad_input, grad_weight, grad_bias};
+  return gradients.results();
 }
 
 TORCH_LIBRARY_FRAGMENT(pyops, m) {

@@ -44,11 +44,27 @@ Gradients conv2d_relu_max_pool2d_backward(const Tensor& grad_output, const Tenso
                                           IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode,
                                           std::array<bool, 3> output_mask) {
   constexpr const char* op = "conv2d_relu_max_pool2d_backward";
-  const Conv2dShape s = checked_conv2d_shape(op, input_size, weight_size, {stride, padding, dilation, groups});
-  const Tensor grad_conv = max_pool2d_backward(op, grad_output, argmax, {s.OH, s.OW},
-                                               {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
-  return conv2d_backward(op, grad_conv, input, weight, input_size, weight_size, {stride, padding, dilation, groups},
-                         output_mask);
+  const Conv2dOptions options{stride, padding, dilation, groups};
+  const PoolOptions pool_options{pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode};
+  Conv2dGradients gradients =
+      checked_conv2d_backward(op, grad_output, argmax, input, weight, input_size, weight_size, options, output_mask);
+  const Conv2dShape& s = gradients.args.shape;
+  MaxPool2dShape pool = checked_pool_backward_shape(op, grad_output, argmax, {s.OH, s.OW}, pool_options);
+  TORCH_CHECK(argmax.dim() == (gradients.batched ? 4 : 3) && pool.N == s.N && pool.C == s.O, op,
+              ": expected argmax of the batch size and channels of the convolution's output ",
+              conv_size(s, gradients.batched), ", but got ", argmax.sizes());
+  gradients.allocate(grad_output.options());
+  if (argmax.numel() == 0) return gradients.results();
+  pool.channels_last = s.channels_last;
+  const at::MemoryFormat format = memory_format(s.channels_last);
+  const Tensor g = to_batch(grad_output).contiguous(format), a = to_batch(argmax).contiguous(format);
+  if (kernels(grad_output)
+          .conv2d_relu_max_pool2d_backward({gradients.args, pool, g.const_data_ptr(), a.const_data_ptr()}))
+    return gradients.results();
+  const Tensor grad_conv = max_pool2d_backward(op, g, a, {s.OH, s.OW}, pool_options).contiguous(format);
+  gradients.args.grad_output = grad_conv.const_data_ptr();
+  kernels(grad_output).conv2d_backward(gradients.args);
+  return gradients.results();
 }
 
 }  // namespace

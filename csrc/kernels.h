@@ -161,6 +161,14 @@ inline int64_t dead_window(int64_t taps) {
   return max_pool2d_argmax_is_u8(taps) ? 255 : -1;
 }
 
+// The gradients of conv, which max_pool2d_backward and conv2d_backward one after the other give too.
+struct Conv2dReluMaxPool2dBackwardArgs {
+  Conv2dBackwardArgs conv;  // its grad_output is not looked at
+  MaxPool2dShape pool;
+  const void* grad_output;
+  const void* argmax;
+};
+
 // indices[n, c, y, x] = h * W + w of the element the window's argmax names (torch's return_indices).
 struct MaxPool2dIndicesArgs {
   MaxPool2dShape shape;
@@ -182,6 +190,8 @@ struct Kernels {
   void (*max_pool2d_gather)(const MaxPool2dGatherArgs&);
   void (*max_pool2d_indices)(const MaxPool2dIndicesArgs&);
   void (*conv2d_relu_max_pool2d)(const Conv2dReluMaxPool2dArgs&);
+  // False where there is nothing better than the two backward ops one after the other; then nothing is written.
+  bool (*conv2d_relu_max_pool2d_backward)(const Conv2dReluMaxPool2dBackwardArgs&);
 };
 
 }  // namespace pyops

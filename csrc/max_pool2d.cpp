@@ -137,12 +137,17 @@ MaxPool2dShape shape_of_argmax(const char* op, const Tensor& argmax, IntArrayRef
 
 }  // namespace
 
-Tensor max_pool2d_backward(const char* op, const Tensor& grad_output, const Tensor& argmax, IntArrayRef input_size,
-                           const PoolOptions& options) {
-  const Window window = make_window(op, options);
-  const MaxPool2dShape shape = shape_of_argmax(op, argmax, input_size, window);
+MaxPool2dShape checked_pool_backward_shape(const char* op, const Tensor& grad_output, const Tensor& argmax,
+                                           IntArrayRef input_size, const PoolOptions& options) {
+  const MaxPool2dShape shape = shape_of_argmax(op, argmax, input_size, make_window(op, options));
   check_same_device(op, "grad_output", grad_output, "argmax", argmax);
   check_shape(op, "grad_output", grad_output, argmax.sizes());
+  return shape;
+}
+
+Tensor max_pool2d_backward(const char* op, const Tensor& grad_output, const Tensor& argmax, IntArrayRef input_size,
+                           const PoolOptions& options) {
+  const MaxPool2dShape shape = checked_pool_backward_shape(op, grad_output, argmax, input_size, options);
   const DType dtype = floating_dtype(op, grad_output);
 
   const at::MemoryFormat format = memory_format(shape.channels_last);

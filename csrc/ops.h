@@ -30,9 +30,22 @@ Gradients conv2d_backward(const char* op, const at::Tensor& grad_output, const O
                           const OptionalTensor& weight, at::IntArrayRef input_size, at::IntArrayRef weight_size,
                           const Conv2dOptions& options, std::array<bool, 3> output_mask);
 
-// The shape of a convolution, after every check of it.
-Conv2dShape checked_conv2d_shape(const char* op, at::IntArrayRef input_size, at::IntArrayRef weight_size,
-                                 const Conv2dOptions& options);
+// A backward of a convolution, after every check of its arguments but grad_output.
+struct Conv2dGradients {
+  Conv2dBackwardArgs args;  // without grad_output; its pointers are set by allocate()
+  at::Tensor input, weight, grad_input, grad_weight, grad_bias;
+  at::IntArrayRef weight_size;
+  std::array<bool, 3> output_mask;
+  bool batched, weight_channels_last;
+
+  void allocate(const at::TensorOptions& like);
+  Gradients results() const;
+};
+// `grad` tells the dtype and device, `images` the memory format if there is no input.
+Conv2dGradients checked_conv2d_backward(const char* op, const at::Tensor& grad, const at::Tensor& images,
+                                        const OptionalTensor& input, const OptionalTensor& weight,
+                                        at::IntArrayRef input_size, at::IntArrayRef weight_size,
+                                        const Conv2dOptions& options, std::array<bool, 3> output_mask);
 
 // A convolution whose arguments have been checked. The tensors are what `args` points to: images as a batch, in the
 // layout of the shape.
@@ -53,6 +66,9 @@ struct PoolOptions {
 // The shape of the pooling of an input of `input` sizes, after every check.
 MaxPool2dShape checked_pool_shape(const char* op, at::IntArrayRef input, const PoolOptions& options);
 at::ScalarType argmax_dtype(const MaxPool2dShape& shape);
+// The shape of the pooling that gave argmax, after every check of the arguments of its backward.
+MaxPool2dShape checked_pool_backward_shape(const char* op, const at::Tensor& grad_output, const at::Tensor& argmax,
+                                           at::IntArrayRef input_size, const PoolOptions& options);
 at::Tensor max_pool2d_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& argmax,
                                at::IntArrayRef input_size, const PoolOptions& options);
 

@@ -82,5 +82,6 @@ void max_pool2d_backward(const MaxPool2dBackwardArgs&);
 void max_pool2d_gather(const MaxPool2dGatherArgs&);
 void max_pool2d_indices(const MaxPool2dIndicesArgs&);
 void conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs&);
+bool conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dBackwardArgs&);
 
 }  // namespace pyops::cpu

@@ -3,25 +3,33 @@
 
 namespace pyops::cpu {
 
+template <class T>
+Correlation<T> forward_correlation(const Conv2dArgs& x) {
+  const Conv2dShape& s = x.shape;
+  const Layout out(s.O, s.OH, s.OW, s.channels_last);
+  const int64_t in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
+  return {input_source<T>(s, x.input),
+          {static_cast<const T*>(x.weight), s.O / s.groups * in * kernel, in * kernel, kernel, s.O * in * kernel},
+          s.channels_last,
+          s.groups,
+          s.O / s.groups,
+          static_cast<T*>(x.output),
+          out.channel_stride,
+          {s.OW, s.OH * s.OW, out.image_stride, out.y_stride, out.x_stride},
+          static_cast<const T*>(x.bias),
+          x.relu};
+}
+
 void conv2d(const Conv2dArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const Conv2dShape& s = x.shape;
-    const Layout out(s.O, s.OH, s.OW, s.channels_last);
-    const int64_t in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
-    const Correlation<T> correlation{
-        input_source<T>(s, x.input),
-        {static_cast<const T*>(x.weight), s.O / s.groups * in * kernel, in * kernel, kernel, s.O * in * kernel},
-        s.channels_last,
-        s.groups,
-        s.O / s.groups,
-        static_cast<T*>(x.output),
-        out.channel_stride,
-        {s.OW, s.OH * s.OW, out.image_stride, out.y_stride, out.x_stride},
-        static_cast<const T*>(x.bias),
-        x.relu};
+    const auto correlation = forward_correlation<decltype(zero)>(x);
     correlate(&correlation, 1);
   });
 }
+
+template Correlation<float> forward_correlation(const Conv2dArgs&);
+template Correlation<double> forward_correlation(const Conv2dArgs&);
+template Correlation<c10::BFloat16> forward_correlation(const Conv2dArgs&);
+template Correlation<c10::Half> forward_correlation(const Conv2dArgs&);
 
 }  // namespace pyops::cpu

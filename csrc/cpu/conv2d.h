@@ -87,6 +87,10 @@ struct Correlation {
   T* first_pixel() const { return output + x_phase * out_lines.x_stride; }
 };
 
+// conv2d.
+template <class T>
+Correlation<T> forward_correlation(const Conv2dArgs& x);
+
 // The sum of `count` phases, which share everything but their taps, rows, columns and output size; the first is the
 // largest.
 template <class T>

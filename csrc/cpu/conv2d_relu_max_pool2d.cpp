@@ -1,16 +1,149 @@
-// output = relu(max_pool2d(conv2d(input, weight, bias))), an image or a few at a time: what the convolution writes is
-// still in cache when the pooling reads it, and never goes to memory. All operands in one layout, NCHW or NHWC.
+// output = relu(max_pool2d(conv2d(input, weight, bias))), a few images at a time: what the convolution writes is still
+// in cache when the pooling reads it, and never goes to memory. All operands in one layout, NCHW or NHWC.
 //
-// The maximum is taken before the rectification, with which it commutes: a quarter of the values to rectify for 2x2
-// windows, and the argmax is all that the gradient needs, with one number more for the windows that pass none.
-// Values, and the windows' winners where they are above 0, are those of the three ops one after the other; a window
-// without gradient gives +0. The chunks depend on the shape only.
+// The maximum is taken before the rectification, with which it commutes: the argmax is all that the gradient needs,
+// with one number more for the windows that pass none. Values, and the windows' winners where they are above 0, are
+// those of the three ops one after the other; a window without gradient gives +0. The chunks depend on the shape only.
+//
+// Two ways, chosen by pools_blocks:
+//   few channels, windows side by side: over blocks of images (images.h), in which pooling takes the larger of whole
+//     vectors and only the input and the pooled output are transposed, a quarter of what the convolution gives. The
+//     backward lays the gradients of a block out in the same way, in cache. LeNet, 64 images, one core
+//     with AVX-512: inference 0.42 ms, in chunks 0.54, training step 1.4 ms, in chunks and with the gradients of the
+//     convolutions' outputs in memory 1.75; stock torch 2.9 and 5.3.
+//   else: convolution and pooling one after the other on as many images as half an L2 cache holds.
 #include <algorithm>
 
-#include "gemm.h"
+#include "conv2d_images.h"
+#include "max_pool2d_best.h"
 
 namespace pyops::cpu {
 namespace {
+
+// ---- blocks of images ----
+
+// Windows side by side, each inside of the image.
+bool is_tiled(const MaxPool2dShape& s) {
+  return s.kernel_h == s.stride_h && s.kernel_w == s.stride_w && s.padding_h == 0 && s.padding_w == 0 &&
+         s.dilation_h == 1 && s.dilation_w == 1 && s.OH * s.kernel_h <= s.H && s.OW * s.kernel_w <= s.W &&
+         max_pool2d_argmax_is_u8(s.taps());
+}
+
+template <class C>
+bool pools_blocks(const Conv2dReluMaxPool2dArgs& x) {
+  constexpr int64_t lanes = Vec<C>::size(), most_elements = (1 << 20) / sizeof(C);
+  const Conv2dShape& s = x.conv.shape;
+  return s.N >= lanes && s.O / s.groups <= lanes && is_tiled(x.pool) &&
+         (s.C * s.H * s.W + s.O * s.OH * s.OW) * lanes <= most_elements;
+}
+
+// f(window, pixel, tap) for every tap of every window of an image: elements of the pooled image and of its input.
+template <class Start, class F, class End>
+void for_each_window(const MaxPool2dShape& s, const Start& start, const F& f, const End& end) {
+  const Layout in(s.C, s.H, s.W, s.channels_last), out(s.C, s.OH, s.OW, s.channels_last);
+  for (int64_t c = 0; c < s.C; ++c) {
+    for (int64_t y = 0; y < s.OH; ++y) {
+      for (int64_t x = 0; x < s.OW; ++x) {
+        const int64_t window = c * out.channel_stride + y * out.y_stride + x * out.x_stride;
+        const int64_t first = c * in.channel_stride + y * s.stride_h * in.y_stride + x * s.stride_w * in.x_stride;
+        auto state = start(window);
+        for (int64_t i = 0; i < s.kernel_h; ++i)
+          for (int64_t j = 0; j < s.kernel_w; ++j)
+            f(state, first + i * in.y_stride + j * in.x_stride, i * s.kernel_w + j);
+        end(state, window);
+      }
+    }
+  }
+}
+
+// What the 16-bit types lose when a tensor of them is written.
+template <class T>
+void round_to(Compute<T>* values, int64_t count) {
+  using V = Vec<Compute<T>>;
+  if constexpr (is_reduced<T>) {
+    for (int64_t i = 0; i < count; i += V::size()) {
+      T rounded[V::size()];
+      store(rounded, V::loadu(values + i), V::size());
+      load(rounded, V::size()).store(values + i);
+    }
+  }
+}
+
+template <class T>
+void forward_of_blocks(const Conv2dReluMaxPool2dArgs& x) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int64_t lanes = V::size();
+  const MaxPool2dShape& pool = x.pool;
+  Conv2dArgs conv = x.conv;
+  conv.relu = false;
+  const ImagesCorrelation<T> correlation(forward_correlation<T>(conv));
+  const int64_t in = correlation.source_size(), between = correlation.output_size(), out = pool.C * pool.OH * pool.OW;
+  const double flops = static_cast<double>(pool.N) * correlation.flops_of_image();
+  for_each_task(ceil_div(pool.N, lanes), flops, [&](int64_t task) {
+    const int64_t first = task * lanes, count = std::min(lanes, pool.N - first);
+    C* source = scratch<C>(Scratch::source_block, in * lanes);
+    C* unpooled = scratch<C>(Scratch::output_block, between * lanes);
+    C* pooled = scratch<C>(Scratch::pooled_block, out * lanes);
+    uint8_t* argmax = scratch<uint8_t>(Scratch::argmax_block, out * lanes);
+    to_block(source, static_cast<const T*>(conv.input) + first * in, in, count);
+    correlation(source, unpooled);
+    round_to<T>(unpooled, between * lanes);
+    // The maximum starts at 0, as if that were the first tap: what is not above it is not seen.
+    const Best<C, uint8_t> dead(static_cast<uint8_t>(dead_window(pool.taps())), C(0));
+    for_each_window(
+        pool, [&](int64_t) { return dead; },
+        [&](auto& best, int64_t pixel, int64_t tap) { best.update(V::loadu(unpooled + pixel * lanes), tap); },
+        [&](const auto& best, int64_t window) {
+          best.max().store(pooled + window * lanes);
+          const auto taps = best.tap();
+          std::copy_n(taps.begin(), lanes, argmax + window * lanes);
+        });
+    from_block(static_cast<T*>(x.output) + first * out, pooled, out, count);
+    bytes_from_block(static_cast<uint8_t*>(x.argmax) + first * out, argmax, out, count, lanes);
+  });
+}
+
+// The gradients whose argmax is `tap`, zeros elsewhere.
+template <class C>
+Vec<C> won_by(int64_t tap, const Vec<C>& grad, const uint8_t* argmax) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<C, float>) {
+    const __m128i taps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(argmax));
+    return _mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(taps, _mm_set1_epi8(static_cast<char>(tap))), grad);
+  }
+#endif
+  return grad & (widen<C>(argmax) == Vec<C>(static_cast<C>(tap)));
+}
+
+template <class T>
+void backward_of_pooled_blocks(const Conv2dReluMaxPool2dBackwardArgs& x) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr int64_t lanes = V::size();
+  const MaxPool2dShape& pool = x.pool;
+  const int64_t out = pool.C * pool.OH * pool.OW, between = pool.C * pool.H * pool.W;
+  const bool gaps = pool.OH * pool.kernel_h < pool.H || pool.OW * pool.kernel_w < pool.W;  // pixels of no window
+  backward_of_blocks<T>(x.conv, [&](int64_t first, int64_t count, C* block) {
+    C* pooled = scratch<C>(Scratch::pooled_block, out * lanes);
+    uint8_t* argmax = scratch<uint8_t>(Scratch::argmax_block, out * lanes);
+    to_block(pooled, static_cast<const T*>(x.grad_output) + first * out, out, count);
+    bytes_to_block(argmax, static_cast<const uint8_t*>(x.argmax) + first * out, out, count, lanes);
+    if (gaps) std::fill_n(block, between * lanes, C(0));
+    struct Window {
+      V grad;
+      const uint8_t* argmax;
+    };
+    for_each_window(
+        pool, [&](int64_t window) { return Window{V::loadu(pooled + window * lanes), argmax + window * lanes}; },
+        [&](const Window& window, int64_t pixel, int64_t tap) {
+          won_by<C>(tap, window.grad, window.argmax).store(block + pixel * lanes);
+        },
+        [](const Window&, int64_t) {});
+  });
+}
+
+// ---- convolution, then pooling ----
 
 template <class T, class A>
 void rectify(T* values, A* argmax, int64_t count, A dead) {
@@ -41,25 +174,40 @@ void forward(const Conv2dReluMaxPool2dArgs& x, int64_t n, int64_t count, T* betw
   rectify<T, A>(output, argmax, count * pooled, static_cast<A>(dead_window(pool.taps())));
 }
 
+template <class T>
+void forward_of_chunks(const Conv2dReluMaxPool2dArgs& x) {
+  // A vector's lanes of images (conv2d_images.cpp) at least, and as many as half an L2 cache holds.
+  constexpr int64_t lanes = Vec<T>::size(), cached = (512 << 10) / sizeof(T);
+  const Conv2dShape& s = x.conv.shape;
+  const int64_t image = s.O * s.OH * s.OW, kernel = s.kernel_h * s.kernel_w;
+  const int64_t fitting = std::max(cached / image, int64_t{1});
+  const int64_t count = std::min(fitting >= lanes ? fitting / lanes * lanes : fitting, s.N);
+  const double flops = 2.0 * s.N * image * (s.C / s.groups) * kernel;
+  for_each_task(ceil_div(s.N, count), flops, [&](int64_t task) {
+    const int64_t n = task * count, images = std::min(count, s.N - n);
+    T* between = scratch<T>(Scratch::between, count * image);
+    max_pool2d_argmax_is_u8(x.pool.taps()) ? forward<T, uint8_t>(x, n, images, between)
+                                           : forward<T, int64_t>(x, n, images, between);
+  });
+}
+
 }  // namespace
 
 void conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs& x) {
   dispatch_floating(x.conv.dtype, [&](auto zero) {
     using T = decltype(zero);
-    // A vector's lanes of images (conv2d_images.cpp) at least, and as many as half an L2 cache holds.
-    constexpr int64_t lanes = Vec<T>::size(), cached = (512 << 10) / sizeof(T);
-    const Conv2dShape& s = x.conv.shape;
-    const int64_t image = s.O * s.OH * s.OW, kernel = s.kernel_h * s.kernel_w;
-    const int64_t fitting = std::max(cached / image, int64_t{1});
-    const int64_t count = std::min(fitting >= lanes ? fitting / lanes * lanes : fitting, s.N);
-    const double flops = 2.0 * s.N * image * (s.C / s.groups) * kernel;
-    for_each_task(ceil_div(s.N, count), flops, [&](int64_t task) {
-      const int64_t n = task * count, images = std::min(count, s.N - n);
-      T* between = scratch<T>(Scratch::between, count * image);
-      max_pool2d_argmax_is_u8(x.pool.taps()) ? forward<T, uint8_t>(x, n, images, between)
-                                             : forward<T, int64_t>(x, n, images, between);
-    });
+    pools_blocks<Compute<T>>(x) ? forward_of_blocks<T>(x) : forward_of_chunks<T>(x);
   });
+}
+
+bool conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dBackwardArgs& x) {
+  bool taken = false;
+  dispatch_floating(x.conv.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    taken = is_tiled(x.pool) && backward_along_images<T>(x.conv);
+    if (taken) backward_of_pooled_blocks<T>(x);
+  });
+  return taken;
 }
 
 }  // namespace pyops::cpu

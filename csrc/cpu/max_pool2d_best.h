@@ -18,7 +18,7 @@ constexpr C kLowest =
 template <class C, class A>
 class Best {
  public:
-  // All lanes start at tap `first`, or lane l at first[l].
+  // All lanes start at tap `first`, or lane l at first[l], with the lowest maximum; in the forms below, with any.
   explicit Best(A first = 0) {
     max_.fill(kLowest<C>);
     tap_.fill(first);
@@ -48,8 +48,8 @@ class Best {
 template <class C>
 class Best<C, uint8_t> {
  public:
-  explicit Best(uint8_t first = 0) : tap_(static_cast<C>(first)) {}
-  explicit Best(const std::array<uint8_t, kLanes<C>>& first) : tap_(widen<C>(first.data())) {}
+  explicit Best(uint8_t first = 0, C start = kLowest<C>) : max_(start), tap_(static_cast<C>(first)) {}
+  explicit Best(const std::array<uint8_t, kLanes<C>>& first) : max_(kLowest<C>), tap_(widen<C>(first.data())) {}
 
   void update(const Vec<C>& values, int64_t tap) {
     Vec<C> wins = values > max_;
@@ -62,7 +62,7 @@ class Best<C, uint8_t> {
   std::array<uint8_t, kLanes<C>> tap() const { return narrow<C>(tap_); }
 
  private:
-  Vec<C> max_ = Vec<C>(kLowest<C>);
+  Vec<C> max_;
   Vec<C> tap_;
 };
 
@@ -71,9 +71,11 @@ class Best<C, uint8_t> {
 template <>
 class Best<float, uint8_t> {
  public:
-  explicit Best(uint8_t first = 0) : tap_(_mm512_set1_epi32(first)) {}
+  explicit Best(uint8_t first = 0, float start = kLowest<float>)
+      : max_(_mm512_set1_ps(start)), tap_(_mm512_set1_epi32(first)) {}
   explicit Best(const std::array<uint8_t, 16>& first)
-      : tap_(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first.data())))) {}
+      : max_(_mm512_set1_ps(kLowest<float>)),
+        tap_(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first.data())))) {}
 
   void update(const Vec<float>& values, int64_t tap) {
     const __mmask16 wins =
@@ -90,7 +92,7 @@ class Best<float, uint8_t> {
   }
 
  private:
-  __m512 max_ = _mm512_set1_ps(kLowest<float>);
+  __m512 max_;
   __m512i tap_;
 };
 #endif

@@ -48,6 +48,8 @@ enum class Scratch {
   output_pixels,
   output_channels,
   bias,
+  pooled_block,
+  argmax_block,
   count
 };
 
