@@ -64,16 +64,18 @@ def composition(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
 def caller(op: Any, apply: Callable[..., Any], apply_in_transform: Callable[..., Any]) -> Callable[..., Any]:
     """A function that calls the op by the cheapest way that is right where it is called."""
+    is_compiling, current_transform = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
+    call_op = op._op  # less the Python half of calling an op: 0.3 us
 
     def call(*args: Any) -> Any:
         """The op on `args`, all of them given."""
-        if torch.compiler.is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
+        if is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
             return op(*args)
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # inside of vmap, grad, jvp, ...
+        if current_transform() is not None:  # inside of vmap, grad, jvp, ...
             if torch._C._functorch.get_single_level_autograd_function_allowed():
                 return op(*args)
             return apply_in_transform(*args)
-        return op(*args)
+        return call_op(*args)
 
     return call
 
