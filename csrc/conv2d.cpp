@@ -112,10 +112,11 @@ CheckedConv2d checked_conv2d(const char* op, const Tensor& input, const Tensor& 
               " elements, but got bias of size ", bias.has_value() ? bias->sizes() : IntArrayRef{}, " instead");
 
   const Tensor images = to_batch(input);
-  shape.channels_last = shape.N > 0 && (is_channels_last(images) || is_channels_last(weight));  // as stock
+  shape.weight_channels_last = is_channels_last(weight);
+  shape.channels_last = shape.N > 0 && (is_channels_last(images) || shape.weight_channels_last);  // as stock
   CheckedConv2d checked{{dtype, shape, nullptr, nullptr, nullptr, nullptr, false},
                         images.contiguous(memory_format(shape.channels_last)),
-                        weight.contiguous(),
+                        weight.contiguous(memory_format(shape.weight_channels_last)),
                         bias.has_value() ? bias->contiguous() : Tensor(),
                         input.dim() == 4};
   checked.args.input = checked.input.const_data_ptr();
@@ -158,9 +159,9 @@ Conv2dGradients checked_conv2d_backward(const char* op, const Tensor& grad, cons
   checked.args.dtype = floating_dtype(op, grad);
   Conv2dShape& shape = checked.args.shape = make_shape(op, input_size, weight_size, window);
   checked.batched = input_size.size() == 4;
-  checked.weight_channels_last = weight.has_value() && is_channels_last(*weight);
+  shape.weight_channels_last = weight.has_value() && is_channels_last(*weight);
   shape.channels_last =
-      shape.N > 0 && (is_channels_last(to_batch(input.has_value() ? *input : images)) || checked.weight_channels_last);
+      shape.N > 0 && (is_channels_last(to_batch(input.has_value() ? *input : images)) || shape.weight_channels_last);
   checked.weight_size = weight_size;
   checked.output_mask = output_mask;
   if (want_weight) checked.input = *input;
@@ -179,21 +180,18 @@ void Conv2dGradients::allocate(const at::TensorOptions& like) {
     return empty ? result.zero_() : result;
   };
   if (want_input) grad_input = gradient({shape.N, shape.C, shape.H, shape.W}, format);
-  if (want_weight) grad_weight = gradient(weight_size, at::MemoryFormat::Contiguous);
+  if (want_weight) grad_weight = gradient(weight_size, memory_format(shape.weight_channels_last));
   if (want_bias) grad_bias = gradient({weight_size[0]}, at::MemoryFormat::Contiguous);
   if (empty) return;
   if (want_weight) input = to_batch(input).contiguous(format);
-  if (want_input) weight = weight.contiguous();
+  if (want_input) weight = weight.contiguous(memory_format(shape.weight_channels_last));
   args.input = data_or_null(input), args.weight = data_or_null(weight);
   args.grad_input = mutable_data_or_null(grad_input), args.grad_weight = mutable_data_or_null(grad_weight);
   args.grad_bias = mutable_data_or_null(grad_bias);
 }
 
 Gradients Conv2dGradients::results() const {
-  return {grad_input.defined() ? from_batch(grad_input, batched) : grad_input,
-          grad_weight.defined() && weight_channels_last ? grad_weight.contiguous(at::MemoryFormat::ChannelsLast)
-                                                        : grad_weight,
-          grad_bias};
+  return {grad_input.defined() ? from_batch(grad_input, batched) : grad_input, grad_weight, grad_bias};
 }
 
 Gradients conv2d_backward(const char* op, const Tensor& grad_output, const OptionalTensor& input,

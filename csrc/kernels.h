@@ -75,13 +75,14 @@ struct Conv2dShape {
   int64_t kernel_h, kernel_w, stride_h, stride_w;
   int64_t padding_top, padding_left;  // bottom and right follow from OH and OW
   int64_t dilation_h, dilation_w;
-  bool channels_last;  // input, output and their gradients are stored N H W C rather than N C H W
+  bool channels_last;         // input, output and their gradients are stored N H W C rather than N C H W
+  bool weight_channels_last;  // weight and its gradient are stored O kH kW C rather than O C kH kW
 };
 
 // output[n, o, y, x] = bias[o] + sum over c, i, j of
 //   weight[o, c, i, j] * input[n, g C/groups + c, y stride_h - padding_top + i dilation_h, x stride_w - ...]
 // over the taps that lie inside the input only (so an infinite weight over the border gives no NaN).
-// weight is contiguous (O, C/groups, kernel_h, kernel_w) in either layout. With `relu`, rectified as above.
+// With `relu`, rectified as above.
 struct Conv2dArgs {
   DType dtype;
   Conv2dShape shape;
@@ -99,7 +100,7 @@ struct Conv2dBackwardArgs {
   const void* input;
   const void* weight;
   void* grad_input;
-  void* grad_weight;  // contiguous, as weight
+  void* grad_weight;
   void* grad_bias;
 };
 

@@ -36,7 +36,7 @@ struct Conv2dGradients {
   at::Tensor input, weight, grad_input, grad_weight, grad_bias;
   at::IntArrayRef weight_size;
   std::array<bool, 3> output_mask;
-  bool batched, weight_channels_last;
+  bool batched;
 
   void allocate(const at::TensorOptions& like);
   Gradients results() const;

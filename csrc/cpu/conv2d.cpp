@@ -7,9 +7,10 @@ template <class T>
 Correlation<T> forward_correlation(const Conv2dArgs& x) {
   const Conv2dShape& s = x.shape;
   const Layout out(s.O, s.OH, s.OW, s.channels_last);
-  const int64_t in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
+  const WeightLayout w(s);
   return {input_source<T>(s, x.input),
-          {static_cast<const T*>(x.weight), s.O / s.groups * in * kernel, in * kernel, kernel, s.O * in * kernel},
+          {static_cast<const T*>(x.weight), s.O / s.groups * w.out_stride, w.out_stride, w.channel_stride, w.tap_stride,
+           s.O * w.out_stride},
           s.channels_last,
           s.groups,
           s.O / s.groups,

@@ -49,16 +49,25 @@ Source<T> input_source(const Conv2dShape& s, const void* input) {
   return source;
 }
 
-// filter(g, o, channel, tap) = data[g * group_stride + o * out_stride + channel * channel_stride + tap.index]
+// How the weight of a convolution lies in memory: element (o, channel of a group, tap) of all output channels o.
+struct WeightLayout {
+  int64_t out_stride, channel_stride, tap_stride;
+
+  explicit WeightLayout(const Conv2dShape& s)
+      : out_stride(s.C / s.groups * s.kernel_h * s.kernel_w),
+        channel_stride(s.weight_channels_last ? 1 : s.kernel_h * s.kernel_w),
+        tap_stride(s.weight_channels_last ? s.C / s.groups : 1) {}
+};
+
+// filter(g, o, channel, tap) = data[g * group_stride + o * out_stride + step(channel, tap)]
 template <class T>
 struct Filters {
   const T* data;
-  int64_t group_stride, out_stride, channel_stride;
+  int64_t group_stride, out_stride, channel_stride, tap_stride;
   int64_t count;  // of all elements
 
-  const T* at(int64_t g, int64_t o, int64_t channel) const {
-    return data + g * group_stride + o * out_stride + channel * channel_stride;
-  }
+  int64_t step(int64_t channel, const Tap& tap) const { return channel * channel_stride + tap.index * tap_stride; }
+  const T* at(int64_t g, int64_t o) const { return data + g * group_stride + o * out_stride; }
 };
 
 // output[g, o, pixel] = bias + sum over (channel, tap) of filter(g, o, channel, tap) * source(pixel, channel, tap)
@@ -79,6 +88,10 @@ struct Correlation {
   int64_t x_phase = 0, x_phases = 1;
 
   int64_t depth() const { return source.channels * source.tap_count; }  // K
+  // Element k of filter o of group g.
+  T filter(int64_t g, int64_t o, int64_t k) const {
+    return filters.at(g, o)[filters.step(k / source.tap_count, source.taps[k % source.tap_count])];
+  }
   // The pixels of this phase.
   Axis out_pixels() const {
     return {source.out_width, source.pixels(), out_lines.image_stride, out_lines.y_stride,
@@ -121,6 +134,11 @@ double share_inside(const Source<T>& s);
 // them, or fewer if the image is smaller. In the scratch of this thread.
 template <class T>
 std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x);
+
+// grad_weight = the sum, in order, of `parts` arrays at distance part_stride, each [groups, K, O / groups], over all
+// taps.
+template <class T>
+void sum_weight_parts(const Conv2dShape& s, T* grad_weight, Compute<T>* sums, int64_t parts, int64_t part_stride);
 
 // grad_weight of conv2d_backward.
 template <class T>

@@ -20,9 +20,10 @@ template <class T>
 std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;
   const Layout grad(s.O, s.OH, s.OW, s.channels_last), image(s.C, s.H, s.W, s.channels_last);
-  const int64_t out = s.O / s.groups, in = s.C / s.groups, kernel = s.kernel_h * s.kernel_w;
+  const WeightLayout w(s);
+  const int64_t out = s.O / s.groups, in = s.C / s.groups;
   const int64_t y_phases = std::min(s.stride_h, s.H), x_phases = std::min(s.stride_w, s.W);
-  Tap* taps = scratch<Tap>(Scratch::gradient_taps, kernel);
+  Tap* taps = scratch<Tap>(Scratch::gradient_taps, s.kernel_h * s.kernel_w);
   auto* phases = scratch<Correlation<T>>(Scratch::phases, y_phases * x_phases);
   for (int64_t phase_y = 0; phase_y < y_phases; ++phase_y) {
     for (int64_t phase_x = 0; phase_x < x_phases; ++phase_x) {
@@ -53,7 +54,8 @@ std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBack
       }
       phases[phase_y * x_phases + phase_x] = {
           source,
-          {static_cast<const T*>(x.weight), out * in * kernel, kernel, in * kernel, s.O * in * kernel},
+          {static_cast<const T*>(x.weight), out * w.out_stride, w.channel_stride, w.out_stride, w.tap_stride,
+           s.O * w.out_stride},
           s.channels_last,
           s.groups,
           in,

@@ -107,7 +107,7 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
     for (int64_t channel = 0; channel < s.channels; ++channel) {
       for (int64_t j = 0; j < met_count; ++j) {
         const Tap& tap = s.taps[met[j]];
-        filter_steps[term] = channel * x.filters.channel_stride + tap.index;
+        filter_steps[term] = x.filters.step(channel, tap);
         source_steps[term++] = (channel * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * lanes;
       }
     }
@@ -328,10 +328,7 @@ void backward_of_blocks(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) {
       partial[part * sums + i] =
           at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, V::loadu(vectors + i * lanes));
   });
-  const int64_t group_out = s.O / s.groups;
-  for (int64_t g = 0; g < s.groups && x.grad_weight; ++g)
-    sum_parts(Output<T>{static_cast<T*>(x.grad_weight) + g * group_out * K, Axis::plain(1), Axis::plain(K)},
-              partial + g * K * group_out, parts, sums, K, group_out);
+  if (x.grad_weight) sum_weight_parts(s, static_cast<T*>(x.grad_weight), partial, parts, sums);
   if (x.grad_bias)
     sum_parts(Output<T>{static_cast<T*>(x.grad_bias), Axis::plain(s.O), Axis::plain(1)}, partial + weights, parts, sums,
               1, s.O);

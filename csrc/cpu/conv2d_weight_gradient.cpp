@@ -21,14 +21,12 @@
 namespace pyops::cpu {
 namespace {
 
-// What is summed: output channel o and row (channel, tap) of group g go to target[g, o, row].
+// What is summed, for output channel o and row (channel, tap) of group g.
 template <class T>
 struct WeightGradient {
   Conv2dShape shape;
   Source<T> source;
   const T* grad_output;
-  T* target;
-  int64_t out_stride, row_stride;
 
   int64_t out() const { return shape.O / shape.groups; }
   int64_t depth() const { return source.channels * source.tap_count; }  // K
@@ -176,8 +174,15 @@ int64_t even_block(int64_t count, int64_t most) {
   return ceil_div(count, ceil_div(count, std::clamp(most, int64_t{1}, count)));
 }
 
+// The sums of the parts of the batch, [parts, groups, K, O / groups].
+template <class C>
+struct Parts {
+  C* sums;
+  int64_t count, stride;
+};
+
 template <class T>
-void add_up(const WeightGradient<T>& x) {
+Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size(), most_columns = 256, most_sums = 160 << 10;  // of which half an L2 cache
   const Conv2dShape& s = x.shape;
@@ -225,9 +230,7 @@ void add_up(const WeightGradient<T>& x) {
     C* target = partial + ((part * s.groups + g) * K + c * taps) * out + o;
     for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * stride, columns, target + r * out);
   });
-  for (int64_t g = 0; g < s.groups; ++g)
-    sum_parts(Output<T>{x.target + g * out * K, Axis::plain(x.row_stride), Axis::plain(x.out_stride)},
-              partial + g * K * out, parts, s.groups * K * out, K, out);
+  return {partial, parts, s.groups * K * out};
 }
 
 // A 1x1 convolution that meets every pixel once has no window: input and grad_output may change places.
@@ -237,25 +240,58 @@ bool is_pointwise(const Conv2dShape& s) {
 
 template <class T>
 void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
+  using C = Compute<T>;
   const int64_t taps = source.tap_count, kernel = s.kernel_h * s.kernel_w, K = source.channels * taps;
   if (is_pointwise(s) && s.O > s.C && !s.channels_last) {
     Conv2dShape exchanged = s;
     std::swap(exchanged.C, exchanged.O);
-    return add_up<T>({exchanged, input_source<T>(exchanged, grad_output), source.images, grad_weight, 1, K});
+    const Parts<C> parts = add_up<T>({exchanged, input_source<T>(exchanged, grad_output), source.images});
+    const int64_t out = s.O / s.groups;
+    for (int64_t g = 0; g < s.groups; ++g)
+      sum_parts(Output<T>{grad_weight + g * out * K, Axis::plain(K), Axis::plain(1)}, parts.sums + g * K * out,
+                parts.count, parts.stride, out, K);
+    return;
   }
   if (s.groups > 1 && s.C == s.groups && s.O == s.groups)
     return weight_gradient_depthwise(s, source, grad_output, grad_weight);
-  if (taps == kernel) return add_up<T>({s, source, grad_output, grad_weight, K, 1});
+  if (taps == kernel) {
+    const Parts<C> parts = add_up<T>({s, source, grad_output});
+    return sum_weight_parts(s, grad_weight, parts.sums, parts.count, parts.stride);
+  }
   // The taps that no pixel meets have no gradient.
   std::fill(grad_weight, grad_weight + s.O * source.channels * kernel, T(0));
   if (taps == 0) return;
-  T* of_taps = scratch<T>(Scratch::weight, s.O * K);
-  add_up<T>({s, source, grad_output, of_taps, K, 1});
-  for (int64_t f = 0; f < s.O * source.channels; ++f)
-    for (int64_t t = 0; t < taps; ++t) grad_weight[f * kernel + source.taps[t].index] = of_taps[f * taps + t];
+  const Parts<C> parts = add_up<T>({s, source, grad_output});
+  const WeightLayout weight(s);
+  const int64_t out = s.O / s.groups;
+  for (int64_t o = 0; o < s.O; ++o) {
+    for (int64_t row = 0; row < K; ++row) {
+      const C* sums = parts.sums + (o / out * K + row) * out + o % out;
+      C total = sums[0];
+      for (int64_t part = 1; part < parts.count; ++part) total = total + sums[part * parts.stride];
+      grad_weight[o * weight.out_stride + row / taps * weight.channel_stride +
+                  source.taps[row % taps].index * weight.tap_stride] = static_cast<T>(total);
+    }
+  }
 }
 
 }  // namespace
+
+template <class T>
+void sum_weight_parts(const Conv2dShape& s, T* grad_weight, Compute<T>* sums, int64_t parts, int64_t part_stride) {
+  const WeightLayout weight(s);
+  const int64_t out = s.O / s.groups, in = s.C / s.groups, taps = s.kernel_h * s.kernel_w;
+  for (int64_t g = 0; g < s.groups; ++g, grad_weight += out * weight.out_stride, sums += in * taps * out) {
+    if (!s.weight_channels_last) {
+      sum_parts(Output<T>{grad_weight, Axis::plain(1), Axis::plain(weight.out_stride)}, sums, parts, part_stride,
+                in * taps, out);
+      continue;
+    }
+    for (int64_t t = 0; t < taps; ++t)
+      sum_parts(Output<T>{grad_weight + t * weight.tap_stride, Axis::plain(1), Axis::plain(weight.out_stride)},
+                sums + t * out, parts, part_stride, in, out, taps * out);
+  }
+}
 
 template <class T>
 void weight_gradient(const Conv2dBackwardArgs& x) {
@@ -269,24 +305,30 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
 
   weight_gradient_finite(s, source, finite_part(grad_output, count).data(), grad_weight);
   const Layout grad(s.O, s.OH, s.OW, s.channels_last);
-  const int64_t in = source.channels, taps = source.tap_count, kernel = s.kernel_h * s.kernel_w;
+  const WeightLayout weight(s);
+  const int64_t in = source.channels, taps = source.tap_count;
   for_each_task(s.O * in, 2.0 * count * in * taps, [&](int64_t task) {
     const int64_t o = task / in, channel = o / (s.O / s.groups) * in + task % in;
+    T* target = grad_weight + o * weight.out_stride + task % in * weight.channel_stride;
     for (int64_t n = 0; n < s.N; ++n) {
       const T* image = grad_output + n * grad.image_stride + o * grad.channel_stride;
       for (int64_t t = 0; t < taps; ++t) {
         for_each_inside(source, n, channel, source.taps[t], [&](int64_t y, int64_t column, T value) {
           const T g = image[y * grad.y_stride + column * grad.x_stride];
-          if (!is_finite(g)) add_product(grad_weight[task * kernel + source.taps[t].index], g, value);
+          if (!is_finite(g)) add_product(target[source.taps[t].index * weight.tap_stride], g, value);
         });
       }
     }
   });
 }
 
-template void weight_gradient<float>(const Conv2dBackwardArgs&);
-template void weight_gradient<double>(const Conv2dBackwardArgs&);
-template void weight_gradient<c10::BFloat16>(const Conv2dBackwardArgs&);
-template void weight_gradient<c10::Half>(const Conv2dBackwardArgs&);
+#define INSTANTIATE(T)                                                                                     \
+  template void sum_weight_parts(const Conv2dShape&, T*, Compute<T>*, int64_t parts, int64_t part_stride); \
+  template void weight_gradient<T>(const Conv2dBackwardArgs&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
+#undef INSTANTIATE
 
 }  // namespace pyops::cpu

@@ -80,7 +80,7 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
   int64_t* filter_steps = scratch<int64_t>(Scratch::a_steps, K);
   for (int64_t k = 0; k < K; ++k) {
     const int64_t channel = k / x.source.tap_count, tap = k % x.source.tap_count;
-    filter_steps[k] = in_place ? channel * x.filters.channel_stride + x.source.taps[tap].index : k;
+    filter_steps[k] = in_place ? x.filters.step(channel, x.source.taps[tap]) : k;
   }
 
   const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
@@ -140,21 +140,31 @@ template <class T>
 void pack_filters(Compute<T>* panel, const Correlation<T>& x, int64_t g, int64_t o, int64_t columns, int64_t width,
                   int64_t k, int64_t kc) {
   const Filters<T>& f = x.filters;
+  const T* first = f.at(g, o);
   const int64_t taps = x.source.tap_count;
-  if (f.channel_stride == taps)  // all taps in order: what a filter has lies in one piece
-    return pack_panels(panel, Matrix<T>{f.at(g, o, 0), 1, f.out_stride}, k, kc, 0, columns, width);
-  for (int64_t i = k; i < k + kc;) {
-    const int64_t tap = i % taps, count = f.out_stride == taps ? std::min(taps - tap, k + kc - i) : 1;
-    const T* source = f.at(g, o, i / taps) + x.source.taps[tap].index;
-    // As many taps of one channel as follow one another, with those of the next filter behind them.
-    if (count > 1) {
-      transpose(panel, width, source, f.out_stride, columns, count);
-    } else {
-      copy_values(panel, source, columns, f.out_stride);
+  if (f.channel_stride == taps && f.tap_stride == 1)  // all taps in order: what a filter has lies in one piece
+    return pack_panels(panel, Matrix<T>{first, 1, f.out_stride}, k, kc, 0, columns, width);
+  if (f.channel_stride == 1) {  // channels-last: tap by tap, of which the channels lie in one piece
+    for (int64_t t = 0; t < taps; ++t) {
+      const int64_t begin = ceil_div(k - t, taps), end = ceil_div(k + kc - t, taps);  // channels
+      transpose(panel + (begin * taps + t - k) * width, taps * width, first + f.step(begin, x.source.taps[t]),
+                f.out_stride, columns, end - begin);
     }
-    for (int64_t end = i + count; i < end; ++i, panel += width)
-      std::fill(panel + columns, panel + width, Compute<T>(0));
+  } else {
+    for (int64_t i = k; i < k + kc;) {
+      const int64_t tap = i % taps, count = f.out_stride == taps ? std::min(taps - tap, k + kc - i) : 1;
+      const T* source = first + f.step(i / taps, x.source.taps[tap]);
+      // As many taps of one channel as follow one another, with those of the next filter behind them.
+      if (count > 1) {
+        transpose(panel + (i - k) * width, width, source, f.out_stride, columns, count);
+      } else {
+        copy_values(panel + (i - k) * width, source, columns, f.out_stride);
+      }
+      i += count;
+    }
   }
+  for (int64_t i = 0; i < kc && columns < width; ++i)
+    std::fill(panel + i * width + columns, panel + (i + 1) * width, Compute<T>(0));
 }
 
 // All phases of the same rows, from p on.
@@ -249,7 +259,7 @@ const Compute<T>** arrange_filters(const Correlation<T>* phases, int64_t count, 
   const C** filters = scratch<const C*>(Scratch::phase_filters, count * x.groups);
   if constexpr (std::is_same_v<T, C>) {
     if (along_x) {  // they are read where they lie
-      for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = phases[i % count].filters.at(i / count, 0, 0);
+      for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = phases[i % count].filters.at(i / count, 0);
       return filters;
     }
   }
@@ -265,9 +275,7 @@ const Compute<T>** arrange_filters(const Correlation<T>* phases, int64_t count, 
     C* target = const_cast<C*>(filters[i]) + o * K;
     if (!along_x) return pack_filters(target, phase, g, o, columns, width, 0, K);
     for (int64_t f = o; f < o + columns; ++f)
-      for (int64_t k = 0; k < K; ++k)
-        *target++ = static_cast<C>(
-            phase.filters.at(g, f, k / phase.source.tap_count)[phase.source.taps[k % phase.source.tap_count].index]);
+      for (int64_t k = 0; k < K; ++k) *target++ = static_cast<C>(phase.filter(g, f, k));
   });
   return filters;
 }
@@ -278,7 +286,7 @@ const T* filters_of_taps(const Correlation<T>& x) {
   const int64_t taps = x.source.tap_count;
   T* selected = scratch<T>(Scratch::partial_sums, x.groups * taps);
   for (int64_t g = 0; g < x.groups; ++g)
-    for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filters.at(g, 0, 0)[x.source.taps[t].index];
+    for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filter(g, 0, t);
   return selected;
 }
 
@@ -345,7 +353,7 @@ void add_nonfinite(const Correlation<T>& x) {
       T* image = x.first_pixel() + o * x.out_channel_stride + n * pixels.image_stride;
       for (int64_t c = 0; c < s.channels; ++c) {
         for (int64_t t = 0; t < s.tap_count; ++t) {
-          const T weight = x.filters.at(g, o % x.out_channels, c)[s.taps[t].index];
+          const T weight = x.filter(g, o % x.out_channels, c * s.tap_count + t);
           if (is_finite(weight)) continue;
           for_each_inside(s, n, g * s.channels + c, s.taps[t], [&](int64_t y, int64_t column, T value) {
             add_product(image[y * pixels.y_stride + column * pixels.x_stride], weight, value);

@@ -134,6 +134,34 @@ struct Output {
   bool relu = false;
 };
 
+#if defined(CPU_CAPABILITY_AVX512)
+// The same as below for an output that is stored by columns: squares of sums are transposed in registers.
+template <class Out>
+void write_squares(const Output<Out>& out, const float* sums, int64_t sums_stride, int64_t row, int64_t rows,
+                   int64_t column, int64_t columns) {
+  using V = Vec<float>;
+  for (int64_t r = 0, height; r < rows; r += height) {
+    height = std::min({int64_t{16}, rows - r, out.rows.run(row + r)});
+    Out* target = out.data + out.rows.offset(row + r);
+    const V row_bias = out.row_bias ? load(out.row_bias + row + r, height) : V(0);
+    for (int64_t c = 0; c < columns; c += square_columns) {
+      const int64_t width = std::min(square_columns, columns - c);
+      __m512 square[square_columns];
+      load_square(square, sums + r * sums_stride + c, sums_stride, height, width);
+#pragma GCC unroll 16
+      for (int64_t j = 0; j < square_columns; ++j) {
+        if (j >= width) break;
+        V value = square[j];
+        if (out.column_bias) value = value + V(static_cast<float>(out.column_bias[column + c + j]));
+        if (out.row_bias) value = value + row_bias;
+        if (out.relu) value = at::vec::clamp_min(value, V(0));
+        store(target + out.columns.offset(column + c + j), value, height);
+      }
+    }
+  }
+}
+#endif
+
 // C[row .., column ..] = sums[rows, columns] + bias, rectified if `out` says so
 template <class Out>
 void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride, int64_t row, int64_t rows,
@@ -141,6 +169,9 @@ void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride
   using T = Compute<Out>;
   constexpr int64_t lanes = Vec<T>::size();
   if (out.columns.x_stride != 1 && out.rows.x_stride == 1) {  // stored by columns: write the transpose
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<T, float>) return write_squares(out, sums, sums_stride, row, rows, column, columns);
+#endif
     const Output<Out> flipped{out.data, out.columns, out.rows, out.column_bias, out.row_bias, out.relu};
     T block[lanes * lanes];
     for (int64_t r = 0; r < rows; r += lanes) {
@@ -436,23 +467,31 @@ void gemm(int64_t parts, int64_t M, int64_t N, int64_t K, const Args& args) {
 
 // ---- sums in parts ----
 
-// out[M, N] = the sum, in order, of `parts` matrices of sums, each [M, N], at distance part_stride.
+// out[M, N] = the sum, in order, of `parts` matrices of sums, each [M, N], at distance part_stride; a row of them may
+// be followed by others.
 template <class Out>
-void sum_parts(const Output<Out>& out, Compute<Out>* sums, int64_t parts, int64_t part_stride, int64_t M, int64_t N) {
+void sum_parts(const Output<Out>& out, Compute<Out>* sums, int64_t parts, int64_t part_stride, int64_t M, int64_t N,
+               int64_t row_stride) {
   using T = Compute<Out>;
   constexpr int64_t lanes = Vec<T>::size(), rows_at_once = 16;
   for_each_task(ceil_div(M, rows_at_once), 4.0 * parts * M * N, [&](int64_t task) {
     const int64_t m = task * rows_at_once, rows = std::min(rows_at_once, M - m);
-    T* first = sums + m * N;
+    T* first = sums + m * row_stride;
     for (int64_t part = 1; part < parts; ++part) {
-      const T* more = first + part * part_stride;
-      for (int64_t i = 0; i < rows * N; i += lanes) {
-        const int64_t count = std::min(lanes, rows * N - i);
-        (Vec<T>::loadu(first + i, count) + Vec<T>::loadu(more + i, count)).store(first + i, static_cast<int>(count));
+      for (int64_t r = 0; r < rows; ++r) {
+        T *row = first + r * row_stride, *more = row + part * part_stride;
+        for (int64_t i = 0; i < N; i += lanes) {
+          const int64_t count = std::min(lanes, N - i);
+          (Vec<T>::loadu(row + i, count) + Vec<T>::loadu(more + i, count)).store(row + i, static_cast<int>(count));
+        }
       }
     }
-    write(out, first, N, m, rows, 0, N);
+    write(out, first, row_stride, m, rows, 0, N);
   });
+}
+template <class Out>
+void sum_parts(const Output<Out>& out, Compute<Out>* sums, int64_t parts, int64_t part_stride, int64_t M, int64_t N) {
+  sum_parts(out, sums, parts, part_stride, M, N, N);
 }
 
 }  // namespace pyops::cpu
