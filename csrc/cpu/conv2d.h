@@ -39,7 +39,8 @@ Source<T> input_source(const Conv2dShape& s, const void* input) {
                    s.OW,
                    taps,
                    0,
-                   s.N * in.image_stride};
+                   s.N * in.image_stride,
+                   s.weight_channels_last};
   for (int64_t i = 0; i < s.kernel_h; ++i) {
     for (int64_t j = 0; j < s.kernel_w; ++j) {
       const int64_t dy = i * s.dilation_h - s.padding_top, dx = j * s.dilation_w - s.padding_left;
@@ -87,11 +88,9 @@ struct Correlation {
   bool relu = false;
   int64_t x_phase = 0, x_phases = 1;
 
-  int64_t depth() const { return source.channels * source.tap_count; }  // K
-  // Element k of filter o of group g.
-  T filter(int64_t g, int64_t o, int64_t k) const {
-    return filters.at(g, o)[filters.step(k / source.tap_count, source.taps[k % source.tap_count])];
-  }
+  int64_t depth() const { return source.depth(); }
+  // Where element k of a filter is.
+  int64_t filter_step(int64_t k) const { return filters.step(source.channel(k), source.tap(k)); }
   // The pixels of this phase.
   Axis out_pixels() const {
     return {source.out_width, source.pixels(), out_lines.image_stride, out_lines.y_stride,

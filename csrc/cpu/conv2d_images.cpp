@@ -100,16 +100,19 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
       if (inside(rows.begin, s.step_h, s.taps[t].dy, s.height) &&
           inside(columns.begin, s.step_w, s.taps[t].dx, s.width))
         met[met_count++] = t;
+    const auto met_before = [&](int64_t tap) { return std::lower_bound(met, met + met_count, tap) - met; };
     for_each_chunk(0, K, [&](int64_t k, int64_t, bool, bool) {  // how many terms lie before it
-      const int64_t in_channel = std::lower_bound(met, met + met_count, k % s.tap_count) - met;
-      begins[next_begin++] = term + k / s.tap_count * met_count + in_channel;
+      const int64_t tap = &s.tap(k) - s.taps, channel = s.channel(k), before = met_before(tap);
+      const bool is_met = before < met_count && met[before] == tap;
+      begins[next_begin++] =
+          term + (s.tap_by_tap ? before * s.channels + (is_met ? channel : 0) : channel * met_count + before);
     });
-    for (int64_t channel = 0; channel < s.channels; ++channel) {
-      for (int64_t j = 0; j < met_count; ++j) {
-        const Tap& tap = s.taps[met[j]];
-        filter_steps[term] = x.filters.step(channel, tap);
-        source_steps[term++] = (channel * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * lanes;
-      }
+    const int64_t outer = s.tap_by_tap ? met_count : s.channels, inner = s.tap_by_tap ? s.channels : met_count;
+    for (int64_t j = 0; j < outer * inner; ++j) {
+      const int64_t channel = s.tap_by_tap ? j % inner : j / inner;
+      const Tap& tap = s.taps[met[s.tap_by_tap ? j / inner : j % inner]];
+      filter_steps[term] = x.filters.step(channel, tap);
+      source_steps[term++] = (channel * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * lanes;
     }
   }
   begins[next_begin] = term;
@@ -239,9 +242,9 @@ ImagesWeightGradient<T>::ImagesWeightGradient(const Conv2dShape& s, const Source
   const Layout grad(s.O, s.OH, s.OW, s.channels_last);
   int64_t* rows = scratch<int64_t>(Scratch::a_offsets, depth());
   for (int64_t row = 0; row < depth(); ++row) {
-    const Tap& tap = source.taps[row % source.tap_count];
+    const Tap& tap = source.tap(row);
     rows[row] =
-        (row / source.tap_count * source.channel_stride + tap.dy * source.y_stride + tap.dx * source.x_stride) * lanes;
+        (source.channel(row) * source.channel_stride + tap.dy * source.y_stride + tap.dx * source.x_stride) * lanes;
   }
   int64_t* source_pixels = scratch<int64_t>(Scratch::a_steps, s.OH * s.OW);
   int64_t* grad_pixels = scratch<int64_t>(Scratch::b_steps, s.OH * s.OW);

@@ -60,7 +60,7 @@ class ImagesWeightGradient {
   void operator()(const Compute<T>* source, const Compute<T>* grad, Compute<T>* sums, Compute<T>* bias) const;
 
  private:
-  int64_t depth() const { return source_.channels * source_.tap_count; }
+  int64_t depth() const { return source_.depth(); }
   int64_t out() const { return s_.O / s_.groups; }
 
   Conv2dShape s_;

@@ -29,7 +29,7 @@ struct WeightGradient {
   const T* grad_output;
 
   int64_t out() const { return shape.O / shape.groups; }
-  int64_t depth() const { return source.channels * source.tap_count; }  // K
+  int64_t depth() const { return source.depth(); }
 };
 
 // The pixels of a band of grad_output as rows of `vectors` vectors over the output channels [o, o + count) of group g.
@@ -227,8 +227,11 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
                     stride, i > begin || !first);
       });
     }
-    C* target = partial + ((part * s.groups + g) * K + c * taps) * out + o;
-    for (int64_t r = 0; r < rows; ++r) std::copy_n(sums + r * stride, columns, target + r * out);
+    C* target = partial + (part * s.groups + g) * K * out + o;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = source.tap_by_tap ? r / channels * source.channels + c + r % channels : c * taps + r;
+      std::copy_n(sums + r * stride, columns, target + row * out);
+    }
   });
   return {partial, parts, s.groups * K * out};
 }
@@ -269,8 +272,8 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
       const C* sums = parts.sums + (o / out * K + row) * out + o % out;
       C total = sums[0];
       for (int64_t part = 1; part < parts.count; ++part) total = total + sums[part * parts.stride];
-      grad_weight[o * weight.out_stride + row / taps * weight.channel_stride +
-                  source.taps[row % taps].index * weight.tap_stride] = static_cast<T>(total);
+      grad_weight[o * weight.out_stride + source.channel(row) * weight.channel_stride +
+                  source.tap(row).index * weight.tap_stride] = static_cast<T>(total);
     }
   }
 }
@@ -279,18 +282,10 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
 
 template <class T>
 void sum_weight_parts(const Conv2dShape& s, T* grad_weight, Compute<T>* sums, int64_t parts, int64_t part_stride) {
-  const WeightLayout weight(s);
-  const int64_t out = s.O / s.groups, in = s.C / s.groups, taps = s.kernel_h * s.kernel_w;
-  for (int64_t g = 0; g < s.groups; ++g, grad_weight += out * weight.out_stride, sums += in * taps * out) {
-    if (!s.weight_channels_last) {
-      sum_parts(Output<T>{grad_weight, Axis::plain(1), Axis::plain(weight.out_stride)}, sums, parts, part_stride,
-                in * taps, out);
-      continue;
-    }
-    for (int64_t t = 0; t < taps; ++t)
-      sum_parts(Output<T>{grad_weight + t * weight.tap_stride, Axis::plain(1), Axis::plain(weight.out_stride)},
-                sums + t * out, parts, part_stride, in, out, taps * out);
-  }
+  const int64_t out = s.O / s.groups, K = s.C / s.groups * s.kernel_h * s.kernel_w;
+  for (int64_t g = 0; g < s.groups; ++g)
+    sum_parts(Output<T>{grad_weight + g * out * K, Axis::plain(1), Axis::plain(K)}, sums + g * K * out, parts,
+              part_stride, K, out);
 }
 
 template <class T>

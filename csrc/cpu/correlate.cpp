@@ -78,10 +78,7 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
   const bool in_place = std::is_same_v<T, C>;
   const int64_t* filter_rows = multiples(Scratch::a_offsets, x.out_channels, in_place ? x.filters.out_stride : K);
   int64_t* filter_steps = scratch<int64_t>(Scratch::a_steps, K);
-  for (int64_t k = 0; k < K; ++k) {
-    const int64_t channel = k / x.source.tap_count, tap = k % x.source.tap_count;
-    filter_steps[k] = in_place ? x.filters.step(channel, x.source.taps[tap]) : k;
-  }
+  for (int64_t k = 0; k < K; ++k) filter_steps[k] = in_place ? x.filter_step(k) : k;
 
   const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
   constexpr int64_t vectors_at_once = NC / lanes;
@@ -142,26 +139,22 @@ void pack_filters(Compute<T>* panel, const Correlation<T>& x, int64_t g, int64_t
   const Filters<T>& f = x.filters;
   const T* first = f.at(g, o);
   const int64_t taps = x.source.tap_count;
-  if (f.channel_stride == taps && f.tap_stride == 1)  // all taps in order: what a filter has lies in one piece
+  const bool in_order = x.source.tap_by_tap ? f.channel_stride == 1 && f.tap_stride == x.source.channels
+                                            : f.channel_stride == taps && f.tap_stride == 1;
+  if (in_order && f.out_stride == x.depth())  // a filter lies in one piece
     return pack_panels(panel, Matrix<T>{first, 1, f.out_stride}, k, kc, 0, columns, width);
-  if (f.channel_stride == 1) {  // channels-last: tap by tap, of which the channels lie in one piece
-    for (int64_t t = 0; t < taps; ++t) {
-      const int64_t begin = ceil_div(k - t, taps), end = ceil_div(k + kc - t, taps);  // channels
-      transpose(panel + (begin * taps + t - k) * width, taps * width, first + f.step(begin, x.source.taps[t]),
-                f.out_stride, columns, end - begin);
+  // Of the input gradient, as many taps of one channel as follow one another, with those of the next filter behind
+  // them.
+  const bool in_runs = f.tap_stride == 1 && f.out_stride == taps;
+  for (int64_t i = k; i < k + kc;) {
+    const int64_t count = in_runs ? std::min(taps - i % taps, k + kc - i) : 1;
+    const T* source = first + x.filter_step(i);
+    if (count > 1) {
+      transpose(panel + (i - k) * width, width, source, f.out_stride, columns, count);
+    } else {
+      copy_values(panel + (i - k) * width, source, columns, f.out_stride);
     }
-  } else {
-    for (int64_t i = k; i < k + kc;) {
-      const int64_t tap = i % taps, count = f.out_stride == taps ? std::min(taps - tap, k + kc - i) : 1;
-      const T* source = first + f.step(i / taps, x.source.taps[tap]);
-      // As many taps of one channel as follow one another, with those of the next filter behind them.
-      if (count > 1) {
-        transpose(panel + (i - k) * width, width, source, f.out_stride, columns, count);
-      } else {
-        copy_values(panel + (i - k) * width, source, columns, f.out_stride);
-      }
-      i += count;
-    }
+    i += count;
   }
   for (int64_t i = 0; i < kc && columns < width; ++i)
     std::fill(panel + i * width + columns, panel + (i + 1) * width, Compute<T>(0));
@@ -275,7 +268,7 @@ const Compute<T>** arrange_filters(const Correlation<T>* phases, int64_t count, 
     C* target = const_cast<C*>(filters[i]) + o * K;
     if (!along_x) return pack_filters(target, phase, g, o, columns, width, 0, K);
     for (int64_t f = o; f < o + columns; ++f)
-      for (int64_t k = 0; k < K; ++k) *target++ = static_cast<C>(phase.filter(g, f, k));
+      for (int64_t k = 0; k < K; ++k) *target++ = static_cast<C>(phase.filters.at(g, f)[phase.filter_step(k)]);
   });
   return filters;
 }
@@ -286,7 +279,7 @@ const T* filters_of_taps(const Correlation<T>& x) {
   const int64_t taps = x.source.tap_count;
   T* selected = scratch<T>(Scratch::partial_sums, x.groups * taps);
   for (int64_t g = 0; g < x.groups; ++g)
-    for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filter(g, 0, t);
+    for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filters.at(g, 0)[x.filter_step(t)];
   return selected;
 }
 
@@ -351,14 +344,12 @@ void add_nonfinite(const Correlation<T>& x) {
     for (int64_t o = 0; o < x.groups * x.out_channels; ++o) {
       const int64_t g = o / x.out_channels;
       T* image = x.first_pixel() + o * x.out_channel_stride + n * pixels.image_stride;
-      for (int64_t c = 0; c < s.channels; ++c) {
-        for (int64_t t = 0; t < s.tap_count; ++t) {
-          const T weight = x.filter(g, o % x.out_channels, c * s.tap_count + t);
-          if (is_finite(weight)) continue;
-          for_each_inside(s, n, g * s.channels + c, s.taps[t], [&](int64_t y, int64_t column, T value) {
-            add_product(image[y * pixels.y_stride + column * pixels.x_stride], weight, value);
-          });
-        }
+      for (int64_t k = 0; k < s.depth(); ++k) {
+        const T weight = x.filters.at(g, o % x.out_channels)[x.filter_step(k)];
+        if (is_finite(weight)) continue;
+        for_each_inside(s, n, g * s.channels + s.channel(k), s.tap(k), [&](int64_t y, int64_t column, T value) {
+          add_product(image[y * pixels.y_stride + column * pixels.x_stride], weight, value);
+        });
       }
     }
   });

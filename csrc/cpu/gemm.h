@@ -467,31 +467,23 @@ void gemm(int64_t parts, int64_t M, int64_t N, int64_t K, const Args& args) {
 
 // ---- sums in parts ----
 
-// out[M, N] = the sum, in order, of `parts` matrices of sums, each [M, N], at distance part_stride; a row of them may
-// be followed by others.
+// out[M, N] = the sum, in order, of `parts` matrices of sums, each [M, N], at distance part_stride.
 template <class Out>
-void sum_parts(const Output<Out>& out, Compute<Out>* sums, int64_t parts, int64_t part_stride, int64_t M, int64_t N,
-               int64_t row_stride) {
+void sum_parts(const Output<Out>& out, Compute<Out>* sums, int64_t parts, int64_t part_stride, int64_t M, int64_t N) {
   using T = Compute<Out>;
   constexpr int64_t lanes = Vec<T>::size(), rows_at_once = 16;
   for_each_task(ceil_div(M, rows_at_once), 4.0 * parts * M * N, [&](int64_t task) {
     const int64_t m = task * rows_at_once, rows = std::min(rows_at_once, M - m);
-    T* first = sums + m * row_stride;
+    T* first = sums + m * N;
     for (int64_t part = 1; part < parts; ++part) {
-      for (int64_t r = 0; r < rows; ++r) {
-        T *row = first + r * row_stride, *more = row + part * part_stride;
-        for (int64_t i = 0; i < N; i += lanes) {
-          const int64_t count = std::min(lanes, N - i);
-          (Vec<T>::loadu(row + i, count) + Vec<T>::loadu(more + i, count)).store(row + i, static_cast<int>(count));
-        }
+      const T* more = first + part * part_stride;
+      for (int64_t i = 0; i < rows * N; i += lanes) {
+        const int64_t count = std::min(lanes, rows * N - i);
+        (Vec<T>::loadu(first + i, count) + Vec<T>::loadu(more + i, count)).store(first + i, static_cast<int>(count));
       }
     }
-    write(out, first, row_stride, m, rows, 0, N);
+    write(out, first, N, m, rows, 0, N);
   });
-}
-template <class Out>
-void sum_parts(const Output<Out>& out, Compute<Out>* sums, int64_t parts, int64_t part_stride, int64_t M, int64_t N) {
-  sum_parts(out, sums, parts, part_stride, M, N, N);
 }
 
 }  // namespace pyops::cpu

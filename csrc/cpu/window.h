@@ -29,8 +29,14 @@ struct Source {
   const Tap* taps;
   int64_t tap_count;
   int64_t end;  // number of elements of the tensor, from `images` on
+  // The order in which sums run over k = (channel, tap): that of the filters in memory. Channel by channel, or tap by
+  // tap.
+  bool tap_by_tap = false;
 
   int64_t pixels() const { return out_height * out_width; }
+  int64_t depth() const { return channels * tap_count; }  // K
+  int64_t channel(int64_t k) const { return tap_by_tap ? k % channels : k / tap_count; }
+  const Tap& tap(int64_t k) const { return taps[tap_by_tap ? k / channels : k % tap_count]; }
 };
 
 // Whether some output pixel meets the image at this tap. Taps that none does are left out from the start: with a large
@@ -239,13 +245,14 @@ const int64_t* pixel_offsets(Scratch use, const Window<T>& w, const Band& b, int
   return offsets;
 }
 
-// The offsets of (channel, tap).
+// The offsets of (channel, tap) for the first `channels` channels, in the order of the source.
 template <class In>
 const int64_t* patch_offsets(Scratch use, const Window<Compute<In>>& w, const Source<In>& s, int64_t channels) {
   int64_t* offsets = scratch<int64_t>(use, channels * s.tap_count);
   for (int64_t t = 0; t < s.tap_count; ++t) {
     const int64_t tap = w.tap_offset(s.taps[t]);
-    for (int64_t c = 0; c < channels; ++c) offsets[c * s.tap_count + t] = c * w.channel_stride + tap;
+    for (int64_t c = 0; c < channels; ++c)
+      offsets[s.tap_by_tap ? t * channels + c : c * s.tap_count + t] = c * w.channel_stride + tap;
   }
   return offsets;
 }
