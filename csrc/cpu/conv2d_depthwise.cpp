@@ -15,6 +15,7 @@
 // Each output is one sum over the taps in order. The weight gradient sums image by image, then over the images in
 // order.
 #include "conv2d.h"
+#include "conv2d_depthwise_3x3.h"
 
 namespace pyops::cpu {
 namespace {
@@ -210,10 +211,50 @@ void taps_of_plane(const C* window, int64_t y_step, const int64_t* offsets, cons
     sums[t * sums_stride] = at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, sum[t]);
 }
 
+// All sums [N, taps, C] of the weight gradient; false if the kernel is another.
+template <class T>
+bool sums_3x3(const Conv2dShape& s, const Source<T>& source, const T* grad_output, Compute<T>* sums) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size();
+  if (!Taps3x3::fit(source)) return false;
+  const Taps3x3 taps(source);
+  const int64_t plane = s.OH * s.OW;
+  const double flops = 18.0 * s.N * s.C * plane;
+  if (s.channels_last) {
+    const int64_t vectors = ceil_div(s.C, lanes);
+    for_each_task(s.N * vectors, flops, [&](int64_t task) {
+      const int64_t n = task / vectors, c = task % vectors * lanes;
+      const auto add = [&](int64_t count) {
+        weight_sums_of_channels_3x3(source, taps, source.images + n * source.image_stride,
+                                    grad_output + n * plane * s.C, s.C, c, count, sums + n * 9 * s.C);
+      };
+      c + lanes <= s.C ? add(lanes) : add(s.C - c);
+    });
+    return true;
+  }
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<C, float>) {
+    for_each_task(s.N * s.C, flops, [&](int64_t task) {
+      const int64_t n = task / s.C, c = task % s.C;
+      weight_sums_of_plane_3x3(source, taps, source.images + n * source.image_stride + c * source.channel_stride,
+                               grad_output + task * plane, sums + n * 9 * s.C + c, s.C);
+    });
+    return true;
+  }
+#endif
+  return false;
+}
+
 }  // namespace
 
 template <class T>
 void correlate_depthwise(const Correlation<T>& x, const T* weight) {
+  if (Taps3x3::fit(x.source)) {
+    if (x.channels_last) return correlate_channels_3x3(x, weight);
+#ifdef CPU_CAPABILITY_AVX512
+    if constexpr (std::is_same_v<Compute<T>, float>) return correlate_planes_3x3(x, weight);
+#endif
+  }
   x.channels_last ? correlate_channels(x, weight) : correlate_planes(x, weight);
 }
 
@@ -224,7 +265,8 @@ void weight_gradient_depthwise(const Conv2dShape& s, const Source<T>& source, co
   const int64_t taps = source.tap_count, plane = s.OH * s.OW, kernel = s.kernel_h * s.kernel_w;
   const double flops = 2.0 * s.N * s.C * plane * taps;
   C* sums = scratch<C>(Scratch::partial_sums, s.N * taps * s.C);  // [N, taps, C]
-  if (s.channels_last) {
+  if (sums_3x3(s, source, grad_output, sums)) {
+  } else if (s.channels_last) {
     for_each_task(s.N * taps, flops, [&](int64_t task) {
       const int64_t n = task / taps;
       for (int64_t c = 0; c < s.C; c += lanes) {

@@ -236,6 +236,35 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
   return {partial, parts, s.groups * K * out};
 }
 
+// Narrow groups of channels-last images: image by image, as planes (conv2d_grouped.cpp). 8x128x28x28, 32 groups, 3x3,
+// one core with AVX-512: 1.0 ms, group by group from the images as they are 2.05, stock torch 1.0.
+template <class T>
+void weight_gradient_of_planes(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
+  using C = Compute<T>;
+  const int64_t in_pixels = s.H * s.W, out_pixels = s.OH * s.OW, size = s.O * source.depth();
+  const int64_t parts = std::min(s.N, enough_tasks);
+  Conv2dShape shape = s;
+  shape.N = 1, shape.channels_last = false;
+  C* sums = scratch<C>(Scratch::block_sums, parts * size);
+  for_each_task(parts, 2.0 * s.N * out_pixels * size, [&](int64_t part) {
+    T* planes = scratch<T>(Scratch::planes, s.C * in_pixels);
+    T* grad_planes = scratch<T>(Scratch::result_planes, s.O * out_pixels);
+    Source<T> image = source;
+    image.images = planes, image.count = 1, image.end = s.C * in_pixels;
+    image.channel_stride = in_pixels, image.y_stride = s.W, image.x_stride = 1;
+    C* total = sums + part * size;
+    std::fill_n(total, size, C(0));
+    for (int64_t n = part * s.N / parts; n < (part + 1) * s.N / parts; ++n) {
+      transpose(planes, in_pixels, source.images + n * source.image_stride, s.C, in_pixels, s.C);
+      transpose(grad_planes, out_pixels, grad_output + n * s.O * out_pixels, s.O, out_pixels, s.O);
+      const Parts<C> of_image = add_up<T>({shape, image, grad_planes});
+      for (int64_t p = 0; p < of_image.count; ++p)
+        for (int64_t i = 0; i < size; ++i) total[i] += of_image.sums[p * of_image.stride + i];
+    }
+  });
+  sum_weight_parts(s, grad_weight, sums, parts, size);
+}
+
 // A 1x1 convolution that meets every pixel once has no window: input and grad_output may change places.
 bool is_pointwise(const Conv2dShape& s) {
   return s.kernel_h == 1 && s.kernel_w == 1 && s.OH == s.H && s.OW == s.W && s.stride_h == 1 && s.stride_w == 1;
@@ -257,6 +286,8 @@ void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const
   }
   if (s.groups > 1 && s.C == s.groups && s.O == s.groups)
     return weight_gradient_depthwise(s, source, grad_output, grad_weight);
+  if (taps == kernel && s.channels_last && s.groups > 1 && lanes_used<C>(s.O / s.groups) <= 0.5)
+    return weight_gradient_of_planes(s, source, grad_output, grad_weight);
   if (taps == kernel) {
     const Parts<C> parts = add_up<T>({s, source, grad_output});
     return sum_weight_parts(s, grad_weight, parts.sums, parts.count, parts.stride);
