@@ -210,7 +210,10 @@ void correlate_planes_3x3(const Correlation<T>& x, const T* weight) {
         }
       };
       int64_t y = 0;
-      for (; y + 4 <= s.out_height; y += 4) rows_from(y, std::integral_constant<int, 4>{});
+      for (; y + 4 <= s.out_height; y += 4) {
+        for (int64_t j = 0; j < 4; ++j) prefetch_ahead(plane + (y + j) * s.y_stride + column, 16 * sizeof(T));
+        rows_from(y, std::integral_constant<int, 4>{});
+      }
       for (; y < s.out_height; ++y) rows_from(y, std::integral_constant<int, 1>{});
     }
   });

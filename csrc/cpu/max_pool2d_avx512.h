@@ -32,6 +32,7 @@ class Windows2x2 {
     const int64_t to_next_plane = (s_.H - 2 * s_.OH) * s_.W;
     output += begin * s_.OW, argmax += begin * s_.OW;
     for (int64_t i = begin, y = begin % s_.OH; i < end; ++i, output += s_.OW, argmax += s_.OW, row += 2 * s_.W) {
+      prefetch_ahead(row, 2 * s_.W * sizeof(float));
       s_.OW <= 8 ? up_to_8(row, output, argmax) : many(row, output, argmax);
       if (++y == s_.OH) y = 0, row += to_next_plane;
     }

@@ -101,12 +101,17 @@ template <class RowPair>
 void backward_by_row_pairs(const MaxPool2dShape& s, const float* grad_output, const uint8_t* argmax,
                            float* grad_input) {
   const int64_t pairs = at::divup(s.H, 2);
+  const bool large = s.N * s.C * s.H * s.W * int64_t{sizeof(float)} > 4 << 20;  // than caches
   at::parallel_for(0, s.N * s.C * pairs, rows_per_fork(2 * at::divup(s.W, 16)), [&](int64_t begin, int64_t end) {
     const RowPair row_pair(s);
     int64_t plane = begin / pairs, y = begin % pairs;
     for (int64_t pair = begin; pair < end; ++pair) {
       const int64_t windows = (plane * s.OH + y) * s.OW;
       float* upper = grad_input + (plane * s.H + 2 * y) * s.W;
+      if (large) {
+        prefetch_ahead(upper, 2 * s.W * sizeof(float));
+        prefetch_ahead(grad_output + windows, s.OW * sizeof(float));
+      }
       row_pair.make(grad_output + windows, argmax + windows, y, upper, 2 * y + 1 < s.H ? upper + s.W : nullptr);
       if (++y == pairs) y = 0, ++plane;
     }
