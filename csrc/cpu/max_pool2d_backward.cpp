@@ -296,6 +296,45 @@ class TileBackward {
   const Windows<T> windows_;
 };
 
+// NHWC with windows side by side and whole vectors of channels: every window writes the pixels that are its own. (Parts
+// of vectors, masked, take three times as long as scattering.)
+template <class T>
+class ChannelTiles {
+ public:
+  ChannelTiles(const MaxPool2dShape& shape, Windows<T> windows) : s_(shape), windows_(windows) {}
+
+  static bool take(const MaxPool2dShape& s) {
+    return s.channels_last && s.C % kLanes<T> == 0 && s.kernel_h == s.stride_h && s.kernel_w == s.stride_w &&
+           s.padding_h == 0 && s.padding_w == 0 && s.dilation_h == 1 && s.dilation_w == 1 && s.OH * s.kernel_h <= s.H &&
+           s.OW * s.kernel_w <= s.W;
+  }
+
+  // Rows of windows, [begin, end) of N * OH; the last one of an image has the rows below it that no window reaches.
+  void rows(int64_t begin, int64_t end, T* grad_input) const {
+    const int64_t line = s_.W * s_.C, reached = s_.OW * s_.kernel_w * s_.C;
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t n = row / s_.OH, y = row % s_.OH;
+      T* lines = grad_input + (n * s_.H + y * s_.kernel_h) * line;
+      for (int64_t x = 0; x < s_.OW; ++x) window((row * s_.OW + x) * s_.C, lines + x * s_.kernel_w * s_.C, line);
+      for (int64_t i = 0; i < s_.kernel_h && reached < line; ++i)
+        std::fill(lines + i * line + reached, lines + (i + 1) * line, T(0));
+      if (y == s_.OH - 1) std::fill(lines + s_.kernel_h * line, grad_input + (n + 1) * s_.H * line, T(0));
+    }
+  }
+
+ private:
+  void window(int64_t first, T* pixels, int64_t line) const {
+    for (int64_t c = 0; c < s_.C; c += kLanes<T>)
+      for (int64_t i = 0; i < s_.kernel_h; ++i)
+        for (int64_t j = 0; j < s_.kernel_w; ++j)
+          store_lanes(pixels + i * line + j * s_.C + c,
+                      windows_.add(Vec<Compute<T>>(0), first + c, i * s_.kernel_w + j), kLanes<T>);
+  }
+
+  const MaxPool2dShape s_;
+  const Windows<T> windows_;
+};
+
 // Zeroes an image, then adds window by window; a 16-bit image in float32 first.
 template <class T, class A>
 void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
@@ -335,7 +374,9 @@ void gather(const MaxPool2dShape& s, Windows<T> windows, T* grad_input) {
   };
   const auto run_columns = [&](const auto& kernel) { run(s.N * s.C * s.H, at::divup(s.W, kLanes<T>), kernel); };
 
-  if (s.channels_last) {
+  if (ChannelTiles<T>::take(s)) {
+    run(s.N * s.OH, s.OW * s.taps() * at::divup(s.C, kLanes<T>), ChannelTiles<T>(s, windows));
+  } else if (s.channels_last) {
     run(s.N * s.H, s.W * at::divup(s.C, kLanes<T>), ChannelGather<T>(s, windows));
   } else if (is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0) {
     run(TileBackward<T>::row_pairs(s), 2 * at::divup(s.W, kLanes<T>), TileBackward<T>(s, windows));
@@ -367,7 +408,8 @@ void backward(const MaxPool2dBackwardArgs& args) {
     }
 #endif
     // To gather one element costs about taps / kLanes of what it costs to scatter one, and more with idle lanes.
-    const bool lanes_busy = s.channels_last ? s.C >= ChannelGather<T>::kMany * kLanes<T> : s.stride_w <= 2;
+    const bool lanes_busy =
+        s.channels_last ? s.C >= ChannelGather<T>::kMany * kLanes<T> || ChannelTiles<T>::take(s) : s.stride_w <= 2;
     if (s.taps() <= kLanes<T> && lanes_busy) {
       return gather(s, Windows<T>{{grad_output, s.N * s.C * s.OH * s.OW}, argmax}, grad_input);
     }

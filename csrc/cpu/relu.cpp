@@ -50,6 +50,7 @@ void map(int64_t numel, L* output, const Inputs*... inputs) {
   at::parallel_for(0, at::divup(numel, kBlock), kGrainBlocks, [&](int64_t first_block, int64_t last_block) {
     const int64_t end = std::min(last_block * kBlock, numel);
     int64_t i = first_block * kBlock;
+#pragma GCC unroll 4
     for (; i + n <= end; i += n) f(Vec<L>::loadu(inputs + i)...).store(output + i);
     if (i < end) f(Vec<L>::loadu(inputs + i, end - i)...).store(output + i, end - i);
   });
