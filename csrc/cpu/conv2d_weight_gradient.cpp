@@ -184,7 +184,7 @@ struct Parts {
 template <class T>
 Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
   using C = Compute<T>;
-  constexpr int64_t lanes = Vec<C>::size(), most_columns = 256, most_sums = 160 << 10;  // of which half an L2 cache
+  constexpr int64_t lanes = Vec<C>::size(), most_columns = 256, most_sums = 64 << 10;  // a quarter of an L2 cache
   const Conv2dShape& s = x.shape;
   const Source<T>& source = x.source;
   const int64_t out = x.out(), taps = source.tap_count, K = x.depth();
