@@ -23,8 +23,8 @@ namespace pyops::cpu {
 
 // ---- blocking ----
 
-constexpr int64_t MC = 192;  // a block of A, MC x KC floats = 144 KB, and
-constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 288 KB, share an L2 cache of 1 MB or more
+constexpr int64_t MC = 192;  // a block of A, MC x KC floats = 192 KB, and
+constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 384 KB, share an L2 cache of 1 MB or more
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
