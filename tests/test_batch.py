@@ -59,10 +59,12 @@ CONVS = [  # a sample, the weight, options
 
 
 @both_formats
+@pytest.mark.parametrize("weight_where", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("sample", "weight", "options"), CONVS)
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
-def test_conv2d(dtype, sample, weight, options, layout):
-    function = partial(functional.conv2d, weight=random(weight, dtype), bias=random(weight[:1], dtype), **options)
+def test_conv2d(dtype, sample, weight, options, weight_where, layout):
+    parameters = {"weight": random(weight, dtype, weight_where), "bias": random(weight[:1], dtype)}
+    function = partial(functional.conv2d, **parameters, **options)
     assert_independent(function, random((SIZES[-1], *sample), dtype), layout)
 
 

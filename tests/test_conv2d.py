@@ -49,6 +49,23 @@ GEOMETRIES = [
     ((1, 20, 5, 5), (20, 2, 3, 3), {"groups": 10, "dilation": 2}),
     ((1, 70, 4, 5), (67, 70, 3, 3), {"padding": 1}),  # K beyond one chunk, odd channels
     ((3, 5, 30, 31), (33, 5, 3, 3), {"padding": 1}),
+    ((33, 3, 7, 6), (5, 3, 3, 2), {}),  # over blocks of images, the last of one
+    ((17, 6, 8, 7), (14, 3, 3, 3), {"groups": 2, "dilation": 2}),
+    ((40, 2, 9, 9), (3, 2, 2, 2), {"stride": 2}),
+    ((19, 20, 4, 4), (16, 20, 3, 3), {"padding": 2}),  # K beyond one chunk, classes of pixels
+    ((2, 24, 9, 8), (12, 8, 3, 3), {"groups": 3}),
+    *[  # depthwise, 3x3: every place of a border in a vector, and no whole vector
+        ((2, channels, height, width), (channels, 1, 3, 3), {"groups": channels, "padding": padding})
+        for channels, height, width, padding in (
+            (3, 3, 3, 0),
+            (16, 1, 1, 1),
+            (5, 2, 16, 1),
+            (33, 9, 15, 2),
+            (2, 5, 17, 3),
+            (4, 4, 18, 0),
+            (17, 7, 33, 1),
+        )
+    ],
 ]
 
 
@@ -124,7 +141,7 @@ def geometries(draw):
         kernels.append(kernel)
         for values, value in zip(options.values(), (stride, padding, dilation), strict=True):
             values.append(value)
-    batch = draw(st.sampled_from([(), (1,), (2,), (3,)]))
+    batch = draw(st.sampled_from([(), (1,), (2,), (3,), (16,), (21,)]))
     return (*batch, in_channels, *size), (out_channels, in_channels // groups, *kernels), options | {"groups": groups}
 
 
