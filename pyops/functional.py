@@ -11,18 +11,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from pyops import autograd
-from pyops.autograd.relu import InplaceReLU
+from pyops import autograd  # noqa: F401, tells torch of the operators' derivatives
 
 Ints = int | Sequence[int]
 
 __all__ = ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "linear", "linear_relu", "max_pool2d", "relu"]
 
-# Plain functions, which Dynamo can trace, where it cannot trace an attribute of a Function.
-_relu, _inplace_relu = autograd.ReLU.call, InplaceReLU.call
-_linear, _conv2d, _max_pool2d = autograd.Linear.call, autograd.Conv2d.call, autograd.MaxPool2d.call
-_linear_relu, _conv2d_relu = autograd.LinearReLU.call, autograd.Conv2dReLU.call
-_conv2d_relu_max_pool2d = autograd.Conv2dReLUMaxPool2d.call
+_relu, _inplace_relu = torch.ops.pyops.relu.default, torch.ops.pyops.relu_.default
+_linear, _conv2d, _max_pool2d = (getattr(torch.ops.pyops, name).default for name in ("linear", "conv2d", "max_pool2d"))
+_linear_relu, _conv2d_relu = torch.ops.pyops.linear_relu.default, torch.ops.pyops.conv2d_relu.default
+_conv2d_relu_max_pool2d = torch.ops.pyops.conv2d_relu_max_pool2d.default
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
