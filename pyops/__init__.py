@@ -11,6 +11,7 @@ tensor([0., 2.])
 from pyops import _load, autograd, functional, nn, testing
 from pyops.convert import convert, revert
 from pyops.lenet import LeNet
+from pyops.patch import patch
 
 __version__ = _load.build_info.version
-__all__ = ["LeNet", "autograd", "convert", "functional", "nn", "revert", "testing"]
+__all__ = ["LeNet", "autograd", "convert", "functional", "nn", "patch", "revert", "testing"]

@@ -9,20 +9,28 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from pyops import autograd
-from pyops.autograd.relu import InplaceReLU
+from pyops import autograd  # noqa: F401, tells torch of the operators' derivatives
 
 Ints = int | Sequence[int]
 
 __all__ = ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "linear", "linear_relu", "max_pool2d", "relu"]
 
-# Plain functions, which Dynamo can trace, where it cannot trace an attribute of a Function.
-_relu, _inplace_relu = autograd.ReLU.call, InplaceReLU.call
-_linear, _conv2d, _max_pool2d = autograd.Linear.call, autograd.Conv2d.call, autograd.MaxPool2d.call
-_linear_relu, _conv2d_relu = autograd.LinearReLU.call, autograd.Conv2dReLU.call
-_conv2d_relu_max_pool2d = autograd.Conv2dReLUMaxPool2d.call
+_relu, _inplace_relu = torch.ops.pyops.relu.default, torch.ops.pyops.relu_.default
+_linear, _conv2d, _max_pool2d = (getattr(torch.ops.pyops, name).default for name in ("linear", "conv2d", "max_pool2d"))
+_linear_relu, _conv2d_relu = torch.ops.pyops.linear_relu.default, torch.ops.pyops.conv2d_relu.default
+_conv2d_relu_max_pool2d = torch.ops.pyops.conv2d_relu_max_pool2d.default
+
+
+def _known(*options: Ints) -> Sequence[Ints]:
+    """The options of a call, in one that is traced their values: they may be symbols, and operators take numbers."""
+    if not torch.compiler.is_compiling():
+        return options
+    return [
+        [guard_scalar(v) for v in each] if isinstance(each, list | tuple) else guard_scalar(each) for each in options
+    ]
 
 
 def relu(input: Tensor, inplace: bool = False) -> Tensor:
@@ -120,7 +128,7 @@ def conv2d(
         return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias=bias, **options)
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
-    return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _conv2d(input, weight, bias, *_known(stride, padding, dilation, groups))
 
 
 def _padding_by_name(padding: str, input: Tensor, weight: Tensor, stride: Ints, dilation: Ints) -> Ints:
@@ -174,7 +182,7 @@ def max_pool2d(
     if has_torch_function_unary(input):
         options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
         return handle_torch_function(max_pool2d, (input,), input, kernel_size, **options, return_indices=return_indices)
-    window = (kernel_size, [] if stride is None else stride, padding, dilation, ceil_mode)
+    window = _known(kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode)
     output, argmax = _max_pool2d(input, *window)
     if not return_indices:
         return output
@@ -218,7 +226,7 @@ def conv2d_relu(
         return handle_torch_function(conv2d_relu, (input, weight, bias), input, weight, bias=bias, **options)
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
-    return _conv2d_relu(input, weight, bias, stride, padding, dilation, groups)
+    return _conv2d_relu(input, weight, bias, *_known(stride, padding, dilation, groups))
 
 
 def conv2d_relu_max_pool2d(
@@ -255,7 +263,8 @@ def conv2d_relu_max_pool2d(
     >>> conv2d_relu_max_pool2d(torch.ones(1, 1, 5, 5), torch.ones(2, 1, 2, 2), pool_kernel_size=2).shape
     torch.Size([1, 2, 2, 2])
     """
-    pool = (pool_kernel_size, [] if pool_stride is None else pool_stride, pool_padding, pool_dilation, ceil_mode)
+    window_stride = pool_kernel_size if pool_stride is None else pool_stride
+    pool = (pool_kernel_size, window_stride, pool_padding, pool_dilation, ceil_mode)
     if has_torch_function_variadic(input, weight, bias):
         names = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
@@ -263,4 +272,4 @@ def conv2d_relu_max_pool2d(
         return handle_torch_function(conv2d_relu_max_pool2d, (input, weight, bias), input, weight, bias=bias, **options)
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
-    return _conv2d_relu_max_pool2d(input, weight, bias, stride, padding, dilation, groups, *pool)[0]
+    return _conv2d_relu_max_pool2d(input, weight, bias, *_known(stride, padding, dilation, groups, *pool))[0]

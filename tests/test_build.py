@@ -126,7 +126,7 @@ def test_sdist_has_every_source(source_tree):
         packed = {Path(*Path(name).parts[1:]) for name in contents.getnames()}
     sources = {
         path.relative_to(source_tree)
-        for folder in ("csrc", "pyops", "tests", "bench")
+        for folder in ("csrc", "pyops", "tests", "bench", "docs")
         for path in (source_tree / folder).rglob("*.*")
         if "__pycache__" not in path.parts and not any(part.startswith(".") for part in path.parts)
     }

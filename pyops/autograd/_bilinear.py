@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from pyops.autograd._function import OpFunction
+from pyops.autograd._function import OpFunction, primals
 
 MaybeTensor = torch.Tensor | None
 
@@ -57,7 +57,7 @@ class Bilinear(OpFunction):
     @classmethod
     def push_forward(cls, ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:
         """`jvp`."""
-        input, weight = ctx.saved_tensors[-2:]
+        input, weight = primals(ctx)[-2:]
         return cls.product_rule(input, weight, *tangents[:3], ctx.options)
 
     @classmethod
@@ -115,7 +115,7 @@ class BilinearBackward(OpFunction):
     @classmethod
     def push_forward(cls, ctx: Any, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
         """`jvp`."""
-        grad_output, input, weight = ctx.saved_tensors
+        grad_output, input, weight = primals(ctx)
         d_grad_output, d_input, d_weight = tangents[:3]
         second: tuple[MaybeTensor, ...] = (None, None, None)
         if d_grad_output is not None:

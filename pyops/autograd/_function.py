@@ -1,11 +1,12 @@
 """The base of the four ops' `torch.autograd.Function`s, which says once how an op is called and registered."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch._functorch.autograd_function import enable_single_level_autograd_function
-from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+from torch.autograd import forward_ad
 
 from pyops import _load
 
@@ -35,12 +36,12 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
     """Makes the decorated class the OpFunction of ``torch.ops.pyops.<name>``, and gives it its `call`."""
 
     def register(cls: type[OpFunction]) -> type[OpFunction]:
-        op = getattr(torch.ops.pyops, name).default
+        cls.call = getattr(torch.ops.pyops, name).default
+        cls.forward = staticmethod(below_this_level(cls.forward))
+        cls.jvp = staticmethod(with_forward_mode(cls.jvp))
         # apply() less its Python half, which costs 10 us: it fills in default arguments and unwraps dead functorch
-        # wrappers, and call() needs neither.
+        # wrappers, and an operator has neither.
         apply = super(torch.autograd.Function, cls).apply
-
-        cls.call = staticmethod(caller(op, apply, cls.apply))
         register_op(name, apply, cls.fake, cls.vmap)
         return cls
 
@@ -55,29 +56,49 @@ def composition(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., 
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         op = getattr(torch.ops.pyops, name).default
-        call = caller(op, function, function)
-        register_op(name, function, fake, lambda info, in_dims, *args: vmap_by_loop(call, info, in_dims, args))
-        return call
+        register_op(name, function, fake, lambda info, in_dims, *args: vmap_by_loop(op, info, in_dims, args))
+        return function
 
     return register
 
 
-def caller(op: Any, apply: Callable[..., Any], apply_in_transform: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that calls the op by the cheapest way that is right where it is called."""
-    is_compiling, current_transform = torch.compiler.is_compiling, torch._C._functorch.peek_interpreter_stack
-    call_op = op._op  # less the Python half of calling an op: 0.3 us
+def in_transform() -> bool:
+    """Whether this is called inside of vmap, grad, jvp, ..."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
-    def call(*args: Any) -> Any:
-        """The op on `args`, all of them given."""
-        if is_compiling():  # Dynamo takes an operator, but no Function that defines jvp
-            return op(*args)
-        if current_transform() is not None:  # inside of vmap, grad, jvp, ...
-            if torch._C._functorch.get_single_level_autograd_function_allowed():
-                return op(*args)
-            return apply_in_transform(*args)
-        return call_op(*args)
 
-    return call
+def below_this_level(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with recording on, as torch turns it off: nested transforms record the same call each on its level, and
+    for those outside of the one that is recording now nothing is recorded yet."""
+
+    @functools.wraps(forward)
+    def on_the_levels_below(*args: Any) -> Any:
+        if not in_transform():
+            return forward(*args)
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            return forward(*args)
+
+    return on_the_levels_below
+
+
+def with_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """`jvp` with forward mode on, as torch turns it off for all levels of nested transforms, not for its own alone; for
+    its own there are :func:`primals`."""
+
+    @functools.wraps(jvp)
+    def inner(ctx: Any, *tangents: Any) -> Any:
+        if not in_transform():
+            return jvp(ctx, *tangents)
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, *tangents)
+
+    return inner
+
+
+def primals(ctx: Any) -> tuple[torch.Tensor | None, ...]:
+    """What was saved, without the tangents of the level that a jvp is computed for."""
+    saved = ctx.saved_tensors
+    return tuple(None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal for tensor in saved)
 
 
 def register_op(name: str, apply: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]) -> None:
@@ -90,14 +111,13 @@ def register_op(name: str, apply: Callable[..., Any], fake: Callable[..., Any], 
 def operator_rule(op: torch._ops.OpOverload, vmap: Callable[..., Any]) -> Callable[..., Any]:
     """The batching rule `vmap` of a Function for the operator itself.
 
-    torch calls it while its own level of vmap is still the current one, and leaves out trailing arguments that have
-    their default value.
+    torch leaves out trailing arguments that have their default value.
     """
 
     def rule(info: Any, in_dims: Dims, *args: Any) -> Any:
         left_out = [argument.default_value for argument in op._schema.arguments[len(args) :]]
-        with retrieve_current_functorch_interpreter().lower():
-            return vmap(info, (*in_dims, *(None for _ in left_out)), *args, *left_out)
+        results = vmap(info, (*in_dims, *(None for _ in left_out)), *args, *left_out)
+        return results if op._schema.returns else (None, None)
 
     return rule
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pyops.autograd._bilinear import MaybeTensor
-from pyops.autograd._function import Dims, composition, implements
+from pyops.autograd._function import Dims, composition, implements, primals
 from pyops.autograd.conv2d import Conv2d, Conv2dBackward, vmap_images
 from pyops.autograd.relu import ReLUBackward
 
@@ -51,7 +51,7 @@ class Conv2dReLU(Conv2d):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:
-        return ReLUBackward.call(Conv2d.push_forward(ctx, *tangents), ctx.saved_tensors[0])
+        return ReLUBackward.call(Conv2d.push_forward(ctx, *tangents), primals(ctx)[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pyops.autograd._bilinear import Bilinear, MaybeTensor
-from pyops.autograd._function import Dims, composition, implements
+from pyops.autograd._function import Dims, composition, implements, primals
 from pyops.autograd.conv2d import Conv2d, Conv2dBackward, output_size, vmap_images
 from pyops.autograd.max_pool2d import MaxPool2d, MaxPool2dBackward, MaxPool2dGather
 
@@ -61,7 +61,7 @@ class Conv2dReLUMaxPool2d(Bilinear):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: MaybeTensor) -> tuple[MaybeTensor, None]:
-        argmax, input, weight = ctx.saved_tensors
+        argmax, input, weight = primals(ctx)
         conv, pool = ctx.options[:CONV_OPTIONS], ctx.options[CONV_OPTIONS:]
         tangent = Conv2d.product_rule(input, weight, *tangents[:3], conv)
         return MaxPool2dGather.call(tangent, argmax, *pool), None

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pyops.autograd._bilinear import MaybeTensor
-from pyops.autograd._function import Dims, composition, implements
+from pyops.autograd._function import Dims, composition, implements, primals
 from pyops.autograd.linear import Linear, LinearBackward
 from pyops.autograd.relu import ReLU, ReLUBackward
 
@@ -42,7 +42,7 @@ class LinearReLU(Linear):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:
-        return ReLUBackward.call(Linear.push_forward(ctx, *tangents), ctx.saved_tensors[0])
+        return ReLUBackward.call(Linear.push_forward(ctx, *tangents), primals(ctx)[0])
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pyops.autograd._function import Dims, OpFunction, batch_first, implements, vmap_by_loop
+from pyops.autograd._function import Dims, OpFunction, batch_first, implements, primals, vmap_by_loop
 
 
 @implements("relu")
@@ -36,7 +36,9 @@ class ReLU(OpFunction):
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         return ReLUBackward.call(grad_output, *ctx.saved_tensors)
 
-    jvp = backward  # the derivative is diagonal: pushing a tangent forward is pulling a gradient back
+    @staticmethod
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:  # diagonal: the same as pulling a gradient back
+        return ReLUBackward.call(tangent, *primals(ctx))
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, input: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -69,7 +71,7 @@ class InplaceReLU(ReLU):
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
-        return tangent.copy_(ReLUBackward.call(tangent, *ctx.saved_tensors))
+        return tangent.copy_(ReLUBackward.call(tangent, *primals(ctx)))
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, input: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -100,7 +102,7 @@ class ReLUBackward(OpFunction):
 
     @staticmethod
     def jvp(ctx: Any, grad_tangent: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
-        return ReLUBackward.call(grad_tangent, *ctx.saved_tensors)
+        return ReLUBackward.call(grad_tangent, *primals(ctx))
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -1,0 +1,180 @@
+"""torch.compile, torch.export and AOTInductor over our functions and layers: one graph, the results of stock."""
+
+import copy
+import io
+import shutil
+
+import pytest
+import torch
+from torch import func
+from torch._dynamo.testing import CompileCounterWithBackend
+from twins import TWINS, lenets, training_pass
+
+import pyops
+
+every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
+both_lenets = pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="inductor compiles C++")
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code():
+    torch._dynamo.reset()
+
+
+# ---- torch.compile ----
+
+
+@every_twin
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_functions(twin, dynamic):
+    """Forward and backward in one graph, which AOTAutograd splits as the real kernels do."""
+    compiled = torch.compile(twin.ours, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    tensors, results = [t.requires_grad_() for t in twin.tensors()], []
+    for function in (compiled, twin.stock):
+        output = function(*tensors)
+        results.append([output, *torch.autograd.grad(output.pow(3).sum(), tensors)])
+    torch.testing.assert_close(*results)
+
+
+def test_options_that_are_symbols():
+    """Sizes of windows and paddings given as arguments, which dynamic shapes make symbols."""
+    x, weight = torch.randn(2, 3, 9, 8, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+
+    def run(functional, padding, stride, window):
+        y = functional.relu(functional.conv2d(x, weight, None, stride, padding))
+        return functional.max_pool2d(y, window, (window, 1))
+
+    def run_fused(padding, stride, window):
+        pool = {"pool_kernel_size": window, "pool_stride": (window, 1)}
+        return pyops.functional.conv2d_relu_max_pool2d(x, weight, None, stride, padding, **pool)
+
+    for function in (lambda *options: run(pyops.functional, *options), run_fused):
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+        for options in ((1, 1, 2), (2, 2, 3), (0, 1, 2)):
+            torch.testing.assert_close(compiled(*options), run(torch.nn.functional, *options))
+
+
+@needs_compiler
+@both_lenets
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_networks_by_inductor(fused, dynamic):
+    """No graph break, and with dynamic shapes one compilation for all batch sizes, in both memory formats."""
+    net, stock = lenets(fused)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=dynamic)
+    for batch in (3, 4, 7) if dynamic else (3,):
+        x = torch.randn(batch, 1, 32, 32, dtype=torch.float64)
+        torch.testing.assert_close(training_pass(compiled, net, x), training_pass(stock, stock, x))
+    assert counter.frame_count == 1
+
+
+@needs_compiler
+def test_layouts_by_inductor():
+    """What inductor assumes of the strides of our results holds, also for channels-last ones."""
+    layers = [pyops.nn.Conv2d(3, 4, 3), pyops.nn.ReLU(inplace=True), pyops.nn.MaxPool2d(2)]
+    net = torch.nn.Sequential(*layers, pyops.nn.ConvReLU2d(4, 2, 2)).double()
+    stock = pyops.revert(copy.deepcopy(net[:3])).append(torch.nn.Conv2d(4, 2, 2).double()).append(torch.nn.ReLU())
+    stock.load_state_dict(net.state_dict())
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch._dynamo.reset()
+        for module in (net, stock):
+            module.to(memory_format=memory_format)
+        compiled = torch.compile(net, fullgraph=True)
+        inputs = x.contiguous(memory_format=memory_format)
+        actual, expected = training_pass(compiled, net, inputs), training_pass(stock, stock, inputs)
+        torch.testing.assert_close(actual, expected)
+        assert actual[0].is_contiguous(memory_format=memory_format)
+
+
+def test_a_training_step_in_one_graph():
+    """Forward, loss, and the update of the parameters, whose gradients are computed by torch.func."""
+    net, stock = lenets()
+    images, labels = torch.randn(4, 1, 32, 32, dtype=torch.float64), torch.arange(4)
+
+    def step(net, parameters):
+        def loss(parameters):
+            return torch.nn.functional.cross_entropy(func.functional_call(net, parameters, (images,)), labels)
+
+        return {name: parameters[name] - 0.1 * gradient for name, gradient in func.grad(loss)(parameters).items()}
+
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+    compiled = torch.compile(lambda parameters: step(net, parameters), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(parameters), step(stock, parameters))
+
+
+TRANSFORMS = {
+    "vmap": lambda f: lambda *t: func.vmap(f)(*(torch.stack([x, x.sin()]) for x in t)),
+    "grad": lambda f: lambda *t: func.grad(lambda *t: f(*t).pow(3).sum(), tuple(range(len(t))))(*t),
+    "jvp": lambda f: lambda *t: func.jvp(f, t, tuple(x.cos() for x in t)),
+    "hessian": lambda f: lambda *t: func.hessian(lambda *t: f(*t).pow(3).sum(), tuple(range(len(t))))(*t),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["linear", "max_pool2d", "conv2d_relu"])
+def test_transforms_inside_of_compiled_code(name, transform):
+    """Where custom operators are known to lose derivatives (pytorch#192985)."""
+    twin = TWINS[name]
+    compiled = torch.compile(TRANSFORMS[transform](twin.ours), backend="aot_eager", fullgraph=True)
+    tensors = twin.tensors()
+    torch.testing.assert_close(compiled(*tensors), TRANSFORMS[transform](twin.stock)(*tensors))
+
+
+@both_lenets
+def test_autocast(fused):
+    net, _ = lenets(fused, torch.float32)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 1, 32, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = (training_pass(each, net, x) for each in (compiled, net))
+    assert actual[0].dtype == torch.bfloat16
+    torch.testing.assert_close(actual, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_errors_are_those_of_eager():
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        torch.compile(pyops.functional.linear, backend="aot_eager")(torch.ones(2, 3), torch.ones(4, 5))
+
+
+# ---- torch.export ----
+
+
+@both_lenets
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(fused, strict):
+    """One program for all batch sizes, made of our operators, that can be saved, loaded and trained."""
+    net, stock = lenets(fused)
+    x = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict)
+    names = {node.target.name() for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)}
+    operators = {name for name in names if name.startswith("pyops::")}
+    assert operators == (
+        {"pyops::conv2d_relu_max_pool2d", "pyops::linear_relu", "pyops::linear"}
+        if fused
+        else {"pyops::conv2d", "pyops::relu", "pyops::max_pool2d", "pyops::linear"}
+    )
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    for each in (program, torch.export.load(file), program.run_decompositions()):
+        module = each.module()
+        for batch in (3, 5):
+            x = torch.randn(batch, 1, 32, 32, dtype=torch.float64)
+            torch.testing.assert_close(training_pass(module, module, x), training_pass(stock, stock, x))
+
+
+@needs_compiler
+@both_lenets
+def test_aot_inductor(fused, tmp_path):
+    """Compiled into a package, loaded and run, on another batch size too."""
+    net, stock = lenets(fused, torch.float32)
+    x = torch.randn(3, 1, 32, 32)
+    with torch.no_grad():
+        program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=64)},))
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "lenet.pt2"))
+        run = torch._inductor.aoti_load_package(package)
+        for batch in (3, 8):
+            x = torch.randn(batch, 1, 32, 32)
+            torch.testing.assert_close(run(x), stock(x))

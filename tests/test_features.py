@@ -1,0 +1,312 @@
+"""What torch does with layers and their graphs besides calling them: as with stock's, for every function and layer."""
+
+import copy
+import io
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from kernel_log import KernelLog
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from twins import TWINS, lenets, training_pass
+
+import pyops
+from pyops import functional as F
+
+every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
+both_lenets = pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
+LAYERS = {
+    "ReLU": (lambda nn: nn.ReLU(), (2, 3)),
+    "Linear": (lambda nn: nn.Linear(3, 4), (2, 3)),
+    "Conv2d": (lambda nn: nn.Conv2d(3, 4, 3, padding=1), (2, 3, 6, 5)),
+    "MaxPool2d": (lambda nn: nn.MaxPool2d(2), (2, 3, 6, 5)),
+    "LinearReLU": (lambda nn: nn.LinearReLU(3, 4), (2, 3)),
+    "ConvReLU2d": (lambda nn: nn.ConvReLU2d(3, 4, 3), (2, 3, 6, 5)),
+    "ConvReLUMaxPool2d": (lambda nn: nn.ConvReLUMaxPool2d(3, 4, 3, pool_kernel_size=2), (2, 3, 6, 5)),
+}
+every_layer = pytest.mark.parametrize(("build", "shape"), LAYERS.values(), ids=LAYERS)
+WEIGHTED = {name: LAYERS[name] for name in LAYERS if name not in ("ReLU", "MaxPool2d")}
+every_weighted_layer = pytest.mark.parametrize(("build", "shape"), WEIGHTED.values(), ids=WEIGHTED)
+
+
+def gradients(function, tensors):
+    """The output, and the gradients of leaves made of the tensors."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    output = function(*leaves)
+    output.pow(3).sum().backward()
+    return [output.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def stock(layer, x):
+    """What one of our layers computes, by stock's functions."""
+    for hook in layer._forward_pre_hooks.values():  # pruning computes the weight in one
+        hook(layer, (x,))
+    kind = next(cls.__name__ for cls in type(layer).__mro__ if cls.__module__ == "pyops.nn")
+    if "Conv" in kind:
+        x = nn.functional.conv2d(x, layer.weight, layer.bias, padding=layer.padding)
+    if "Linear" in kind:
+        x = nn.functional.linear(x, layer.weight, layer.bias)
+    if "ReLU" in kind:
+        x = nn.functional.relu(x)
+    return nn.functional.max_pool2d(x, 2) if "MaxPool2d" in kind else x
+
+
+# ---- the graph and what is saved in it ----
+
+
+@every_twin
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(twin, use_reentrant):
+    tensors = twin.tensors()
+    function = partial(checkpoint, twin.ours, use_reentrant=use_reentrant)
+    torch.testing.assert_close(gradients(function, tensors), gradients(twin.stock, tensors))
+
+
+def test_checkpoint_of_a_sequence():
+    net = pyops.convert(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    expected = training_pass(net, net, x)
+    expected = [t.clone() for t in expected]
+    actual = training_pass(lambda x: checkpoint_sequential(net, 2, x, use_reentrant=False), net, x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@every_twin
+def test_saved_tensors_are_offloaded(twin):
+    """By hooks that store them elsewhere; what comes back is another tensor."""
+    tensors, stored = twin.tensors(), []
+
+    def pack(tensor):
+        stored.append(pickle.dumps(tensor.detach()))
+        return len(stored) - 1
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda i: pickle.loads(stored[i])):
+        actual = gradients(twin.ours, tensors)
+    assert stored
+    torch.testing.assert_close(actual, gradients(twin.stock, tensors))
+    with torch.autograd.graph.save_on_cpu():
+        torch.testing.assert_close(gradients(twin.ours, tensors), gradients(twin.stock, tensors))
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+@every_twin
+def test_anomaly_mode(twin):
+    """Results stay; a NaN in a gradient is reported, with the call that it comes from."""
+    tensors = twin.tensors()
+    with torch.autograd.detect_anomaly():
+        torch.testing.assert_close(gradients(twin.ours, tensors), gradients(twin.stock, tensors))
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        output = twin.ours(*leaves)
+        with pytest.raises(RuntimeError, match="returned nan values"), pytest.warns(UserWarning, match="Traceback"):
+            output.backward(torch.full_like(output, float("nan")))
+
+
+@every_layer
+def test_backward_hooks(build, shape):
+    """Of modules, tensors and graph nodes: called with what stock's are called with."""
+    layer = build(pyops.nn).double()
+    x = pyops.testing.gradcheck_input(*shape)
+    expected = gradients(partial(stock, layer), [x])
+    layer.zero_grad()
+    seen = []
+    layer.register_full_backward_pre_hook(lambda _, grads: seen.append(("pre", grads[0])))
+    layer.register_full_backward_hook(lambda _, grad_inputs, grads: seen.append(("full", grad_inputs[0], grads[0])))
+    leaf = x.detach().requires_grad_()
+    leaf.register_hook(lambda grad: seen.append(("leaf", grad)))
+    output = layer(leaf)
+    output.register_hook(lambda grad: seen.append(("output", grad)))
+    output.pow(3).sum().backward()
+    grad_output = 3 * expected[0].square()
+    assert {name for name, *_ in seen} == {"output", "pre", "full", "leaf"} and len(seen) == 4
+    for name, *tensors in seen:
+        torch.testing.assert_close(tensors[-1], expected[1] if name == "leaf" else grad_output)
+        torch.testing.assert_close(tensors[0], expected[1] if name in ("leaf", "full") else grad_output)
+
+
+@every_twin
+def test_retain_graph_and_create_graph(twin):
+    leaves = [t.requires_grad_() for t in twin.tensors()]
+    output = twin.ours(*leaves).pow(3).sum()
+    first = torch.autograd.grad(output, leaves, retain_graph=True)
+    again = torch.autograd.grad(output, leaves, create_graph=True)
+    for a, b in zip(first, again, strict=True):
+        assert torch.equal(a, b)
+    second = torch.autograd.grad(sum(g.square().sum() for g in again), leaves)
+    grads = torch.autograd.grad(twin.stock(*leaves).pow(3).sum(), leaves, create_graph=True)
+    torch.testing.assert_close(second, torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(output, leaves)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d", "linear_relu", "conv2d_relu", "conv2d_relu_max_pool2d"])
+@pytest.mark.parametrize("which", [0, 1], ids=["input", "weight"])
+def test_changing_what_is_saved_raises(name, which):
+    """As with stock: an input or a weight that was changed in place is no longer what the backward needs."""
+    twin = TWINS[name]
+    for function in (twin.ours, twin.stock):
+        tensors = [t.requires_grad_() * 1 for t in twin.tensors()]
+        output = function(*tensors)
+        with torch.no_grad():
+            tensors[which] += 1
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            output.sum().backward()
+
+
+@every_twin
+def test_deterministic_algorithms(twin):
+    """Are all there are: nothing is refused, and nothing changes."""
+    tensors = twin.tensors()
+    expected = gradients(twin.ours, tensors)
+    torch.use_deterministic_algorithms(True)
+    try:
+        actual = gradients(twin.ours, tensors)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@every_twin
+def test_without_gradients(twin):
+    tensors = [t.requires_grad_() for t in twin.tensors()]
+    expected = twin.stock(*tensors).detach()
+    with torch.no_grad():
+        output = twin.ours(*tensors)
+    assert not output.requires_grad
+    torch.testing.assert_close(output, expected)
+    with torch.inference_mode():
+        output = twin.ours(*tensors)
+        inside = twin.ours(*(t.clone() for t in tensors))
+    assert output.is_inference() and inside.is_inference()
+    torch.testing.assert_close(output, expected)
+    if len(tensors) > 1:
+        with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+            twin.ours(torch.inference_mode()(tensors[0].clone)(), *tensors[1:])
+
+
+# ---- layers ----
+
+
+class Symmetric(nn.Module):
+    def forward(self, weight):
+        return weight + weight.flip(-1)
+
+
+REPARAMETRIZATIONS = {
+    "parametrize": lambda layer: parametrize.register_parametrization(layer, "weight", Symmetric()),
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": lambda layer: parametrizations.spectral_norm(layer).eval(),
+    "prune": lambda layer: prune.l1_unstructured(layer, "weight", amount=5),
+}
+
+
+@every_weighted_layer
+@pytest.mark.parametrize("method", REPARAMETRIZATIONS)
+def test_weights_that_are_computed(build, shape, method):
+    """On layers that were made as ours, fused ones among them."""
+    layer = REPARAMETRIZATIONS[method](build(pyops.nn).double())
+    x = torch.randn(shape, dtype=torch.float64)
+    with KernelLog() as log:
+        actual = training_pass(layer, layer, x)
+    assert log.ours and not {"addmm", "convolution"} & log.stock
+    torch.testing.assert_close(actual, training_pass(lambda x: stock(layer, x), layer, x))
+
+
+def test_lazy_layers():
+    """Become stock's layers when they first see their input, and ours by a conversion afterwards."""
+    net = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    x = torch.randn(2, 3, 6, 5)
+    pyops.convert(net)  # nothing to take for those that do not know their shapes yet
+    expected = net(x)
+    assert type(net[0]) is nn.Conv2d and type(net[3]) is nn.Linear
+    pyops.convert(net)
+    with KernelLog() as log:
+        torch.testing.assert_close(net(x), expected)
+    assert log.ours == {"conv2d", "relu_with_mask", "linear"} and log.stock == set()
+
+
+@both_lenets
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies(fused, way):
+    """Also of a network that is in the middle of training."""
+    net, stock = lenets(fused)
+    x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    training_pass(net, net, x)
+    if way == "torch.save":
+        file = io.BytesIO()
+        torch.save(net, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    else:
+        twin = copy.deepcopy(net) if way == "deepcopy" else pickle.loads(pickle.dumps(net))
+    assert type(twin) is type(net)
+    torch.testing.assert_close(training_pass(twin, twin, x), training_pass(stock, stock, x))
+
+
+@both_lenets
+def test_state_dict_is_loaded_safely(fused):
+    """By weights_only=True, the default, and into stock's network too."""
+    net, stock = lenets(fused)
+    with torch.no_grad():
+        net.fc3.bias += 1
+    file = io.BytesIO()
+    torch.save(net.state_dict(), file)
+    file.seek(0)
+    stock.load_state_dict(torch.load(file, weights_only=True))
+    x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(net(x), stock(x))
+
+
+@both_lenets
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_networks_in_other_dtypes(fused, dtype):
+    """half(), bfloat16() and double(): as near to float64 as the dtype is."""
+    net, stock = lenets(fused, torch.float64)
+    change = {torch.float16: nn.Module.half, torch.bfloat16: nn.Module.bfloat16, torch.float64: nn.Module.double}
+    change[dtype](net)
+    x = torch.randn(3, 1, 32, 32, dtype=torch.float64)
+    actual = training_pass(net, net, x.to(dtype))
+    assert {t.dtype for t in actual} == {dtype}
+    tolerance = 8 * torch.finfo(dtype).eps
+    for ours, exact in zip(actual, training_pass(stock, stock, x), strict=True):
+        assert (ours.double() - exact).norm() <= max(tolerance, 1e-12) * 4 * exact.norm()
+
+
+@both_lenets
+def test_channels_last(fused):
+    net, stock = lenets(fused)
+    for module in (net, stock):
+        module.to(memory_format=torch.channels_last)
+    x = torch.randn(3, 1, 32, 32, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(training_pass(net, net, x), training_pass(stock, stock, x))
+    assert net.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert F.conv2d(x, net.conv1.weight).is_contiguous(memory_format=torch.channels_last)
+
+
+@both_lenets
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(fused, target):
+    """Activations in the autocast dtype as stock's, gradients in the parameters'."""
+    net, stock = lenets(fused, torch.float32)
+    x = torch.randn(3, 1, 32, 32)
+    with torch.autocast("cpu", target):
+        actual, expected = training_pass(net, net, x), training_pass(stock, stock, x)
+    assert [t.dtype for t in actual] == [t.dtype for t in expected]
+    assert actual[0].dtype == target and actual[-1].dtype == torch.float32
+    for ours, stocks in zip(actual, expected, strict=True):
+        assert (ours - stocks).double().norm() <= 16 * torch.finfo(target).eps * stocks.double().norm()
+
+
+def test_onnx_is_refused_by_name():
+    """There is no such operator in ONNX; a reverted network exports."""
+    with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="pyops::conv2d"), pytest.warns():
+        torch.onnx.export(pyops.LeNet(), (torch.ones(1, 1, 32, 32),), io.BytesIO(), dynamo=False)
+
+
+def test_onnx_of_a_traced_program_is_refused_by_name():
+    pytest.importorskip("onnxscript")
+    with pytest.raises(torch.onnx.OnnxExporterError) as info:
+        torch.onnx.export(pyops.LeNet(), (torch.ones(1, 1, 32, 32),), io.BytesIO(), dynamo=True)
+    assert "pyops.conv2d" in str(info.value.__cause__)
