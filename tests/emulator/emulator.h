@@ -303,6 +303,12 @@ inline unsigned ballot(unsigned mask, bool vote, const char* site) {
   emulator::shuffle(mask, value, emulator::lane() + (delta), 32, EMULATOR_SITE)
 #define __ballot_sync(mask, vote) emulator::ballot(mask, vote, EMULATOR_SITE)
 
+using std::max;
+using std::min;
+
 inline unsigned __umulhi(unsigned a, unsigned b) {
   return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }

@@ -1,0 +1,40 @@
+// The launchers of the CUDA kernels, one for each entry of `Kernels`, and how they become that table.
+#pragma once
+
+#include "common.h"
+
+namespace pyops::cuda {
+
+cudaError_t relu(const ReluArgs&, Workspace&, cudaStream_t);
+cudaError_t relu_backward(const ReluBackwardArgs&, Workspace&, cudaStream_t);
+cudaError_t relu_mask_backward(const ReluMaskBackwardArgs&, Workspace&, cudaStream_t);
+cudaError_t linear(const LinearArgs&, Workspace&, cudaStream_t);
+cudaError_t linear_backward(const LinearBackwardArgs&, Workspace&, cudaStream_t);
+cudaError_t conv2d(const Conv2dArgs&, Workspace&, cudaStream_t);
+cudaError_t conv2d_backward(const Conv2dBackwardArgs&, Workspace&, cudaStream_t);
+cudaError_t max_pool2d(const MaxPool2dArgs&, Workspace&, cudaStream_t);
+cudaError_t max_pool2d_backward(const MaxPool2dBackwardArgs&, Workspace&, cudaStream_t);
+cudaError_t max_pool2d_gather(const MaxPool2dGatherArgs&, Workspace&, cudaStream_t);
+cudaError_t max_pool2d_indices(const MaxPool2dIndicesArgs&, Workspace&, cudaStream_t);
+cudaError_t conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs&, Workspace&, cudaStream_t);
+
+// Run<launcher>::run calls the launcher with a workspace and a stream, and deals with errors.
+template <template <auto> class Run>
+constexpr Kernels kernel_table() {
+  return {
+      Run<&relu>::run,
+      Run<&relu_backward>::run,
+      Run<&relu_mask_backward>::run,
+      Run<&linear>::run,
+      Run<&linear_backward>::run,
+      Run<&conv2d>::run,
+      Run<&conv2d_backward>::run,
+      Run<&max_pool2d>::run,
+      Run<&max_pool2d_backward>::run,
+      Run<&max_pool2d_gather>::run,
+      Run<&max_pool2d_indices>::run,
+      Run<&conv2d_relu_max_pool2d>::run,
+  };
+}
+
+}  // namespace pyops::cuda
