@@ -146,7 +146,7 @@ Tensor conv2d(const char* op, const Tensor& input, const Tensor& weight, const O
   if (output.numel() > 0) {
     checked.args.output = output.mutable_data_ptr();
     checked.args.relu = relu;
-    kernels(input).conv2d(checked.args);
+    kernels(input)->conv2d(checked.args);
   }
   return from_batch(output, checked.batched);
 }
@@ -190,9 +190,9 @@ Gradients conv2d_backward(const char* op, const Tensor& grad_output, const Optio
     const Tensor x = want_weight ? to_batch(*input).contiguous(format) : Tensor();
     const Tensor w = want_input ? weight->contiguous() : Tensor();
     kernels(grad_output)
-        .conv2d_backward({dtype, shape, g.const_data_ptr(), data_or_null(x), data_or_null(w),
-                          mutable_data_or_null(grad_input), mutable_data_or_null(grad_weight),
-                          mutable_data_or_null(grad_bias)});
+        ->conv2d_backward({dtype, shape, g.const_data_ptr(), data_or_null(x), data_or_null(w),
+                           mutable_data_or_null(grad_input), mutable_data_or_null(grad_weight),
+                           mutable_data_or_null(grad_bias)});
   }
   if (want_weight && weight.has_value() && is_channels_last(*weight))
     grad_weight = grad_weight.contiguous(at::MemoryFormat::ChannelsLast);
@@ -210,7 +210,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
       " -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("conv2d", [](const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                       IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
     return conv2d("conv2d", input, weight, bias, {stride, padding, dilation, groups}, /*relu=*/false);

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(const Tensor& input, const Ten
   Tensor output = fresh(at::empty({pool.N, pool.C, pool.OH, pool.OW}, input.options(), format));
   Tensor argmax = fresh(at::empty(output.sizes(), input.options().dtype(argmax_dtype(pool)), format));
   if (output.numel() > 0)
-    kernels(input).conv2d_relu_max_pool2d({conv.args, pool, output.mutable_data_ptr(), argmax.mutable_data_ptr()});
+    kernels(input)->conv2d_relu_max_pool2d({conv.args, pool, output.mutable_data_ptr(), argmax.mutable_data_ptr()});
   // A single image has no memory format: max_pool2d's are contiguous.
   if (!conv.batched) return {output.squeeze(0).contiguous(), argmax.squeeze(0).contiguous()};
   return {output, argmax};
@@ -66,7 +66,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
 #undef CONV
 #undef POOL
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("conv2d_relu_max_pool2d", conv2d_relu_max_pool2d);
   m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward);
 }

@@ -26,3 +26,5 @@ if cpu_capability not in build_info.cpu_capabilities:
     cpu_capability = "DEFAULT"
 cpu_kernels = importlib.import_module(f"pyops._cpu_{cpu_capability.lower()}").kernels
 _C.set_cpu_kernels(cpu_kernels)
+if build_info.cuda:
+    _C.set_cuda_kernels(importlib.import_module("pyops._cuda").kernels)
