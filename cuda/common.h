@@ -207,6 +207,7 @@ struct Divider {
     while ((Wide(1) << shift) < divisor) ++shift;
     multiplier = static_cast<Unsigned>((((Wide(1) << shift) - divisor) << (8 * sizeof(Index))) / divisor + 1);
   }
+  __host__ __device__ __forceinline__ Index value() const { return static_cast<Index>(divisor); }
   __device__ __forceinline__ Index quotient(Index n) const {
     const auto dividend = static_cast<Unsigned>(n);
     return static_cast<Index>((high_product(dividend, multiplier) + dividend) >> shift);
@@ -216,7 +217,7 @@ struct Divider {
 // Removes the last digit, whose base is the divisor, from n.
 template <class Index>
 __device__ __forceinline__ Index take_digit(Index& n, const Divider<Index>& base) {
-  const Index rest = base.quotient(n), digit = n - rest * static_cast<Index>(base.divisor);
+  const Index rest = base.quotient(n), digit = n - rest * base.value();
   n = rest;
   return digit;
 }

@@ -1,9 +1,10 @@
 // output[n, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] input[n, c, y stride + i dilation - padding,
-// ..], rectified if asked for, of images in either layout. One thread for each output.
+// ..], rectified if asked for, of images in either layout; conv_way (conv2d.h) says how.
 //
 // Sums are taken in float (double for double) over the taps inside the image, in an order that depends on the shape
 // only, and rounded once.
-#include "conv2d.h"
+#include "conv2d_generic.h"
+#include "conv2d_product.h"
 #include "launchers.h"
 
 namespace pyops::cuda {
@@ -11,7 +12,8 @@ namespace {
 
 template <class T, class Index>
 __global__ void __launch_bounds__(block_threads, 1)
-    forward(Conv<Index> conv, const T* input, const T* weight, const T* bias, T* output, bool relu) {
+    generic_forward(const __grid_constant__ Conv<Index> conv, const T* input, const T* weight, const T* bias, T* output,
+                    bool relu) {
   const int64_t number = thread_number();
   if (number >= conv.output.count) return;
   const Position<Index> at = conv.output.position(static_cast<Index>(number));
@@ -21,13 +23,16 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 }  // namespace
 
-cudaError_t conv2d(const Conv2dArgs& x, Workspace&, cudaStream_t stream) {
+cudaError_t conv2d(const Conv2dArgs& x, Workspace& workspace, cudaStream_t stream) {
+  const ConvWay way = conv_way(x.shape);
+  if (way == ConvWay::tiny) return tiny_forward(x, stream);
   return dispatch_floating(x.dtype, [&](auto t) {
-    return dispatch_conv_index(x.shape, [&](auto index) {
-      using T = decltype(t);
+    using T = decltype(t);
+    if (way == ConvWay::product) return product_forward<T>(x, workspace, stream);
+    return dispatch_index(largest_conv_offset(x.shape), [&](auto index) {
       using Index = decltype(index);
       const Conv<Index> conv(x.shape);
-      return launch_for(forward<T, Index>, conv.output.count, stream, conv, static_cast<const T*>(x.input),
+      return launch_for(generic_forward<T, Index>, conv.output.count, stream, conv, static_cast<const T*>(x.input),
                         static_cast<const T*>(x.weight), static_cast<const T*>(x.bias), static_cast<T*>(x.output),
                         x.relu);
     });

@@ -1,10 +1,12 @@
-// output = relu(max_pool2d(conv2d(input, weight, bias))) and the argmax of each window, without the convolution's
-// result in memory. One thread for each window, which sums its pixels of the convolution one after the other.
+// output = relu(max_pool2d(conv2d(input, weight, bias))) and the argmax of each window, by one of three ways:
+//   - few channels, windows of 2x2: in one kernel (conv2d_tiny.cu), without the convolution's result in memory;
+//   - where the convolution is generic: one thread for each window, which sums its pixels one after the other;
+//   - else the convolution's result goes to the workspace, and one kernel pools and rectifies it.
 //
 // The maximum is taken before the rectification, with which it commutes; where it is not above 0 (nor NaN) no gradient
 // passes, and the argmax is dead_window. Each pixel is summed and rounded as conv2d does it, so that values and winners
 // have the bits of the three ops one after the other.
-#include "conv2d.h"
+#include "conv2d_generic.h"
 #include "launchers.h"
 
 namespace pyops::cuda {
@@ -29,14 +31,14 @@ struct PoolWindow {
 
 template <class T, class A, class Index>
 __global__ void __launch_bounds__(block_threads, 1)
-    forward(Conv<Index> conv, PoolWindow<Index> pool, const T* input, const T* weight, const T* bias, T* output,
-            A* argmax, A dead) {
+    forward(const __grid_constant__ Conv<Index> conv, PoolWindow<Index> pool, const T* input, const T* weight,
+            const T* bias, T* output, A* argmax, A dead) {
   const int64_t number = thread_number();
   if (number >= pool.output.count) return;
   const Position<Index> at = pool.output.position(static_cast<Index>(number));
   const Index y0 = at.h * pool.stride_h - pool.padding_h, x0 = at.w * pool.stride_w - pool.padding_w;
-  const Taps<Index> rows(y0, pool.kernel_h, pool.dilation_h, static_cast<Index>(conv.output.H.divisor));
-  const Taps<Index> columns(x0, pool.kernel_w, pool.dilation_w, static_cast<Index>(conv.output.W.divisor));
+  const Taps<Index> rows(y0, pool.kernel_h, pool.dilation_h, conv.output.height());
+  const Taps<Index> columns(x0, pool.kernel_w, pool.dilation_w, conv.output.width());
   Compute<T> max = lowest<T>;
   auto winner = static_cast<A>(rows.begin * pool.kernel_w + columns.begin);
   for (Index i = rows.begin; i < rows.end; ++i) {
@@ -56,10 +58,20 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 }  // namespace
 
-cudaError_t conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs& x, Workspace&, cudaStream_t stream) {
+cudaError_t conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs& x, Workspace& workspace, cudaStream_t stream) {
+  const ConvWay way = conv_way(x.conv.shape);
+  if (way == ConvWay::tiny && is_tiny_pooled(x)) return tiny_pooled(x, stream);
   return dispatch_floating(x.conv.dtype, [&](auto t) {
-    return dispatch_conv_index(x.conv.shape, [&](auto index) {
-      using T = decltype(t);
+    using T = decltype(t);
+    if (way != ConvWay::generic) {
+      Conv2dArgs conv = x.conv;
+      T* between = workspace.array<T>(conv.shape.N * conv.shape.O * conv.shape.OH * conv.shape.OW);
+      conv.output = between;
+      conv.relu = false;
+      PYOPS_RETURN_ON_ERROR(conv2d(conv, workspace, stream));
+      return max_pool2d_rectified({conv.dtype, x.pool, between, x.output, x.argmax}, stream);
+    }
+    return dispatch_index(largest_conv_offset(x.conv.shape), [&](auto index) {
       using Index = decltype(index);
       const PoolWindow<Index> pool(x.pool);
       const auto run = [&](auto* argmax) {

@@ -7,7 +7,7 @@
 //
 // Where the tiles are too few for a GPU, or k is long, k is split into parts whose products go to the workspace and are
 // added in their order, in double. Tile and parts depend on the shape only.
-// Registers and shared memory (sm_90): 64 x 64 tiles at most 72 and 8.5 KB (float), 126 and 17 KB (double).
+// Registers (sm_90): of linear at most 80 for float and 128 for double. Shared memory: 8.5 KB for float, 17 for double.
 #pragma once
 
 #include <algorithm>
@@ -83,7 +83,8 @@ struct Staged {
 // Partial sums go to partials[part][row][column]; without partials there is one part, which goes to `store`.
 template <int tile, class C, class Index, class A, class B, class Store>
 __global__ void __launch_bounds__(block_threads, 1)
-    gemm_kernel(A a, B b, Store store, GemmShape<Index> shape, C* partials) {
+    gemm_kernel(const __grid_constant__ A a, const __grid_constant__ B b, const __grid_constant__ Store store,
+                const __grid_constant__ GemmShape<Index> shape, C* partials) {
   constexpr int side = 16, square = tile / side, pitch = tile + 4;
   C* a_shared = shared_memory<C>();
   C* b_shared = a_shared + gemm_depth * pitch;
@@ -138,7 +139,8 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 template <class C, class Index, class Store>
 __global__ void __launch_bounds__(block_threads, 1)
-    finish_gemm(const C* partials, int64_t parts, Divider<Index> columns, int64_t count, Store store) {
+    finish_gemm(const C* partials, int64_t parts, Divider<Index> columns, int64_t count,
+                const __grid_constant__ Store store) {
   const int64_t number = thread_number();
   if (number >= count) return;
   double sum = 0;

@@ -10,6 +10,11 @@ struct Position {
   Index n, c, h, w;
 };
 
+template <class Index>
+struct Pixel {
+  Index n, h, w;
+};
+
 // Elements are numbered as they lie in memory: N C H W, or N H W C if channels_last.
 template <class Index>
 struct Images {
@@ -28,6 +33,18 @@ struct Images {
         w_stride(static_cast<Index>(channels_last ? C : 1)),
         count(N * C * H * W),
         channels_last(channels_last) {}
+
+  __device__ __forceinline__ Index height() const { return H.value(); }
+  __device__ __forceinline__ Index width() const { return W.value(); }
+
+  // Pixels are numbered N H W.
+  __device__ __forceinline__ Pixel<Index> pixel(Index number) const {
+    Pixel<Index> p;
+    p.w = take_digit(number, W);
+    p.h = take_digit(number, H);
+    p.n = number;
+    return p;
+  }
 
   __device__ __forceinline__ Position<Index> position(Index i) const {
     Position<Index> p;

@@ -8,7 +8,7 @@
 //
 // A tap wins if (v > max) || isnan(v): ties keep the first, of several NaNs the last one wins, a window of -inf gives
 // its first tap in bounds. Taps out of bounds never win; an argmax that names no tap in bounds is of no element.
-// Registers (sm_90): at most 64, no shared memory.
+// Registers (sm_90): at most 56, and 94 with offsets of 64 bits; no shared memory.
 #include "images.h"
 #include "launchers.h"
 
@@ -35,16 +35,17 @@ struct Pool {
 };
 
 template <class T, class A, class Index>
-__global__ void __launch_bounds__(block_threads, 1) forward(Pool<Index> pool, const T* input, T* output, A* argmax) {
+__global__ void __launch_bounds__(block_threads, 1)
+    forward(Pool<Index> pool, const T* input, T* output, A* argmax, bool rectify, A dead) {
   const int64_t number = thread_number();
   if (number >= pool.output.count) return;
   const Position<Index> at = pool.output.position(static_cast<Index>(number));
-  const Index h0 = at.h * static_cast<Index>(pool.stride_h.divisor) - pool.padding_h;
-  const Index w0 = at.w * static_cast<Index>(pool.stride_w.divisor) - pool.padding_w;
-  const auto dilation_h = static_cast<Index>(pool.dilation_h.divisor);
-  const auto dilation_w = static_cast<Index>(pool.dilation_w.divisor);
-  const Taps<Index> rows(h0, pool.kernel_h, dilation_h, static_cast<Index>(pool.input.H.divisor));
-  const Taps<Index> columns(w0, pool.kernel_w, dilation_w, static_cast<Index>(pool.input.W.divisor));
+  const Index h0 = at.h * pool.stride_h.value() - pool.padding_h;
+  const Index w0 = at.w * pool.stride_w.value() - pool.padding_w;
+  const auto dilation_h = pool.dilation_h.value();
+  const auto dilation_w = pool.dilation_w.value();
+  const Taps<Index> rows(h0, pool.kernel_h, dilation_h, pool.input.height());
+  const Taps<Index> columns(w0, pool.kernel_w, dilation_w, pool.input.width());
   Compute<T> max = lowest<T>;
   Index winner = rows.begin * pool.kernel_w + columns.begin;
   for (Index i = rows.begin; i < rows.end; ++i) {
@@ -56,8 +57,9 @@ __global__ void __launch_bounds__(block_threads, 1) forward(Pool<Index> pool, co
       }
     }
   }
-  output[number] = narrow<T>(max);
-  argmax[number] = static_cast<A>(winner);
+  const bool is_dead = rectify && max <= 0;
+  output[number] = narrow<T>(is_dead ? Compute<T>(0) : max);
+  argmax[number] = is_dead ? dead : static_cast<A>(winner);
 }
 
 // The windows [begin, end) along one dimension that can hold the element at `position`, counted from the padding's.
@@ -78,18 +80,16 @@ __global__ void __launch_bounds__(block_threads, 1)
   if (number >= pool.input.count) return;
   const Position<Index> at = pool.input.position(static_cast<Index>(number));
   const Index h = at.h + pool.padding_h, w = at.w + pool.padding_w;
-  const auto dilation_h = static_cast<Index>(pool.dilation_h.divisor);
-  const auto dilation_w = static_cast<Index>(pool.dilation_w.divisor);
-  const Windows<Index> rows(h, (pool.kernel_h - 1) * dilation_h + 1, pool.stride_h,
-                            static_cast<Index>(pool.output.H.divisor));
-  const Windows<Index> columns(w, (pool.kernel_w - 1) * dilation_w + 1, pool.stride_w,
-                               static_cast<Index>(pool.output.W.divisor));
+  const auto dilation_h = pool.dilation_h.value();
+  const auto dilation_w = pool.dilation_w.value();
+  const Windows<Index> rows(h, (pool.kernel_h - 1) * dilation_h + 1, pool.stride_h, pool.output.height());
+  const Windows<Index> columns(w, (pool.kernel_w - 1) * dilation_w + 1, pool.stride_w, pool.output.width());
   Compute<T> sum = 0;
   for (Index y = rows.begin; y < rows.end; ++y) {
-    Index i = h - y * static_cast<Index>(pool.stride_h.divisor);
+    Index i = h - y * pool.stride_h.value();
     if (dilation_h > 1 && take_digit(i, pool.dilation_h) != 0) continue;
     for (Index x = columns.begin; x < columns.end; ++x) {
-      Index j = w - x * static_cast<Index>(pool.stride_w.divisor);
+      Index j = w - x * pool.stride_w.value();
       if (dilation_w > 1 && take_digit(j, pool.dilation_w) != 0) continue;
       const Index window = pool.output.offset(at.n, at.c, y, x);
       if (argmax[window] == static_cast<A>(i * pool.kernel_w + j)) sum += widen(grad_output[window]);
@@ -104,11 +104,9 @@ __device__ int64_t plane_index(const Pool<Index>& pool, const Position<Index>& w
   const auto tap = static_cast<int64_t>(argmax);
   if (tap < 0 || tap >= static_cast<int64_t>(pool.kernel_h) * pool.kernel_w) return -1;
   const auto i = static_cast<Index>(tap / pool.kernel_w), j = static_cast<Index>(tap % pool.kernel_w);
-  const Index h = window.h * static_cast<Index>(pool.stride_h.divisor) - pool.padding_h +
-                  i * static_cast<Index>(pool.dilation_h.divisor);
-  const Index w = window.w * static_cast<Index>(pool.stride_w.divisor) - pool.padding_w +
-                  j * static_cast<Index>(pool.dilation_w.divisor);
-  const auto height = static_cast<Index>(pool.input.H.divisor), width = static_cast<Index>(pool.input.W.divisor);
+  const Index h = window.h * pool.stride_h.value() - pool.padding_h + i * pool.dilation_h.value();
+  const Index w = window.w * pool.stride_w.value() - pool.padding_w + j * pool.dilation_w.value();
+  const auto height = pool.input.height(), width = pool.input.width();
   return h >= 0 && h < height && w >= 0 && w < width ? static_cast<int64_t>(h) * width + w : -1;
 }
 
@@ -141,19 +139,26 @@ cudaError_t dispatch(const MaxPool2dShape& s, F&& f) {
   });
 }
 
+template <class T>
+cudaError_t launch_forward(const MaxPool2dArgs& x, bool rectify, cudaStream_t stream) {
+  return dispatch(x.shape, [&](auto a, auto index) {
+    using A = decltype(a);
+    using Index = decltype(index);
+    const Pool<Index> pool(x.shape);
+    return launch_for(forward<T, A, Index>, pool.output.count, stream, pool, static_cast<const T*>(x.input),
+                      static_cast<T*>(x.output), static_cast<A*>(x.argmax), rectify,
+                      static_cast<A>(dead_window(x.shape.taps())));
+  });
+}
+
 }  // namespace
 
 cudaError_t max_pool2d(const MaxPool2dArgs& x, Workspace&, cudaStream_t stream) {
-  return dispatch_real(x.dtype, [&](auto t) {
-    using T = decltype(t);
-    return dispatch(x.shape, [&](auto a, auto index) {
-      using A = decltype(a);
-      using Index = decltype(index);
-      const Pool<Index> pool(x.shape);
-      return launch_for(forward<T, A, Index>, pool.output.count, stream, pool, static_cast<const T*>(x.input),
-                        static_cast<T*>(x.output), static_cast<A*>(x.argmax));
-    });
-  });
+  return dispatch_real(x.dtype, [&](auto t) { return launch_forward<decltype(t)>(x, false, stream); });
+}
+
+cudaError_t max_pool2d_rectified(const MaxPool2dArgs& x, cudaStream_t stream) {
+  return dispatch_floating(x.dtype, [&](auto t) { return launch_forward<decltype(t)>(x, true, stream); });
 }
 
 cudaError_t max_pool2d_backward(const MaxPool2dBackwardArgs& x, Workspace&, cudaStream_t stream) {

@@ -30,16 +30,15 @@ __device__ C sum_of_block(C value) {
   return values[0];
 }
 
-// term(sum, item, k) is sum + the k-th term of an item.
+// term(item, first, step, end) is the sum of the terms first, first + step, ... of an item, before end.
 template <class C, class Term>
 __global__ void __launch_bounds__(block_threads, 1)
-    partial_sums(Term term, Divider<int32_t> items, int64_t length, int64_t per_part, C* partials) {
+    partial_sums(const __grid_constant__ Term term, Divider<int32_t> items, int64_t length, int64_t per_part,
+                 C* partials) {
   auto part = static_cast<int32_t>(blockIdx.x);
   const int32_t item = take_digit(part, items);
   const int64_t end = min(length, (part + 1) * per_part);
-  C sum = 0;
-  for (int64_t k = part * per_part + threadIdx.x; k < end; k += blockDim.x) sum = term(sum, item, k);
-  sum = sum_of_block(sum);
+  const C sum = sum_of_block(term(item, part * per_part + threadIdx.x, blockDim.x, end));
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   output[item] = narrow<T>(sum);
 }
 
-// output[item] = the sum of term(.., item, k) over k below length.
+// output[item] = the sum of the terms below length.
 template <class T, class Term>
 cudaError_t sum(const Term& term, int64_t items, int64_t length, T* output, Workspace& workspace, cudaStream_t stream) {
   using C = Compute<T>;

@@ -293,6 +293,8 @@ inline unsigned ballot(unsigned mask, bool vote, const char* site) {
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__ __attribute__((noinline))
 
 #define __syncthreads() emulator::barrier(EMULATOR_SITE)
 #define __syncwarp(...) emulator::meet(0xffffffffu, EMULATOR_SITE)
