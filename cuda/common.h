@@ -10,27 +10,14 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <cstdint>
 #include <limits>
 #include <type_traits>
 
-#include "../csrc/kernels.h"
+#include "launchers.h"
 
 namespace pyops::cuda {
-
-// Memory for intermediate results of one launcher, in the order of its stream.
-class Workspace {
- public:
-  virtual ~Workspace() = default;
-  virtual void* allocate(int64_t bytes) = 0;
-
-  template <class T>
-  T* array(int64_t count) {
-    return static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T))));
-  }
-};
 
 // The 16-bit types are computed in float and rounded once, when the result is stored.
 template <class T>

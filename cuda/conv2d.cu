@@ -5,7 +5,6 @@
 // only, and rounded once.
 #include "conv2d_generic.h"
 #include "conv2d_product.h"
-#include "launchers.h"
 
 namespace pyops::cuda {
 namespace {

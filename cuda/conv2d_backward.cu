@@ -7,7 +7,6 @@
 // border gives no NaN. Sums are taken in an order that depends on the shape only.
 #include "conv2d_generic.h"
 #include "conv2d_product.h"
-#include "launchers.h"
 #include "sums.h"
 
 namespace pyops::cuda {

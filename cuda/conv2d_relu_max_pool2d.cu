@@ -7,7 +7,6 @@
 // passes, and the argmax is dead_window. Each pixel is summed and rounded as conv2d does it, so that values and winners
 // have the bits of the three ops one after the other.
 #include "conv2d_generic.h"
-#include "launchers.h"
 
 namespace pyops::cuda {
 namespace {

@@ -1,9 +1,24 @@
-// The launchers of the CUDA kernels, one for each entry of `Kernels`, and how they become that table.
+// The launchers of the CUDA kernels, one for each entry of `Kernels`, and how they become that table. A C++ compiler
+// can read this as well as nvcc.
 #pragma once
 
-#include "common.h"
+#include <cuda_runtime.h>
+
+#include "../csrc/kernels.h"
 
 namespace pyops::cuda {
+
+// Memory for intermediate results of one launcher, in the order of its stream.
+class Workspace {
+ public:
+  virtual ~Workspace() = default;
+  virtual void* allocate(int64_t bytes) = 0;
+
+  template <class T>
+  T* array(int64_t count) {
+    return static_cast<T*>(allocate(count * static_cast<int64_t>(sizeof(T))));
+  }
+};
 
 cudaError_t relu(const ReluArgs&, Workspace&, cudaStream_t);
 cudaError_t relu_backward(const ReluBackwardArgs&, Workspace&, cudaStream_t);

@@ -4,7 +4,6 @@
 //
 // Each sum is taken in float (double for double) in an order that depends on the shape only.
 #include "gemm.h"
-#include "launchers.h"
 #include "sums.h"
 
 namespace pyops::cuda {

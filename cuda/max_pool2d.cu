@@ -10,7 +10,6 @@
 // its first tap in bounds. Taps out of bounds never win; an argmax that names no tap in bounds is of no element.
 // Registers (sm_90): at most 56, and 94 with offsets of 64 bits; no shared memory.
 #include "images.h"
-#include "launchers.h"
 
 namespace pyops::cuda {
 namespace {

@@ -7,7 +7,7 @@
 //
 // NaN and -0.0 are kept; a NaN output passes its gradient. Bits of no element are 0.
 // Registers (sm_90): at most 40, no shared memory.
-#include "launchers.h"
+#include "common.h"
 
 namespace pyops::cuda {
 namespace {
