@@ -92,17 +92,17 @@ for capability, flags in CPU_CAPABILITIES.items():
 
 def reason_against_cuda() -> str | None:
     """Why the CUDA kernels are not built; None: they are."""
-    asked = os.environ.get("PYOPS_CUDA")
-    if asked == "0":
+    if os.environ.get("PYOPS_CUDA") == "0":
         return "PYOPS_CUDA=0"
-    missing = None
     if torch.version.cuda is None:
-        missing = f"torch {torch.__version__} is a build without CUDA"
-    elif CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
-        missing = "there is no CUDA toolkit: put nvcc on PATH or set CUDA_HOME"
-    if missing and asked == "1":
-        raise PlatformError(f"PYOPS_CUDA=1 asks for CUDA, but {missing}")
-    return missing
+        return f"torch {torch.__version__} is a build without CUDA"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "there is no CUDA toolkit: put nvcc on PATH or set CUDA_HOME"
+    return None
+
+
+if torch_fits and reason_against_cuda() is None:
+    EXTENSIONS.append(extension("_cuda", "cuda", ["-O2"]))
 
 
 class build_ext(BuildExtension):
@@ -113,8 +113,8 @@ class build_ext(BuildExtension):
                 f"building pyops needs {TORCH}, but found {found}; without --no-build-isolation pip gets it"
             )
         reason = reason_against_cuda()
-        if reason is None:
-            self.extensions.append(extension("_cuda", "cuda", ["-O2"]))
+        if reason and os.environ.get("PYOPS_CUDA") == "1":
+            raise PlatformError(f"PYOPS_CUDA=1 asks for CUDA, but {reason}")
         self.cuda = None if reason else torch.version.cuda
         print(f"pyops: with CUDA {self.cuda} kernels" if self.cuda else f"pyops: without CUDA kernels, for {reason}")
         compiler = shlex.split(get_cxx_compiler())
