@@ -42,66 +42,67 @@ struct Depth {
 // Element (output pixel, tap): the input that the tap meets.
 template <class T, class Index, bool channels_last>
 struct WindowMatrix {
-  static constexpr bool along_k = channels_last;
+  static constexpr bool along_k = channels_last, has_packs = false;
   Conv<Index> conv;
   Depth<Index, channels_last> taps;
   const T* input;
-  __device__ __forceinline__ Compute<T> operator()(Index row, Index k) const {
+  __device__ __forceinline__ T operator()(Index row, Index k) const {
     const auto pixel = conv.output.pixel(row);
     const auto tap = taps(k);
     const Index h = conv.input_h(pixel.h, tap.i), w = conv.input_w(pixel.w, tap.j);
-    if (h < 0 || w < 0 || h >= conv.input.height() || w >= conv.input.width()) return 0;
-    return widen(input[conv.input.offset(pixel.n, tap.channel, h, w)]);
+    if (h < 0 || w < 0 || h >= conv.input.height() || w >= conv.input.width()) return narrow<T>(Compute<T>(0));
+    return input[conv.input.offset(pixel.n, tap.channel, h, w)];
   }
 };
 
 // Element (input pixel, output channel and tap): the gradient of the output that met the input through the tap.
 template <class T, class Index, bool channels_last>
 struct MeetingMatrix {
-  static constexpr bool along_k = channels_last;
+  static constexpr bool along_k = channels_last, has_packs = false;
   Conv<Index> conv;
   Depth<Index, channels_last> taps;
   const T* grad_output;
-  __device__ __forceinline__ Compute<T> operator()(Index row, Index k) const {
+  __device__ __forceinline__ T operator()(Index row, Index k) const {
     const auto pixel = conv.input.pixel(row);
     const auto tap = taps(k);
     Index y = pixel.h + conv.padding_h - tap.i * conv.dilation_h;
     Index x = pixel.w + conv.padding_w - tap.j * conv.dilation_w;
-    if (y < 0 || x < 0 || take_digit(y, conv.stride_h) != 0 || take_digit(x, conv.stride_w) != 0) return 0;
-    if (y >= conv.output.height() || x >= conv.output.width()) return 0;
-    return widen(grad_output[conv.output.offset(pixel.n, tap.channel, y, x)]);
+    if (y < 0 || x < 0 || take_digit(y, conv.stride_h) != 0 || take_digit(x, conv.stride_w) != 0)
+      return narrow<T>(Compute<T>(0));
+    if (y >= conv.output.height() || x >= conv.output.width()) return narrow<T>(Compute<T>(0));
+    return grad_output[conv.output.offset(pixel.n, tap.channel, y, x)];
   }
 };
 
 // Element (row, k) of the weight: output channel and tap, or input channel and output channel with tap.
 template <class T, class Index, bool channels_last, bool row_is_output>
 struct WeightMatrix {
-  static constexpr bool along_k = row_is_output && !channels_last;
+  static constexpr bool along_k = row_is_output && !channels_last, has_packs = false;
   Conv<Index> conv;
   Depth<Index, channels_last> taps;
   const T* weight;
-  __device__ __forceinline__ Compute<T> operator()(Index row, Index k) const {
+  __device__ __forceinline__ T operator()(Index row, Index k) const {
     const auto tap = taps(k);
-    return widen(weight[row_is_output ? conv.weight_offset(row, tap.channel, tap.i, tap.j)
-                                      : conv.weight_offset(tap.channel, row, tap.i, tap.j)]);
+    return weight[row_is_output ? conv.weight_offset(row, tap.channel, tap.i, tap.j)
+                                : conv.weight_offset(tap.channel, row, tap.i, tap.j)];
   }
 };
 
 // Element (channel, pixel) of images.
 template <class T, class Index, bool channels_last>
 struct ChannelMatrix {
-  static constexpr bool along_k = !channels_last;
+  static constexpr bool along_k = !channels_last, has_packs = false;
   Images<Index> images;
   const T* data;
-  __device__ __forceinline__ Compute<T> operator()(Index row, Index k) const {
+  __device__ __forceinline__ T operator()(Index row, Index k) const {
     const auto pixel = images.pixel(k);
-    return widen(data[images.offset(pixel.n, row, pixel.h, pixel.w)]);
+    return data[images.offset(pixel.n, row, pixel.h, pixel.w)];
   }
 };
 
 template <class Matrix>
 struct Transposed {
-  static constexpr bool along_k = !Matrix::along_k;
+  static constexpr bool along_k = !Matrix::along_k, has_packs = false;
   Matrix matrix;
   template <class Index>
   __device__ __forceinline__ auto operator()(Index row, Index k) const {
@@ -166,14 +167,14 @@ inline bool has_border(const Conv2dShape& s) {
 }
 
 // The product of pixels by channels, stored in whichever orientation writes neighbours by neighbouring threads.
-template <bool channels_last, class C, class Index, class Pixels, class Channels, class Store>
+template <bool channels_last, class T, class Index, class Pixels, class Channels, class Store>
 cudaError_t pixel_product(int64_t pixels, int64_t channels, int64_t depth, const Pixels& pixel_matrix,
                           const Channels& channel_matrix, const Store& store, Workspace& workspace,
                           cudaStream_t stream) {
   if constexpr (channels_last) {
-    return gemm<C, Index>(pixels, channels, depth, pixel_matrix, channel_matrix, store, workspace, stream);
+    return gemm<T, Index>(pixels, channels, depth, pixel_matrix, channel_matrix, store, workspace, stream);
   } else {
-    return gemm<C, Index>(channels, pixels, depth, channel_matrix, pixel_matrix, store, workspace, stream);
+    return gemm<T, Index>(channels, pixels, depth, channel_matrix, pixel_matrix, store, workspace, stream);
   }
 }
 
@@ -190,8 +191,8 @@ cudaError_t product_forward(const Conv2dArgs& x, Workspace& workspace, cudaStrea
     const WeightMatrix<T, Index, channels_last, true> weights{conv, taps, weight};
     const StoreOutput<T, Index, channels_last> store{
         conv, input, weight, static_cast<const T*>(x.bias), static_cast<T*>(x.output), x.relu, has_border(s)};
-    return pixel_product<channels_last, Compute<T>, Index>(s.N * s.OH * s.OW, s.O, s.C * s.kernel_h * s.kernel_w,
-                                                           windows, weights, store, workspace, stream);
+    return pixel_product<channels_last, T, Index>(s.N * s.OH * s.OW, s.O, s.C * s.kernel_h * s.kernel_w, windows,
+                                                  weights, store, workspace, stream);
   });
 }
 
@@ -207,8 +208,8 @@ cudaError_t product_backward_input(const Conv2dBackwardArgs& x, Workspace& works
     const MeetingMatrix<T, Index, channels_last> meetings{conv, taps, grad_output};
     const WeightMatrix<T, Index, channels_last, false> weights{conv, taps, weight};
     const StoreGradInput<T, Index, channels_last> store{conv, grad_output, weight, static_cast<T*>(x.grad_input)};
-    return pixel_product<channels_last, Compute<T>, Index>(s.N * s.H * s.W, s.C, s.O * s.kernel_h * s.kernel_w,
-                                                           meetings, weights, store, workspace, stream);
+    return pixel_product<channels_last, T, Index>(s.N * s.H * s.W, s.C, s.O * s.kernel_h * s.kernel_w, meetings,
+                                                  weights, store, workspace, stream);
   });
 }
 
@@ -226,8 +227,7 @@ cudaError_t product_backward_weight(const Conv2dBackwardArgs& x, Workspace& work
     const Transposed<WindowMatrix<T, Index, channels_last>> windows{{conv, taps, input}};
     const StoreGradWeight<T, Index, channels_last> store{
         conv, taps, grad_output, input, static_cast<T*>(x.grad_weight), static_cast<Index>(pixels), has_border(s)};
-    return gemm<Compute<T>, Index>(s.O, s.C * s.kernel_h * s.kernel_w, pixels, gradients, windows, store, workspace,
-                                   stream);
+    return gemm<T, Index>(s.O, s.C * s.kernel_h * s.kernel_w, pixels, gradients, windows, store, workspace, stream);
   });
 }
 

@@ -18,14 +18,27 @@ namespace pyops::cuda {
 
 constexpr int gemm_depth = 16;  // of a step along k
 
-// Element (row, k) of a matrix of any two strides. `along_k` tells how neighbouring threads read.
+// An operand gives its elements (row, k), in its own type. `along_k` tells in which dimension neighbours lie side by
+// side; if it has packs and `packs` is true, pack() gives 16 bytes of them whose first one's number is a multiple.
+
+// Element (row, k) of a matrix of any two strides.
 template <class T, class Index, bool contiguous_k>
 struct Matrix {
-  static constexpr bool along_k = contiguous_k;
+  static constexpr bool along_k = contiguous_k, has_packs = true;
   const T* data;
   Index stride;  // of the dimension that is not contiguous
-  __device__ __forceinline__ Compute<T> operator()(Index row, Index k) const {
-    return widen(data[contiguous_k ? row * stride + k : k * stride + row]);
+  bool packs;
+
+  Matrix(const void* pointer, int64_t stride)
+      : data(static_cast<const T*>(pointer)),
+        stride(static_cast<Index>(stride)),
+        packs(aligned_to_packs(data) && stride % Pack<T>::size == 0) {}
+  __device__ __forceinline__ const T* address(Index row, Index k) const {
+    return data + (contiguous_k ? row * stride + k : k * stride + row);
+  }
+  __device__ __forceinline__ T operator()(Index row, Index k) const { return *address(row, k); }
+  __device__ __forceinline__ Pack<T> pack(Index row, Index k) const {
+    return *reinterpret_cast<const Pack<T>*>(address(row, k));
   }
 };
 
@@ -49,6 +62,18 @@ struct GemmShape {
   Divider<Index> row_tiles, column_tiles;
 };
 
+// Partial sums go to partials[part][row][column]; without partials there is one part, which goes to `store`.
+template <class Store, class C, class Index>
+__device__ __forceinline__ void store_sum(const Store& store, C* partials, Index part, const GemmShape<Index>& shape,
+                                          Index row, Index column, C sum) {
+  if (row >= shape.rows || column >= shape.columns) return;
+  if (partials == nullptr) {
+    store(row, column, sum);
+  } else {
+    partials[(static_cast<int64_t>(part) * shape.rows + row) * shape.columns + column] = sum;
+  }
+}
+
 // One operand's elements for a step, on their way from memory to shared memory.
 template <class C, int tile, bool along_k>
 struct Staged {
@@ -70,7 +95,7 @@ struct Staged {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       const Index at_row = first_row + row(i), at_k = first_k + k(i);
-      values[i] = at_row < rows && at_k < end_k ? operand(at_row, at_k) : C(0);
+      values[i] = at_row < rows && at_k < end_k ? C(widen(operand(at_row, at_k))) : C(0);
     }
   }
   template <int pitch>
@@ -80,7 +105,6 @@ struct Staged {
   }
 };
 
-// Partial sums go to partials[part][row][column]; without partials there is one part, which goes to `store`.
 template <int tile, class C, class Index, class A, class B, class Store>
 __global__ void __launch_bounds__(block_threads, 1)
     gemm_kernel(const __grid_constant__ A a, const __grid_constant__ B b, const __grid_constant__ Store store,
@@ -123,18 +147,10 @@ __global__ void __launch_bounds__(block_threads, 1)
   }
 
 #pragma unroll
-  for (int i = 0; i < square; ++i) {
+  for (int i = 0; i < square; ++i)
 #pragma unroll
-    for (int j = 0; j < square; ++j) {
-      const Index row = first_row + my_row + i, column = first_column + my_column + j;
-      if (row >= shape.rows || column >= shape.columns) continue;
-      if (partials == nullptr) {
-        store(row, column, sums[i][j]);
-      } else {
-        partials[(static_cast<int64_t>(part) * shape.rows + row) * shape.columns + column] = sums[i][j];
-      }
-    }
-  }
+    for (int j = 0; j < square; ++j)
+      store_sum(store, partials, part, shape, first_row + my_row + i, first_column + my_column + j, sums[i][j]);
 }
 
 template <class C, class Index, class Store>
@@ -150,30 +166,62 @@ __global__ void __launch_bounds__(block_threads, 1)
   store(row, column, static_cast<C>(sum));
 }
 
-// Store is called with each sum once.
-template <class C, class Index, class A, class B, class Store>
+}  // namespace pyops::cuda
+
+#include "gemm_mma.h"
+
+namespace pyops::cuda {
+
+// How the product is cut: into tiles, and along k into parts.
+struct GemmParts {
+  int64_t row_tiles, column_tiles, parts, per_part;
+
+  GemmParts(int64_t rows, int64_t columns, int64_t depth, int64_t tile, int64_t step)
+      : row_tiles(ceil_div(rows, tile)), column_tiles(ceil_div(columns, tile)) {
+    constexpr int64_t enough_blocks = 128, longest_chain = 4096;
+    const int64_t tiles = row_tiles * column_tiles;
+    const int64_t wanted = std::min(ceil_div(enough_blocks, tiles), ceil_div(depth, 8 * step));
+    const int64_t most_parts = std::max({wanted, ceil_div(depth, longest_chain), int64_t{1}});
+    per_part = std::max(ceil_div(ceil_div(depth, most_parts), step), int64_t{1}) * step;
+    parts = std::max(ceil_div(depth, per_part), int64_t{1});
+  }
+};
+
+// `kernel` computes tiles; Store is called with each sum once.
+template <class C, class Index, class Kernel, class A, class B, class Store>
+cudaError_t launch_gemm(Kernel kernel, const GemmParts& cut, size_t shared_bytes, int64_t rows, int64_t columns,
+                        int64_t depth, const A& a, const B& b, const Store& store, Workspace& workspace,
+                        cudaStream_t stream) {
+  C* partials = cut.parts == 1 ? nullptr : workspace.array<C>(cut.parts * rows * columns);
+  const GemmShape<Index> shape{static_cast<Index>(rows),      static_cast<Index>(columns),
+                               static_cast<Index>(depth),     static_cast<Index>(cut.per_part),
+                               Divider<Index>(cut.row_tiles), Divider<Index>(cut.column_tiles)};
+  PYOPS_RETURN_ON_ERROR(launch(kernel, cut.row_tiles * cut.column_tiles * cut.parts, block_threads, shared_bytes,
+                               stream, a, b, store, shape, partials));
+  if (partials == nullptr) return cudaSuccess;
+  return launch_for(finish_gemm<C, Index, Store>, rows * columns, stream, static_cast<const C*>(partials), cut.parts,
+                    Divider<Index>(columns), rows * columns, store);
+}
+
+// The product of operands of T, by tensor cores if T has 16 bits and the product is not too small for their tiles.
+template <class T, class Index, class A, class B, class Store>
 cudaError_t gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const Store& store,
                  Workspace& workspace, cudaStream_t stream) {
-  constexpr int64_t enough_blocks = 128, longest_chain = 4096, shortest_part = 8 * gemm_depth;
+  using C = Compute<T>;
+  if constexpr (is_reduced<T>) {
+    if (rows >= 32 && columns >= 32 && depth >= 16) {
+      const GemmParts cut(rows, columns, depth, mma_tile, mma_depth);
+      return launch_gemm<C, Index>(mma_kernel<T, Index, A, B, Store>, cut, mma_shared_bytes, rows, columns, depth, a, b,
+                                   store, workspace, stream);
+    }
+  }
   const auto run = [&](auto tile) {
     constexpr int size = decltype(tile)::value;
-    const int64_t row_tiles = ceil_div(rows, size), column_tiles = ceil_div(columns, size);
-    const int64_t wanted = std::min(ceil_div(enough_blocks, row_tiles * column_tiles), ceil_div(depth, shortest_part));
-    const int64_t most_parts = std::max({wanted, ceil_div(depth, longest_chain), int64_t{1}});
-    const int64_t per_part = ceil_div(ceil_div(depth, most_parts), gemm_depth) * gemm_depth;
-    const int64_t parts = std::max(ceil_div(depth, std::max<int64_t>(per_part, 1)), int64_t{1});
-    C* partials = parts == 1 ? nullptr : workspace.array<C>(parts * rows * columns);
-    const GemmShape<Index> shape{static_cast<Index>(rows),  static_cast<Index>(columns),
-                                 static_cast<Index>(depth), static_cast<Index>(per_part),
-                                 Divider<Index>(row_tiles), Divider<Index>(column_tiles)};
-    constexpr size_t shared_bytes = 2 * gemm_depth * (size + 4) * sizeof(C);
-    PYOPS_RETURN_ON_ERROR(launch(gemm_kernel<size, C, Index, A, B, Store>, row_tiles * column_tiles * parts,
-                                 block_threads, shared_bytes, stream, a, b, store, shape, partials));
-    if (parts == 1) return cudaSuccess;
-    return launch_for(finish_gemm<C, Index, Store>, rows * columns, stream, static_cast<const C*>(partials), parts,
-                      Divider<Index>(columns), rows * columns, store);
+    const GemmParts cut(rows, columns, depth, size, gemm_depth);
+    return launch_gemm<C, Index>(gemm_kernel<size, C, Index, A, B, Store>, cut, 2 * gemm_depth * (size + 4) * sizeof(C),
+                                 rows, columns, depth, a, b, store, workspace, stream);
   };
-  const bool few_large_tiles = ceil_div(rows, 64) * ceil_div(columns, 64) < enough_blocks / 2;
+  const bool few_large_tiles = ceil_div(rows, 64) * ceil_div(columns, 64) < 64;
   return few_large_tiles ? run(std::integral_constant<int, 32>()) : run(std::integral_constant<int, 64>());
 }
 

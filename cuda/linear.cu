@@ -13,12 +13,11 @@ cudaError_t linear(const LinearArgs& x, Workspace& workspace, cudaStream_t strea
     return dispatch_index(x.M * x.K + x.N * x.K + x.M * x.N, [&](auto index) {
       using T = decltype(t);
       using Index = decltype(index);
-      const auto depth = static_cast<Index>(x.K);
-      const Matrix<T, Index, true> input{static_cast<const T*>(x.input), depth};
-      const Matrix<T, Index, true> weight{static_cast<const T*>(x.weight), depth};
+      const Matrix<T, Index, true> input(x.input, x.K);
+      const Matrix<T, Index, true> weight(x.weight, x.K);
       const StoreRows<T, Index> store{static_cast<T*>(x.output), static_cast<const T*>(x.bias), static_cast<Index>(x.N),
                                       x.relu};
-      return gemm<Compute<T>, Index>(x.M, x.N, x.K, input, weight, store, workspace, stream);
+      return gemm<T, Index>(x.M, x.N, x.K, input, weight, store, workspace, stream);
     });
   });
 }
@@ -29,17 +28,17 @@ cudaError_t linear_backward(const LinearBackwardArgs& x, Workspace& workspace, c
       using T = decltype(t);
       using Index = decltype(index);
       const auto* grad = static_cast<const T*>(x.grad_output);
-      const auto N = static_cast<Index>(x.N), K = static_cast<Index>(x.K);
+      const auto K = static_cast<Index>(x.K);
       if (x.grad_input != nullptr) {
-        const Matrix<T, Index, true> rows{grad, N};
-        const Matrix<T, Index, false> columns{static_cast<const T*>(x.weight), K};
+        const Matrix<T, Index, true> rows(grad, x.N);
+        const Matrix<T, Index, false> columns(x.weight, x.K);
         const StoreRows<T, Index> store{static_cast<T*>(x.grad_input), nullptr, K, false};
-        PYOPS_RETURN_ON_ERROR((gemm<Compute<T>, Index>(x.M, x.K, x.N, rows, columns, store, workspace, stream)));
+        PYOPS_RETURN_ON_ERROR((gemm<T, Index>(x.M, x.K, x.N, rows, columns, store, workspace, stream)));
       }
       if (x.grad_weight != nullptr) {
-        const Matrix<T, Index, false> rows{grad, N}, columns{static_cast<const T*>(x.input), K};
+        const Matrix<T, Index, false> rows(grad, x.N), columns(x.input, x.K);
         const StoreRows<T, Index> store{static_cast<T*>(x.grad_weight), nullptr, K, false};
-        PYOPS_RETURN_ON_ERROR((gemm<Compute<T>, Index>(x.N, x.K, x.M, rows, columns, store, workspace, stream)));
+        PYOPS_RETURN_ON_ERROR((gemm<T, Index>(x.N, x.K, x.M, rows, columns, store, workspace, stream)));
       }
       if (x.grad_bias == nullptr) return cudaSuccess;
       return sum_columns(grad, x.M, x.N, static_cast<T*>(x.grad_bias), workspace, stream);

@@ -10,8 +10,8 @@
 //   - a barrier that some thread of the block never reaches, and threads that meet at different barriers;
 //   - lanes of a warp that wait for each other at different operations, with different masks, or for an ended lane;
 //   - reads of shared memory that nobody wrote, as they are NaN (0xff bytes);
-//   - misaligned cp.async and ldmatrix (of other vector accesses by UndefinedBehaviorSanitizer).
-// An asynchronous copy arrives when its thread waits for it, not before. Not modelled: time, bank conflicts, caches.
+//   - rows of ldmatrix that are misaligned or not in shared memory (other vector accesses: UndefinedBehaviorSanitizer).
+// Not modelled: time, bank conflicts, caches, asynchronous copies, and how tensor cores round their sums.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -19,11 +19,11 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -54,12 +54,6 @@ inline Order order = Order::alternating;
 // What a thread is doing; `site` tells barriers and warp operations in the source apart.
 enum class State { fresh, ready, at_barrier, in_warp, done };
 
-struct Copy {
-  void* to;
-  const void* from;
-  size_t bytes, from_bytes;  // the rest is filled with zeros
-};
-
 struct Thread {
   State state = State::fresh;
   const char* site = nullptr;
@@ -68,8 +62,6 @@ struct Thread {
   int number, parity;
   void* stack_pointer;
   std::unique_ptr<char[]> stack;
-  std::vector<Copy> open_copies;
-  std::deque<std::vector<Copy>> groups;
 };
 
 struct Warp {
@@ -108,9 +100,6 @@ inline void leave() {
 
 inline void run_thread() {
   (*block.body)();
-  for (const auto& group : block.current->groups)
-    if (!group.empty()) fail("a thread ended with asynchronous copies that it did not wait for");
-  if (!block.current->open_copies.empty()) fail("a thread ended with asynchronous copies that it did not commit");
   block.current->state = State::done;
   leave();
   std::abort();  // nobody resumes it
@@ -167,7 +156,6 @@ inline void run_block(const std::vector<int>& thread_order) {
     thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
     thread.number = i;
     thread.parity = 0;
-    thread.groups.clear();
   }
   for (bool any_left = true; any_left;) {
     bool any_ran = any_left = false;
@@ -279,6 +267,55 @@ inline unsigned ballot(unsigned mask, bool vote, const char* site) {
   for (int i = 0; i < warp_size; ++i)
     if (mask >> i & 1) result |= static_cast<unsigned>(all[i]) << i;
   return result;
+}
+
+// ldmatrix.x4: four matrices of 8 rows of 16 bytes. PTX cannot be told apart by its place: `site` is its name.
+inline void load_matrices(uint32_t (&result)[4], const void* row, bool transposed, const char* site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row that is not aligned to 16 bytes");
+  const auto* memory = static_cast<const unsigned char*>(row);
+  if (memory < block.shared || memory + 16 > block.shared + block.shared_bytes)
+    fail("ldmatrix: a row outside of shared memory");
+  struct Row {
+    uint16_t elements[8];
+  };
+  Row mine;
+  std::memcpy(&mine, row, sizeof(mine));
+  const Exchange<Row> rows(0xffffffffu, mine, site);
+  const int l = lane();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint32_t pair = 0;
+    for (int i = 0; i < 2; ++i) {
+      const int r = transposed ? 2 * (l % 4) + i : l / 4, c = transposed ? l / 4 : 2 * (l % 4) + i;
+      pair |= static_cast<uint32_t>(rows[matrix * 8 + r].elements[c]) << (16 * i);
+    }
+    result[matrix] = pair;
+  }
+}
+
+// mma.m16n8k16 of 16-bit elements and float sums.
+template <class T, class Widen>
+void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Widen& widen) {
+  struct Fragment {
+    uint32_t a[4], b[2];
+  };
+  const Exchange<Fragment> all(0xffffffffu, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, "mma");
+  const auto element = [&](uint32_t pair, int which) {
+    const auto bits = static_cast<uint16_t>(pair >> (16 * which));
+    T value;
+    std::memcpy(&value, &bits, sizeof(bits));
+    return widen(value);
+  };
+  const int l = lane();
+  for (int s = 0; s < 4; ++s) {
+    const int row = l / 4 + s / 2 * 8, column = 2 * (l % 4) + s % 2;
+    float sum = sums[s];
+    for (int k = 0; k < 16; ++k) {
+      const int holder = k % 8 / 2;  // among the four lanes of a row or column
+      sum = std::fma(element(all[row % 8 * 4 + holder].a[row / 8 + k / 8 * 2], k % 2),
+                     element(all[column * 4 + holder].b[k / 8], k % 2), sum);
+    }
+    sums[s] = sum;
+  }
 }
 
 }  // namespace emulator
