@@ -10,7 +10,7 @@
 //
 // Taps outside the image are read as 0. Times an infinity that is NaN, where a sum over the taps inside has no such
 // term; so a NaN is summed again by the generic way, which asks for each tap.
-// Registers (sm_90): 128 at most for float, 168 for double; shared memory as in gemm.h.
+// Registers (sm_90): 128 at most for float, 166 for double, 198 on tensor cores; shared memory as in gemm.h.
 #pragma once
 
 #include "conv2d_generic.h"
@@ -42,56 +42,66 @@ struct Depth {
 // Element (output pixel, tap): the input that the tap meets.
 template <class T, class Index, bool channels_last>
 struct WindowMatrix {
-  static constexpr bool along_k = channels_last, has_packs = false;
+  static constexpr bool along_k = channels_last, has_packs = channels_last;
   Conv<Index> conv;
   Depth<Index, channels_last> taps;
   const T* input;
-  __device__ __forceinline__ T operator()(Index row, Index k) const {
+  bool packs;
+  __device__ __forceinline__ T operator()(Index row, Index k) const { return load<T>(row, k); }
+  __device__ __forceinline__ Pack<T> pack(Index row, Index k) const { return load<Pack<T>>(row, k); }
+
+ private:
+  template <class Loaded>
+  __device__ __forceinline__ Loaded load(Index row, Index k) const {
     const auto pixel = conv.output.pixel(row);
     const auto tap = taps(k);
     const Index h = conv.input_h(pixel.h, tap.i), w = conv.input_w(pixel.w, tap.j);
-    if (h < 0 || w < 0 || h >= conv.input.height() || w >= conv.input.width()) return narrow<T>(Compute<T>(0));
-    return input[conv.input.offset(pixel.n, tap.channel, h, w)];
+    if (h < 0 || w < 0 || h >= conv.input.height() || w >= conv.input.width()) return Loaded{};
+    return *reinterpret_cast<const Loaded*>(input + conv.input.offset(pixel.n, tap.channel, h, w));
   }
 };
 
 // Element (input pixel, output channel and tap): the gradient of the output that met the input through the tap.
 template <class T, class Index, bool channels_last>
 struct MeetingMatrix {
-  static constexpr bool along_k = channels_last, has_packs = false;
+  static constexpr bool along_k = channels_last, has_packs = channels_last;
   Conv<Index> conv;
   Depth<Index, channels_last> taps;
   const T* grad_output;
-  __device__ __forceinline__ T operator()(Index row, Index k) const {
+  bool packs;
+  __device__ __forceinline__ T operator()(Index row, Index k) const { return load<T>(row, k); }
+  __device__ __forceinline__ Pack<T> pack(Index row, Index k) const { return load<Pack<T>>(row, k); }
+
+ private:
+  template <class Loaded>
+  __device__ __forceinline__ Loaded load(Index row, Index k) const {
     const auto pixel = conv.input.pixel(row);
     const auto tap = taps(k);
     Index y = pixel.h + conv.padding_h - tap.i * conv.dilation_h;
     Index x = pixel.w + conv.padding_w - tap.j * conv.dilation_w;
-    if (y < 0 || x < 0 || take_digit(y, conv.stride_h) != 0 || take_digit(x, conv.stride_w) != 0)
-      return narrow<T>(Compute<T>(0));
-    if (y >= conv.output.height() || x >= conv.output.width()) return narrow<T>(Compute<T>(0));
-    return grad_output[conv.output.offset(pixel.n, tap.channel, y, x)];
+    if (y < 0 || x < 0 || take_digit(y, conv.stride_h) != 0 || take_digit(x, conv.stride_w) != 0) return Loaded{};
+    if (y >= conv.output.height() || x >= conv.output.width()) return Loaded{};
+    return *reinterpret_cast<const Loaded*>(grad_output + conv.output.offset(pixel.n, tap.channel, y, x));
   }
 };
 
-// Element (row, k) of the weight: output channel and tap, or input channel and output channel with tap.
-template <class T, class Index, bool channels_last, bool row_is_output>
-struct WeightMatrix {
-  static constexpr bool along_k = row_is_output && !channels_last, has_packs = false;
-  Conv<Index> conv;
-  Depth<Index, channels_last> taps;
-  const T* weight;
-  __device__ __forceinline__ T operator()(Index row, Index k) const {
-    const auto tap = taps(k);
-    return weight[row_is_output ? conv.weight_offset(row, tap.channel, tap.i, tap.j)
-                                : conv.weight_offset(tap.channel, row, tap.i, tap.j)];
-  }
-};
-
-// Element (channel, pixel) of images.
+// The weight in the order of a product, [row][k]: rows are output channels and k goes over input channels and taps, or
+// the other way round, by their strides in the weight.
 template <class T, class Index, bool channels_last>
+__global__ void __launch_bounds__(block_threads, 1)
+    order_weight(Depth<Index, channels_last> taps, Divider<Index> depth, const T* weight, Index row_stride,
+                 Index channel_stride, int64_t count, T* ordered) {
+  const int64_t number = thread_number();
+  if (number >= count) return;
+  auto row = static_cast<Index>(number);
+  const auto tap = taps(take_digit(row, depth));
+  ordered[number] = weight[row * row_stride + tap.channel * channel_stride + tap.i * taps.kernel_w.value() + tap.j];
+}
+
+// Element (channel, pixel) of images N C H W.
+template <class T, class Index>
 struct ChannelMatrix {
-  static constexpr bool along_k = !channels_last, has_packs = false;
+  static constexpr bool along_k = true, has_packs = false;
   Images<Index> images;
   const T* data;
   __device__ __forceinline__ T operator()(Index row, Index k) const {
@@ -100,13 +110,28 @@ struct ChannelMatrix {
   }
 };
 
+// The same of images in either layout.
+template <bool channels_last, class Index, class T>
+auto channel_matrix(const Images<Index>& images, const T* data) {
+  if constexpr (channels_last) {
+    return Matrix<T, Index, false>(data, images.C.value());
+  } else {
+    return ChannelMatrix<T, Index>{images, data};
+  }
+}
+
 template <class Matrix>
 struct Transposed {
-  static constexpr bool along_k = !Matrix::along_k, has_packs = false;
+  static constexpr bool along_k = !Matrix::along_k, has_packs = Matrix::has_packs;
   Matrix matrix;
+  bool packs = matrix.packs;
   template <class Index>
   __device__ __forceinline__ auto operator()(Index row, Index k) const {
     return matrix(k, row);
+  }
+  template <class Index>
+  __device__ __forceinline__ auto pack(Index row, Index k) const {
+    return matrix.pack(k, row);
   }
 };
 
@@ -178,6 +203,25 @@ cudaError_t pixel_product(int64_t pixels, int64_t channels, int64_t depth, const
   }
 }
 
+// Whether the channels of a tap can be read by 16 bytes where they lie side by side.
+template <class T>
+bool reads_packs(int64_t channels, const T* images) {
+  return channels % Pack<T>::size == 0 && aligned_to_packs(images);
+}
+
+// Makes `ordered` a copy of the weight in the order of a product, whose rows are output or input channels.
+template <class T, bool channels_last>
+cudaError_t ordered_weight(const Depth<int32_t, channels_last>& taps, bool row_is_output, const Conv2dShape& s,
+                           const T* weight, const T*& ordered, Workspace& workspace, cudaStream_t stream) {
+  const int64_t size = s.kernel_h * s.kernel_w, count = s.O * s.C * size;
+  const auto of_output = static_cast<int32_t>(s.C * size), of_input = static_cast<int32_t>(size);
+  T* copy = workspace.array<T>(count);
+  ordered = copy;
+  return launch_for(order_weight<T, int32_t, channels_last>, count, stream, taps,
+                    Divider<int32_t>((row_is_output ? s.C : s.O) * size), weight, row_is_output ? of_output : of_input,
+                    row_is_output ? of_input : of_output, count, copy);
+}
+
 template <class T>
 cudaError_t product_forward(const Conv2dArgs& x, Workspace& workspace, cudaStream_t stream) {
   return dispatch_layout(x.shape.channels_last, [&](auto layout) {
@@ -187,8 +231,11 @@ cudaError_t product_forward(const Conv2dArgs& x, Workspace& workspace, cudaStrea
     const Conv<Index> conv(s);
     const Depth<Index, channels_last> taps{Divider<Index>(s.C), Divider<Index>(s.kernel_h), Divider<Index>(s.kernel_w)};
     const auto *input = static_cast<const T*>(x.input), *weight = static_cast<const T*>(x.weight);
-    const WindowMatrix<T, Index, channels_last> windows{conv, taps, input};
-    const WeightMatrix<T, Index, channels_last, true> weights{conv, taps, weight};
+    const WindowMatrix<T, Index, channels_last> windows{conv, taps, input, reads_packs<T>(s.C, input)};
+    const T* ordered = weight;  // N C H W: as it is
+    if (channels_last)
+      PYOPS_RETURN_ON_ERROR((ordered_weight<T>(taps, /*row_is_output=*/true, s, weight, ordered, workspace, stream)));
+    const Matrix<T, Index, true> weights(ordered, s.C * s.kernel_h * s.kernel_w);
     const StoreOutput<T, Index, channels_last> store{
         conv, input, weight, static_cast<const T*>(x.bias), static_cast<T*>(x.output), x.relu, has_border(s)};
     return pixel_product<channels_last, T, Index>(s.N * s.OH * s.OW, s.O, s.C * s.kernel_h * s.kernel_w, windows,
@@ -205,8 +252,10 @@ cudaError_t product_backward_input(const Conv2dBackwardArgs& x, Workspace& works
     const Conv<Index> conv(s);
     const Depth<Index, channels_last> taps{Divider<Index>(s.O), Divider<Index>(s.kernel_h), Divider<Index>(s.kernel_w)};
     const auto *grad_output = static_cast<const T*>(x.grad_output), *weight = static_cast<const T*>(x.weight);
-    const MeetingMatrix<T, Index, channels_last> meetings{conv, taps, grad_output};
-    const WeightMatrix<T, Index, channels_last, false> weights{conv, taps, weight};
+    const MeetingMatrix<T, Index, channels_last> meetings{conv, taps, grad_output, reads_packs<T>(s.O, grad_output)};
+    const T* ordered = nullptr;
+    PYOPS_RETURN_ON_ERROR((ordered_weight<T>(taps, /*row_is_output=*/false, s, weight, ordered, workspace, stream)));
+    const Matrix<T, Index, true> weights(ordered, s.O * s.kernel_h * s.kernel_w);
     const StoreGradInput<T, Index, channels_last> store{conv, grad_output, weight, static_cast<T*>(x.grad_input)};
     return pixel_product<channels_last, T, Index>(s.N * s.H * s.W, s.C, s.O * s.kernel_h * s.kernel_w, meetings,
                                                   weights, store, workspace, stream);
@@ -223,8 +272,8 @@ cudaError_t product_backward_weight(const Conv2dBackwardArgs& x, Workspace& work
     const Depth<Index, channels_last> taps{Divider<Index>(s.C), Divider<Index>(s.kernel_h), Divider<Index>(s.kernel_w)};
     const auto *grad_output = static_cast<const T*>(x.grad_output), *input = static_cast<const T*>(x.input);
     const int64_t pixels = s.N * s.OH * s.OW;
-    const ChannelMatrix<T, Index, channels_last> gradients{conv.output, grad_output};
-    const Transposed<WindowMatrix<T, Index, channels_last>> windows{{conv, taps, input}};
+    const auto gradients = channel_matrix<channels_last, Index>(conv.output, grad_output);
+    const Transposed<WindowMatrix<T, Index, channels_last>> windows{{conv, taps, input, reads_packs<T>(s.C, input)}};
     const StoreGradWeight<T, Index, channels_last> store{
         conv, taps, grad_output, input, static_cast<T*>(x.grad_weight), static_cast<Index>(pixels), has_border(s)};
     return gemm<T, Index>(s.O, s.C * s.kernel_h * s.kernel_w, pixels, gradients, windows, store, workspace, stream);
