@@ -37,21 +37,21 @@ if SANITIZE:
     COMPILER += ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def _compile(target: Path, *arguments: str | Path) -> Path:
+def _compile(target: Path, sources: list[Path], *options: str) -> Path:
     """Runs the compiler for `target` unless that is younger than all that it can depend on."""
-    inputs = [*ROOT.glob("cuda/*"), *FOLDER.iterdir(), ROOT / "csrc" / "kernels.h", Path(__file__)]
+    inputs = [*sources, *ROOT.glob("cuda/*.h"), *FOLDER.glob("*.h"), ROOT / "csrc" / "kernels.h", Path(__file__)]
     if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
         target.parent.mkdir(parents=True, exist_ok=True)
         finished = target.with_suffix(f".{os.getpid()}")  # another process may build the same
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # for us, not for it
-        subprocess.run([*COMPILER, *map(str, arguments), "-o", finished], env=environment, check=True)
+        subprocess.run([*COMPILER, *options, *map(str, sources), "-o", finished], env=environment, check=True)
         finished.rename(target)
     return target
 
 
 def build_program(name: str) -> Path:
     """The program of tests/emulator/<name>.cpp."""
-    return _compile(_build_folder() / name, FOLDER / f"{name}.cpp")
+    return _compile(_build_folder() / name, [FOLDER / f"{name}.cpp"])
 
 
 def _build_folder() -> Path:
@@ -63,8 +63,8 @@ def build_module() -> Path:
     folder = _build_folder()
     sources = {path: path.stem for path in sorted(ROOT.glob("cuda/*.cu"))} | {FOLDER / "module.cpp": "module"}
     include = f"-I{sysconfig.get_path('include')}"
-    objects = [_compile(folder / f"{stem}.o", "-c", "-x", "c++", include, path) for path, stem in sources.items()]
-    return _compile(folder / "emulated_kernels.so", "-shared", *objects)
+    objects = [_compile(folder / f"{stem}.o", [path], "-c", include, "-x", "c++") for path, stem in sources.items()]
+    return _compile(folder / "emulated_kernels.so", objects, "-shared")
 
 
 @functools.cache
