@@ -1,7 +1,9 @@
-"""Builds pyops against the torch that the user has: the tensor side `pyops._C`, and the CPU kernels once per
-instruction set as `pyops._cpu_*`, of which pyops/_load.py loads one. Everything else is said in pyproject.toml.
+"""Builds pyops against the torch that the user has: the tensor side `pyops._C`, the CPU kernels once per instruction
+set as `pyops._cpu_*`, of which pyops/_load.py loads one, and, if torch is a build with CUDA and there is a toolkit, the
+CUDA kernels as `pyops._cuda`. Everything else is said in pyproject.toml.
 
-Environment: CXX, MAX_JOBS (compilers at a time), PYOPS_WERROR=1 (a warning fails the build), PYOPS_SANITIZE=1 (what
+Environment: CXX, MAX_JOBS (compilers at a time), PYOPS_CUDA=1 (without CUDA the build fails) or 0 (without CUDA in any
+case), CUDA_HOME, TORCH_CUDA_ARCH_LIST, PYOPS_WERROR=1 (a warning fails the build), PYOPS_SANITIZE=1 (what
 tests/sanitize.py builds).
 """
 
@@ -37,11 +39,26 @@ def torch_version() -> str | None:
 if torch_version() is None:
     sys.path += {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 
+
+def toolkit_of_nvcc() -> str | None:
+    """The folder of the CUDA toolkit whose nvcc is on PATH, which may be a script that lies elsewhere."""
+    if shutil.which("nvcc") is None:
+        return None
+    said = subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    folders = [line.partition("#$ TOP=")[2] for line in said.splitlines() if line.startswith("#$ TOP=")]
+    return str(Path(folders[0]).resolve()) if folders else None
+
+
+# torch takes the folder above that of nvcc, where there is no toolkit if nvcc is such a script.
+if not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() and (toolkit := toolkit_of_nvcc()):
+    os.environ["CUDA_HOME"] = toolkit
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # binaries for Ampere and Hopper, PTX for what follows
+
 # Without a torch that fits, the commands that only ask for metadata still work.
 torch_fits = torch_version() is not None and TORCH.specifier.contains(torch_version(), prereleases=True)
 if torch_fits:
     import torch
-    from torch.utils.cpp_extension import BuildExtension, get_cxx_compiler, include_paths, library_paths
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, get_cxx_compiler, include_paths, library_paths
 else:
     from setuptools.command.build_ext import build_ext as BuildExtension
 
@@ -60,8 +77,8 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 def extension(name: str, folder: str, flags: list[str]) -> setuptools.Extension:
     return setuptools.Extension(
         f"pyops.{name}",
-        sources=sorted(glob(f"{folder}/*.cpp")),
-        depends=glob("csrc/**/*.h", recursive=True),
+        sources=sorted(glob(f"{folder}/*.cpp") + glob(f"{folder}/*.cu")),
+        depends=glob("csrc/**/*.h", recursive=True) + glob("cuda/*.h"),
         extra_compile_args=flags,
         language="c++",
     )
@@ -73,6 +90,21 @@ for capability, flags in CPU_CAPABILITIES.items():
     EXTENSIONS.append(extension(f"_cpu_{capability.lower()}", "csrc/cpu", ["-O3", *macros, *flags]))
 
 
+def reason_against_cuda() -> str | None:
+    """Why the CUDA kernels are not built; None: they are."""
+    if os.environ.get("PYOPS_CUDA") == "0":
+        return "PYOPS_CUDA=0"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if CUDA_HOME is None or not Path(CUDA_HOME, "bin", "nvcc").exists():
+        return "there is no CUDA toolkit: put nvcc on PATH or set CUDA_HOME"
+    return None
+
+
+if torch_fits and reason_against_cuda() is None:
+    EXTENSIONS.append(extension("_cuda", "cuda", ["-O2"]))
+
+
 class build_ext(BuildExtension):
     def run(self) -> None:
         if not torch_fits:
@@ -80,6 +112,11 @@ class build_ext(BuildExtension):
             raise PlatformError(
                 f"building pyops needs {TORCH}, but found {found}; without --no-build-isolation pip gets it"
             )
+        reason = reason_against_cuda()
+        if reason and os.environ.get("PYOPS_CUDA") == "1":
+            raise PlatformError(f"PYOPS_CUDA=1 asks for CUDA, but {reason}")
+        self.cuda = None if reason else torch.version.cuda
+        print(f"pyops: with CUDA {self.cuda} kernels" if self.cuda else f"pyops: without CUDA kernels, for {reason}")
         compiler = shlex.split(get_cxx_compiler())
         if shutil.which(compiler[0]) is None:
             raise PlatformError(
@@ -101,11 +138,27 @@ class build_ext(BuildExtension):
             ext.extra_link_args += SANITIZERS
         ext.library_dirs = library_paths()
         ext.libraries = ["c10", "torch_cpu", "torch_python"]
+        if any(source.endswith(".cu") for source in ext.sources):
+            self.add_cuda(ext)
         # The capabilities share their sources: each extension needs a folder of its own for the objects.
         build_temp = self.build_temp
         self.build_temp = f"{build_temp}/{ext.name}"
         super().build_extension(ext)
         self.build_temp = build_temp
+
+    @staticmethod
+    def add_cuda(ext: setuptools.Extension) -> None:
+        # Of the compilers for the GPU too, where registers that go to memory are a warning.
+        strict = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-Werror"]
+        strict = strict if os.environ.get("PYOPS_WERROR") == "1" else []
+        host = "-fvisibility=hidden,-Wall,-Wextra" + ",-Werror" * bool(strict)
+        toolkit = ["-isystem", f"{CUDA_HOME}/include"]
+        ext.extra_compile_args = {
+            "cxx": [*ext.extra_compile_args, *toolkit],
+            "nvcc": ["-O3", *strict, "-Xcompiler", host],
+        }
+        ext.library_dirs = library_paths("cuda")
+        ext.libraries += ["c10_cuda", "cudart"]
 
     def write_build_info(self, compiler: list[str]) -> None:
         info = {
@@ -113,8 +166,8 @@ class build_ext(BuildExtension):
             "torch": str(torch.__version__),
             "compiler": subprocess.check_output([*compiler, "--version"], text=True).splitlines()[0],
             "cpu_capabilities": list(CPU_CAPABILITIES),
-            "cuda": None,
-            "cuda_archs": [],
+            "cuda": self.cuda,
+            "cuda_archs": os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split() if self.cuda else [],
         }
         lines = ["# Written by setup.py: what this build of pyops is.", *(f"{k} = {v!r}" for k, v in info.items())]
         Path(self.get_ext_fullpath("pyops._C")).with_name("_build_info.py").write_text("\n".join(lines) + "\n")

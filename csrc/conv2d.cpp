@@ -112,8 +112,8 @@ CheckedConv2d checked_conv2d(const char* op, const Tensor& input, const Tensor& 
               " elements, but got bias of size ", bias.has_value() ? bias->sizes() : IntArrayRef{}, " instead");
 
   const Tensor images = to_batch(input);
-  shape.weight_channels_last = is_channels_last(weight);
-  shape.channels_last = shape.N > 0 && (is_channels_last(images) || shape.weight_channels_last);  // as stock
+  shape.weight_channels_last = is_channels_last(weight) && kernels(input)->reads_channels_last_weight;
+  shape.channels_last = shape.N > 0 && (is_channels_last(images) || is_channels_last(weight));  // as stock
   CheckedConv2d checked{{dtype, shape, nullptr, nullptr, nullptr, nullptr, false},
                         images.contiguous(memory_format(shape.channels_last)),
                         weight.contiguous(memory_format(shape.weight_channels_last)),
@@ -134,7 +134,7 @@ Tensor conv2d(const char* op, const Tensor& input, const Tensor& weight, const O
   if (output.numel() > 0) {
     checked.args.output = output.mutable_data_ptr();
     checked.args.relu = relu;
-    kernels(input).conv2d(checked.args);
+    kernels(input)->conv2d(checked.args);
   }
   return from_batch(output, checked.batched);
 }
@@ -159,9 +159,11 @@ Conv2dGradients checked_conv2d_backward(const char* op, const Tensor& grad, cons
   checked.args.dtype = floating_dtype(op, grad);
   Conv2dShape& shape = checked.args.shape = make_shape(op, input_size, weight_size, window);
   checked.batched = input_size.size() == 4;
-  shape.weight_channels_last = weight.has_value() && is_channels_last(*weight);
+  const bool weight_channels_last = weight.has_value() && is_channels_last(*weight);
+  checked.grad_weight_format = memory_format(weight_channels_last);
+  shape.weight_channels_last = weight_channels_last && kernels(grad)->reads_channels_last_weight;
   shape.channels_last =
-      shape.N > 0 && (is_channels_last(to_batch(input.has_value() ? *input : images)) || shape.weight_channels_last);
+      shape.N > 0 && (is_channels_last(to_batch(input.has_value() ? *input : images)) || weight_channels_last);
   checked.weight_size = weight_size;
   checked.output_mask = output_mask;
   if (want_weight) checked.input = *input;
@@ -191,7 +193,8 @@ void Conv2dGradients::allocate(const at::TensorOptions& like) {
 }
 
 Gradients Conv2dGradients::results() const {
-  return {grad_input.defined() ? from_batch(grad_input, batched) : grad_input, grad_weight, grad_bias};
+  return {grad_input.defined() ? from_batch(grad_input, batched) : grad_input,
+          grad_weight.defined() ? grad_weight.contiguous(grad_weight_format) : grad_weight, grad_bias};
 }
 
 Gradients conv2d_backward(const char* op, const Tensor& grad_output, const OptionalTensor& input,
@@ -206,7 +209,7 @@ Gradients conv2d_backward(const char* op, const Tensor& grad_output, const Optio
   if (grad_output.numel() > 0) {
     const Tensor g = to_batch(grad_output).contiguous(memory_format(shape.channels_last));
     gradients.args.grad_output = g.const_data_ptr();
-    kernels(grad_output).conv2d_backward(gradients.args);
+    kernels(grad_output)->conv2d_backward(gradients.args);
   }
   return gradients.results();
 }
@@ -221,7 +224,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
       " -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("conv2d", [](const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
                       IntArrayRef padding, IntArrayRef dilation, int64_t groups) {
     return conv2d("conv2d", input, weight, bias, {stride, padding, dilation, groups}, /*relu=*/false);

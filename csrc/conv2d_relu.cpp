@@ -2,6 +2,7 @@
 // sign is the mask of the gradient.
 #include <torch/library.h>
 
+#include "device.h"
 #include "ops.h"
 
 namespace pyops {
@@ -35,7 +36,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
       " -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("conv2d_relu", conv2d_relu);
   m.impl("conv2d_relu_backward", conv2d_relu_backward);
 }

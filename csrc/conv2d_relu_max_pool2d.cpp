@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(const Tensor& input, const Ten
   Tensor output = fresh(at::empty({pool.N, pool.C, pool.OH, pool.OW}, input.options(), format));
   Tensor argmax = fresh(at::empty(output.sizes(), input.options().dtype(argmax_dtype(pool)), format));
   if (output.numel() > 0)
-    kernels(input).conv2d_relu_max_pool2d({conv.args, pool, output.mutable_data_ptr(), argmax.mutable_data_ptr()});
+    kernels(input)->conv2d_relu_max_pool2d({conv.args, pool, output.mutable_data_ptr(), argmax.mutable_data_ptr()});
   // A single image has no memory format: max_pool2d's are contiguous.
   if (!conv.batched) return {output.squeeze(0).contiguous(), argmax.squeeze(0).contiguous()};
   return {output, argmax};
@@ -58,12 +58,13 @@ Gradients conv2d_relu_max_pool2d_backward(const Tensor& grad_output, const Tenso
   pool.channels_last = s.channels_last;
   const at::MemoryFormat format = memory_format(s.channels_last);
   const Tensor g = to_batch(grad_output).contiguous(format), a = to_batch(argmax).contiguous(format);
-  if (kernels(grad_output)
-          .conv2d_relu_max_pool2d_backward({gradients.args, pool, g.const_data_ptr(), a.const_data_ptr()}))
+  const DeviceKernels device = kernels(grad_output);
+  const Conv2dReluMaxPool2dBackwardArgs args{gradients.args, pool, g.const_data_ptr(), a.const_data_ptr()};
+  if (device->conv2d_relu_max_pool2d_backward && device->conv2d_relu_max_pool2d_backward(args))
     return gradients.results();
   const Tensor grad_conv = max_pool2d_backward(op, g, a, {s.OH, s.OW}, pool_options).contiguous(format);
   gradients.args.grad_output = grad_conv.const_data_ptr();
-  kernels(grad_output).conv2d_backward(gradients.args);
+  device->conv2d_backward(gradients.args);
   return gradients.results();
 }
 
@@ -82,7 +83,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
 #undef CONV
 #undef POOL
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("conv2d_relu_max_pool2d", conv2d_relu_max_pool2d);
   m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward);
 }

@@ -191,8 +191,10 @@ struct Kernels {
   void (*max_pool2d_gather)(const MaxPool2dGatherArgs&);
   void (*max_pool2d_indices)(const MaxPool2dIndicesArgs&);
   void (*conv2d_relu_max_pool2d)(const Conv2dReluMaxPool2dArgs&);
-  // False where there is nothing better than the two backward ops one after the other; then nothing is written.
+  // False where there is nothing better than the two backward ops one after the other; then nothing is written. Null
+  // where there never is.
   bool (*conv2d_relu_max_pool2d_backward)(const Conv2dReluMaxPool2dBackwardArgs&);
+  bool reads_channels_last_weight;  // else Conv2dShape::weight_channels_last is never set
 };
 
 }  // namespace pyops

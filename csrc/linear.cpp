@@ -47,8 +47,8 @@ Tensor linear(const char* op, const Tensor& input, const Tensor& weight, const O
   if (output.numel() == 0) return output;
   const Tensor x = input.contiguous(), w = weight.contiguous();
   const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
-  kernels(input).linear({dtype, rows(input), N, weight.size(1), x.const_data_ptr(), w.const_data_ptr(), data_or_null(b),
-                         output.mutable_data_ptr(), relu});
+  kernels(input)->linear({dtype, rows(input), N, weight.size(1), x.const_data_ptr(), w.const_data_ptr(),
+                          data_or_null(b), output.mutable_data_ptr(), relu});
   return output;
 }
 
@@ -92,8 +92,8 @@ Gradients linear_backward(const char* op, const Tensor& grad_output, const Optio
   const auto target = [](const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
   const Tensor g = grad_output.contiguous();
   kernels(grad_output)
-      .linear_backward({dtype, M, N, K, g.const_data_ptr(), data_or_null(x), data_or_null(w), target(grad_input),
-                        target(grad_weight), target(grad_bias)});
+      ->linear_backward({dtype, M, N, K, g.const_data_ptr(), data_or_null(x), data_or_null(w), target(grad_input),
+                         target(grad_weight), target(grad_bias)});
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -104,7 +104,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
       " -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("linear", [](const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
     return linear("linear", input, weight, bias, /*relu=*/false);
   });

@@ -2,6 +2,7 @@
 // sign is the mask of the gradient.
 #include <torch/library.h>
 
+#include "device.h"
 #include "ops.h"
 
 namespace pyops {
@@ -27,7 +28,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
       " -> (Tensor, Tensor, Tensor)");
 }
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("linear_relu", linear_relu);
   m.impl("linear_relu_backward", linear_relu_backward);
 }

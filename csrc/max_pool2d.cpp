@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntArrayRef kernel_si
   Tensor argmax = fresh(at::empty(sizes, input.options().dtype(argmax_dtype(shape)), format));
   if (output.numel() == 0) return {output, argmax};
   const Tensor x = input.contiguous(format);
-  kernels(input).max_pool2d({dtype, shape, x.const_data_ptr(), output.mutable_data_ptr(), argmax.mutable_data_ptr()});
+  kernels(input)->max_pool2d({dtype, shape, x.const_data_ptr(), output.mutable_data_ptr(), argmax.mutable_data_ptr()});
   return {output, argmax};
 }
 
@@ -157,7 +157,7 @@ Tensor max_pool2d_backward(const char* op, const Tensor& grad_output, const Tens
   if (grad_input.numel() == 0) return grad_input;
   const Tensor g = grad_output.contiguous(format), a = argmax.contiguous(format);
   kernels(grad_output)
-      .max_pool2d_backward({dtype, shape, g.const_data_ptr(), a.const_data_ptr(), grad_input.mutable_data_ptr()});
+      ->max_pool2d_backward({dtype, shape, g.const_data_ptr(), a.const_data_ptr(), grad_input.mutable_data_ptr()});
   return grad_input;
 }
 
@@ -179,7 +179,7 @@ Tensor max_pool2d_gather(const Tensor& input, const Tensor& argmax, IntArrayRef 
   Tensor output = fresh(at::empty(argmax.sizes(), input.options(), format));
   if (output.numel() == 0) return output;
   const Tensor x = input.contiguous(format), a = argmax.contiguous(format);
-  kernels(input).max_pool2d_gather({dtype, shape, x.const_data_ptr(), a.const_data_ptr(), output.mutable_data_ptr()});
+  kernels(input)->max_pool2d_gather({dtype, shape, x.const_data_ptr(), a.const_data_ptr(), output.mutable_data_ptr()});
   return output;
 }
 
@@ -193,7 +193,7 @@ Tensor max_pool2d_indices(const Tensor& argmax, IntArrayRef input_size, IntArray
   Tensor indices = fresh(at::empty(argmax.sizes(), argmax.options().dtype(at::kLong), format));
   if (indices.numel() == 0) return indices;
   const Tensor a = argmax.contiguous(format);
-  kernels(argmax).max_pool2d_indices({shape, a.const_data_ptr(), indices.mutable_data_ptr<int64_t>()});
+  kernels(argmax)->max_pool2d_indices({shape, a.const_data_ptr(), indices.mutable_data_ptr<int64_t>()});
   return indices;
 }
 
@@ -208,7 +208,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
 }
 #undef WINDOW
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("max_pool2d", max_pool2d);
   m.impl("max_pool2d_backward",
          [](const Tensor& grad_output, const Tensor& argmax, IntArrayRef input_size, IntArrayRef kernel_size,

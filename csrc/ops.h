@@ -35,6 +35,7 @@ struct Conv2dGradients {
   Conv2dBackwardArgs args;  // without grad_output; its pointers are set by allocate()
   at::Tensor input, weight, grad_input, grad_weight, grad_bias;
   at::IntArrayRef weight_size;
+  at::MemoryFormat grad_weight_format;
   std::array<bool, 3> output_mask;
   bool batched;
 

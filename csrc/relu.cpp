@@ -27,7 +27,7 @@ Tensor relu(const Tensor& input) {
   Tensor output = fresh(at::empty_like(input));
   if (output.numel() == 0) return output;
   const Tensor dense = with_layout_of(input, output);
-  kernels(input).relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr()});
+  kernels(input)->relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr()});
   return output;
 }
 
@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor> relu_with_mask(const Tensor& input) {
   Tensor mask = at::empty({mask_words(output.numel())}, input.options().dtype(at::kLong));
   if (output.numel() == 0) return {output, mask};
   const Tensor dense = with_layout_of(input, output);
-  kernels(input).relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr(),
-                       static_cast<uint64_t*>(mask.mutable_data_ptr())});
+  kernels(input)->relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr(),
+                        static_cast<uint64_t*>(mask.mutable_data_ptr())});
   return {output, mask};
 }
 
@@ -62,8 +62,8 @@ Tensor relu_mask_backward(const Tensor& grad_output, const Tensor& mask, at::Int
   if (grad_input.numel() == 0) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input), words = mask.contiguous();
   kernels(grad_output)
-      .relu_mask_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(),
-                           static_cast<const uint64_t*>(words.const_data_ptr()), grad_input.mutable_data_ptr()});
+      ->relu_mask_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(),
+                            static_cast<const uint64_t*>(words.const_data_ptr()), grad_input.mutable_data_ptr()});
   return grad_input;
 }
 
@@ -72,7 +72,7 @@ void relu_(const Tensor& input) {
   at::assert_no_internal_overlap(input);
   if (input.numel() == 0) return;
   if (input.is_non_overlapping_and_dense()) {
-    kernels(input).relu({dtype, input.numel(), input.const_data_ptr(), input.mutable_data_ptr()});
+    kernels(input)->relu({dtype, input.numel(), input.const_data_ptr(), input.mutable_data_ptr()});
   } else {
     input.copy_(relu(input));
   }
@@ -88,8 +88,8 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
   if (grad_input.numel() == 0) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input);
   const Tensor dense_output = with_layout_of(output, grad_input);
-  kernels(output).relu_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(), dense_output.const_data_ptr(),
-                                 grad_input.mutable_data_ptr()});
+  kernels(output)->relu_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(), dense_output.const_data_ptr(),
+                                  grad_input.mutable_data_ptr()});
   return grad_input;
 }
 
@@ -103,7 +103,7 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
   m.def("relu_backward(Tensor grad_output, Tensor output) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(pyops, CPU, m) {
+PYOPS_LIBRARY_IMPL(m) {
   m.impl("relu", relu);
   m.impl("relu_", relu_);
   m.impl("relu_with_mask", relu_with_mask);

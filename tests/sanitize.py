@@ -34,7 +34,8 @@ def build() -> None:
 def sanitized_environment() -> dict[str, str]:
     compiler = os.environ.get("CXX", "g++")
     paths = (subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in PRELOADED)
-    return os.environ | OPTIONS | {"LD_PRELOAD": ":".join(paths), "PYTHONPATH": str(LIBRARY)}
+    environment = {"LD_PRELOAD": ":".join(paths), "PYTHONPATH": str(LIBRARY)}
+    return os.environ | OPTIONS | environment | {"PYOPS_SANITIZE": "1"}  # of the emulated CUDA kernels too
 
 
 def main() -> None:

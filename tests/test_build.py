@@ -96,6 +96,19 @@ def test_build_without_compiler_says_so(source_tree):
     assert result.stderr.splitlines()[-1].startswith("error: building pyops needs a C++ compiler")
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a build with CUDA")
+def test_build_says_why_it_is_without_cuda(source_tree):
+    """In one line, before anything else can fail."""
+    command = ("setup.py", "-q", "build_ext")
+    said = python(*command, cwd=source_tree, CXX="no-such-compiler").stdout.splitlines()
+    assert f"pyops: without CUDA kernels, for torch {torch.__version__} is a build without CUDA" in said
+    said = python(*command, cwd=source_tree, CXX="no-such-compiler", PYOPS_CUDA="0").stdout.splitlines()
+    assert "pyops: without CUDA kernels, for PYOPS_CUDA=0" in said
+    result = python(*command, cwd=source_tree, PYOPS_CUDA="1")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: PYOPS_CUDA=1 asks for CUDA, but torch")
+
+
 @pytest.fixture
 def old_torch(tmp_path):
     """A folder for PYTHONPATH that hides the torch installed behind one that pyops does not build with."""
@@ -126,7 +139,7 @@ def test_sdist_has_every_source(source_tree):
         packed = {Path(*Path(name).parts[1:]) for name in contents.getnames()}
     sources = {
         path.relative_to(source_tree)
-        for folder in ("csrc", "pyops", "tests", "bench", "docs")
+        for folder in ("csrc", "cuda", "pyops", "tests", "bench", "docs")
         for path in (source_tree / folder).rglob("*.*")
         if "__pycache__" not in path.parts and not any(part.startswith(".") for part in path.parts)
     }

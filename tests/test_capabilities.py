@@ -20,6 +20,7 @@ def test_kernels_of(capability):
     """A selection of the tests, with few examples each; all of them: ``ATEN_CPU_CAPABILITY=avx2 pytest``."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--every=7", "--hypothesis-profile=thin"]
+    command += ["--device=cpu"]
     result = subprocess.run([*command, *FILES], cwd=TESTS, env=environment, capture_output=True, text=True)
     assert f"pyops: CPU kernels {capability.upper()}" in result.stdout, result.stdout + result.stderr
     assert result.returncode == 0, result.stdout

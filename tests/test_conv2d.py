@@ -12,6 +12,8 @@ from tensors import FLOATING, LAYOUTS, layouts, place, random
 
 from pyops.functional import conv2d
 
+pytestmark = pytest.mark.every_device
+
 every_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 both_formats = pytest.mark.parametrize("where", ["contiguous", "channels_last"])
 
@@ -236,6 +238,7 @@ def test_sums_stay_accurate():
 
 @pytest.mark.slow
 @both_formats
+@pytest.mark.not_emulated
 def test_more_than_2_to_the_31_elements(where):
     """The output has them; input and weight are small."""
     channels, side = 2**15 + 1, 2**8

@@ -9,6 +9,8 @@ from tensors import FLOATING
 import pyops
 from pyops import functional as F
 
+pytestmark = pytest.mark.every_device
+
 ops = torch.ops.pyops
 
 

@@ -11,6 +11,8 @@ from tensors import FLOATING, LAYOUTS, layouts, random
 
 from pyops.functional import linear
 
+pytestmark = pytest.mark.every_device
+
 every_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 
 
@@ -106,6 +108,7 @@ def test_sums_stay_accurate():
 
 
 @pytest.mark.slow
+@pytest.mark.not_emulated
 def test_more_than_2_to_the_31_elements():
     rows, columns = 2**16 + 1, 2**15
     input, weight = torch.zeros(rows, 1, dtype=torch.bfloat16), torch.zeros(columns, 1, dtype=torch.bfloat16)

@@ -11,6 +11,8 @@ from tensors import FLOATING, INTEGER, LAYOUTS, layouts, place, random, with_tie
 
 from pyops.functional import max_pool2d
 
+pytestmark = pytest.mark.every_device
+
 every_dtype = pytest.mark.parametrize("dtype", FLOATING + INTEGER, ids=str)
 every_floating_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 both_formats = pytest.mark.parametrize("where", ["contiguous", "channels_last"])
@@ -197,6 +199,7 @@ def test_gather_is_the_transpose_of_backward(kernel, where, dtype):
     assert gathered.stride() == argmax.stride() == indices.stride()
 
 
+@pytest.mark.not_emulated
 def test_more_than_2_to_the_31_elements():
     side = 2**10
     input = torch.zeros(1, 2**11 + 1, side, side, dtype=torch.uint8)
@@ -209,6 +212,7 @@ def test_more_than_2_to_the_31_elements():
 
 @pytest.mark.slow
 @both_formats
+@pytest.mark.not_emulated
 def test_gradient_of_more_than_2_to_the_31_elements(where):
     channels, side = 2**11 + 1, 2**10
     format = torch.channels_last if where == "channels_last" else torch.contiguous_format

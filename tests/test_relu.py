@@ -12,6 +12,8 @@ from tensors import FLOATING, INTEGER, LAYOUTS, layouts, place, random, with_tie
 import pyops
 from pyops.functional import relu
 
+pytestmark = pytest.mark.every_device
+
 # Nothing, less than a vector, whole vectors with a tail, several blocks of work with a tail.
 SHAPES = [(), (0,), (1,), (31,), (2, 3, 4, 5), (3, 0, 2), (257,), (5, 1027), (3, 7, 67, 71)]
 
@@ -181,6 +183,7 @@ def test_in_place_is_noticed_by_whoever_saved_the_input():
         square.sum().backward()
 
 
+@pytest.mark.not_emulated
 def test_more_than_2_to_the_31_elements():
     memory = torch.full((2**31 + 77,), -1, dtype=torch.int8)
     memory[-3:] = torch.tensor([5, -128, 127])

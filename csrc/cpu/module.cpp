@@ -21,6 +21,7 @@ const pyops::Kernels kernels = {
     .max_pool2d_indices = pyops::cpu::max_pool2d_indices,
     .conv2d_relu_max_pool2d = pyops::cpu::conv2d_relu_max_pool2d,
     .conv2d_relu_max_pool2d_backward = pyops::cpu::conv2d_relu_max_pool2d_backward,
+    .reads_channels_last_weight = true,
 };
 
 constexpr char name[] = C10_STRINGIZE(TORCH_EXTENSION_NAME);

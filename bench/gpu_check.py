@@ -1,0 +1,79 @@
+"""Everything that a machine with a GPU can tell about the CUDA kernels, in one command.
+
+``python bench/gpu_check.py`` builds pyops with CUDA, runs the tests of the ops on the GPU, the programs of
+gpu_programs.py (graphs, streams, threads, large batches), those small enough under the four tools of compute-sanitizer,
+and then the timings of gpu_times.py, which are written to bench/results/<gpu>.json and printed as a table. A step that
+fails does not keep the following ones from running; the exit status tells. ``--only`` chooses steps, ``--list`` shows
+their commands.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+TESTS = [f"tests/test_{op}.py" for op in ("relu", "linear", "conv2d", "max_pool2d", "fused")]
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+
+
+class Step(NamedTuple):
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+
+
+def steps() -> list[Step]:
+    python, pip = [sys.executable], [sys.executable, "-m", "pip", "install"]
+    sanitizer = ["compute-sanitizer", "--error-exitcode=1", "--require-cuda-init=no"]
+    return [
+        Step("build", [*pip, "--no-build-isolation", "--no-deps", "--force-reinstall", "."], {"PYOPS_CUDA": "1"}),
+        Step("tests", ["pytest", "-q", "--device=cuda", *TESTS], {}),
+        Step("programs", [*python, "bench/gpu_programs.py"], {}),
+        *(
+            # Torch's allocator would hide what is read or written beyond a tensor.
+            Step(
+                tool,
+                [*sanitizer, f"--tool={tool}", *python, "bench/gpu_programs.py", "every_op"],
+                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            )
+            for tool in SANITIZERS
+        ),
+        Step("times", [*python, "bench/gpu_times.py"], {}),
+    ]
+
+
+def run(chosen: list[Step]) -> dict[str, bool]:
+    """Runs each step; whether it succeeded."""
+    succeeded = {}
+    for step in chosen:
+        print(f"\n=== {step.name}: {' '.join(step.command)}", flush=True)
+        try:
+            code = subprocess.run(step.command, cwd=ROOT, env=os.environ | step.environment).returncode
+        except FileNotFoundError:
+            print(f"there is no {step.command[0]}")
+            code = 127
+        succeeded[step.name] = code == 0
+    return succeeded
+
+
+def main(argv: list[str] | None = None) -> None:
+    names = [step.name for step in steps()]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names))
+    parser.add_argument("--list", action="store_true", help="show the commands, run none")
+    args = parser.parse_args(argv)
+    chosen = [step for step in steps() if step.name in args.only]
+    if args.list:
+        for step in chosen:
+            print(f"{step.name}: {' '.join([*(f'{k}={v}' for k, v in step.environment.items()), *step.command])}")
+        return
+    succeeded = run(chosen)
+    print("\n" + "\n".join(f"{name}: {'passed' if passed else 'FAILED'}" for name, passed in succeeded.items()))
+    sys.exit(not all(succeeded.values()))
+
+
+if __name__ == "__main__":
+    main()

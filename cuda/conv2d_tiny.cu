@@ -1,0 +1,219 @@
+// Convolutions of few channels by 3x3 and 5x5 kernels, in either layout: the output (plain, rectified, or rectified and
+// pooled by 2x2 windows), and the gradient of the input, which is a convolution of grad_output by the kernel turned
+// around.
+//
+// A thread computes 2x2 output pixels of up to 8 channels. For each input channel it holds the (kernel + 1)^2 inputs
+// that they need in registers; the weights are in shared memory, where all threads of a warp read the same ones, 8 at a
+// time, for 32 multiply-adds. As products of matrices the same would fill tiles to a fifth. The pooled results leave
+// the thread as one value and one byte for each window: a quarter of the writes, and nothing is read again.
+//
+// Sums run over c, i, j in one chain, as in convolve(). Taps outside are read as 0; a sum that is NaN, as an infinity
+// times 0 is, is taken again over the taps inside alone.
+// Registers (sm_90): 96 to 128, 196 at most for double. Shared memory: 32 bytes for each input channel and tap, 64 for
+// double; LeNet's 6 channels of 5x5 take 4.8 KB.
+#include <algorithm>
+
+#include "conv2d_generic.h"
+#include "conv2d_tiny.h"
+
+namespace pyops::cuda {
+namespace {
+
+constexpr int tiny_threads = 128, weight_pitch = 8;
+
+enum class Result { plain, pooled, gradient };
+
+// Of the convolution that is computed, which for the gradient is not conv.
+struct Tiny {
+  Conv<int32_t> conv;
+  Images<int32_t> input, output;
+  Images<int32_t> blocks;                               // of 2x2 output pixels
+  Divider<int32_t> chunks;                              // of output channels
+  int32_t padding_h, padding_w, out_stride, in_stride;  // strides of the weight
+  bool relu;
+};
+
+template <class T>
+struct TinyOperands {
+  const T *input, *weight, *bias;
+  T* output;
+  uint8_t* argmax;
+  int dead;  // the argmax of a window that passes no gradient
+};
+
+template <class T, int kernel, int outputs, Result result>
+__device__ __forceinline__ void load_weights(const Tiny& tiny, const T* weight, int32_t first_output,
+                                             Compute<T>* shared) {
+  constexpr int taps = kernel * kernel;
+  const int32_t count = tiny.input.C.value() * taps * outputs;
+  for (int32_t k = threadIdx.x; k < count; k += tiny_threads) {
+    const int32_t o = k % outputs, c = k / outputs / taps, tap = k / outputs % taps;
+    const int32_t at = result == Result::gradient ? taps - 1 - tap : tap;
+    shared[k / outputs * weight_pitch + o] =
+        first_output + o < tiny.output.C.value()
+            ? widen(weight[(first_output + o) * tiny.out_stride + c * tiny.in_stride + at])
+            : Compute<T>(0);
+  }
+}
+
+// The 2x2 outputs of one channel.
+template <class T, Result result>
+__device__ __forceinline__ void finish(const Tiny& tiny, const TinyOperands<T>& x, const Pixel<int32_t>& block,
+                                       int32_t channel, const Compute<T> (&sums)[4]) {
+  using C = Compute<T>;
+  C max = lowest<T>;
+  int winner = 0;
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const Position<int32_t> at{block.n, channel, block.h * 2 + q / 2, block.w * 2 + q % 2};
+    if (at.h >= tiny.output.height() || at.w >= tiny.output.width()) continue;
+    C sum = sums[q];
+    if (sum != sum)
+      sum = result == Result::gradient ? gradient_of_input(tiny.conv, x.input, x.weight, at)
+                                       : convolve(tiny.conv, x.input, x.weight, at);
+    const T value = finish_conv(sum, x.bias, channel);
+    if constexpr (result == Result::pooled) {
+      if (widen(value) > max || widen(value) != widen(value)) {
+        max = widen(value);
+        winner = q;
+      }
+    } else {
+      x.output[tiny.output.offset(at.n, at.c, at.h, at.w)] = tiny.relu ? narrow<T>(rectified(widen(value))) : value;
+    }
+  }
+  if constexpr (result == Result::pooled) {
+    const bool is_dead = max <= 0;
+    const int32_t offset = tiny.blocks.offset(block.n, channel, block.h, block.w);
+    x.output[offset] = narrow<T>(is_dead ? C(0) : max);
+    x.argmax[offset] = static_cast<uint8_t>(is_dead ? x.dead : winner);
+  }
+}
+
+template <class T, int kernel, int outputs, Result result>
+__global__ void __launch_bounds__(tiny_threads, 1)
+    tiny_kernel(const __grid_constant__ Tiny tiny, const __grid_constant__ TinyOperands<T> x) {
+  using C = Compute<T>;
+  constexpr int side = kernel + 1;
+  C* weights = shared_memory<C>();
+  auto tile = static_cast<int32_t>(blockIdx.x);
+  const int32_t first_output = take_digit(tile, tiny.chunks) * outputs;
+  load_weights<T, kernel, outputs, result>(tiny, x.weight, first_output, weights);
+  __syncthreads();
+  const int64_t number = static_cast<int64_t>(tile) * tiny_threads + threadIdx.x;
+  if (number >= static_cast<int64_t>(tiny.blocks.count)) return;
+  const auto block = tiny.blocks.pixel(static_cast<int32_t>(number));
+  const int32_t h0 = block.h * 2 - tiny.padding_h, w0 = block.w * 2 - tiny.padding_w;
+
+  C sums[outputs][4] = {};
+  for (int32_t c = 0; c < tiny.input.C.value(); ++c) {
+    C patch[side][side];
+#pragma unroll
+    for (int i = 0; i < side; ++i) {
+#pragma unroll
+      for (int j = 0; j < side; ++j) {
+        const int32_t h = h0 + i, w = w0 + j;
+        const bool inside = h >= 0 && w >= 0 && h < tiny.input.height() && w < tiny.input.width();
+        patch[i][j] = inside ? widen(x.input[tiny.input.offset(block.n, c, h, w)]) : C(0);
+      }
+    }
+#pragma unroll
+    for (int tap = 0; tap < kernel * kernel; ++tap) {
+      const C* of_tap = weights + (c * kernel * kernel + tap) * weight_pitch;
+#pragma unroll
+      for (int o = 0; o < outputs; ++o)
+#pragma unroll
+        for (int q = 0; q < 4; ++q)
+          sums[o][q] = multiply_add(patch[tap / kernel + q / 2][tap % kernel + q % 2], of_tap[o], sums[o][q]);
+    }
+  }
+#pragma unroll
+  for (int o = 0; o < outputs; ++o)
+    if (first_output + o < tiny.output.C.value()) finish<T, result>(tiny, x, block, first_output + o, sums[o]);
+}
+
+template <class T, Result result>
+cudaError_t launch_tiny(Tiny tiny, int64_t kernel, const TinyOperands<T>& x, cudaStream_t stream) {
+  const auto run = [&](auto kernel_constant, auto outputs_constant) {
+    constexpr int k = decltype(kernel_constant)::value, outputs = decltype(outputs_constant)::value;
+    const int64_t chunks = ceil_div(tiny.output.C.value(), outputs);
+    tiny.chunks = Divider<int32_t>(chunks);
+    const size_t shared_bytes = tiny.input.C.value() * k * k * weight_pitch * sizeof(Compute<T>);
+    return launch(tiny_kernel<T, k, outputs, result>, ceil_div(tiny.blocks.count, tiny_threads) * chunks, tiny_threads,
+                  shared_bytes, stream, tiny, x);
+  };
+  using Three = std::integral_constant<int, 3>;
+  using Five = std::integral_constant<int, 5>;
+  using Six = std::integral_constant<int, 6>;
+  using Eight = std::integral_constant<int, 8>;
+  if (tiny.output.C.value() <= 6) return kernel == 3 ? run(Three(), Six()) : run(Five(), Six());
+  return kernel == 3 ? run(Three(), Eight()) : run(Five(), Eight());
+}
+
+Tiny make_tiny(const Conv2dShape& s, int64_t blocks_h, int64_t blocks_w) {
+  const Conv<int32_t> conv(s);
+  const auto taps = static_cast<int32_t>(s.kernel_h * s.kernel_w);
+  // Numbered by pixel, of which there is one for all channels.
+  Images<int32_t> blocks(s.N, s.O, blocks_h, blocks_w, s.channels_last);
+  blocks.count = s.N * blocks_h * blocks_w;
+  return {conv,
+          conv.input,
+          conv.output,
+          blocks,
+          Divider<int32_t>(1),
+          static_cast<int32_t>(s.padding_top),
+          static_cast<int32_t>(s.padding_left),
+          static_cast<int32_t>(s.C) * taps,
+          taps,
+          false};
+}
+
+}  // namespace
+
+cudaError_t tiny_forward(const Conv2dArgs& x, cudaStream_t stream) {
+  const Conv2dShape& s = x.shape;
+  Tiny tiny = make_tiny(s, ceil_div(s.OH, 2), ceil_div(s.OW, 2));
+  tiny.relu = x.relu;
+  return dispatch_floating(x.dtype, [&](auto t) {
+    using T = decltype(t);
+    const TinyOperands<T> operands{static_cast<const T*>(x.input),
+                                   static_cast<const T*>(x.weight),
+                                   static_cast<const T*>(x.bias),
+                                   static_cast<T*>(x.output),
+                                   nullptr,
+                                   0};
+    return launch_tiny<T, Result::plain>(tiny, s.kernel_h, operands, stream);
+  });
+}
+
+cudaError_t tiny_backward_input(const Conv2dBackwardArgs& x, cudaStream_t stream) {
+  const Conv2dShape& s = x.shape;
+  Tiny tiny = make_tiny(s, ceil_div(s.H, 2), ceil_div(s.W, 2));
+  std::swap(tiny.input, tiny.output);
+  std::swap(tiny.in_stride, tiny.out_stride);
+  tiny.padding_h = static_cast<int32_t>(s.kernel_h - 1 - s.padding_top);
+  tiny.padding_w = static_cast<int32_t>(s.kernel_w - 1 - s.padding_left);
+  return dispatch_floating(x.dtype, [&](auto t) {
+    using T = decltype(t);
+    const TinyOperands<T> operands{static_cast<const T*>(x.grad_output),
+                                   static_cast<const T*>(x.weight),
+                                   nullptr,
+                                   static_cast<T*>(x.grad_input),
+                                   nullptr,
+                                   0};
+    return launch_tiny<T, Result::gradient>(tiny, s.kernel_h, operands, stream);
+  });
+}
+
+cudaError_t tiny_pooled(const Conv2dReluMaxPool2dArgs& x, cudaStream_t stream) {
+  const Conv2dShape& s = x.conv.shape;
+  const Tiny tiny = make_tiny(s, x.pool.OH, x.pool.OW);
+  return dispatch_floating(x.conv.dtype, [&](auto t) {
+    using T = decltype(t);
+    const TinyOperands<T> operands{static_cast<const T*>(x.conv.input), static_cast<const T*>(x.conv.weight),
+                                   static_cast<const T*>(x.conv.bias),  static_cast<T*>(x.output),
+                                   static_cast<uint8_t*>(x.argmax),     static_cast<int>(dead_window(x.pool.taps()))};
+    return launch_tiny<T, Result::pooled>(tiny, s.kernel_h, operands, stream);
+  });
+}
+
+}  // namespace pyops::cuda

@@ -1,0 +1,49 @@
+// output[M, N] = input[M, K] weight[N, K]^T + bias, rectified if asked for; and the gradients
+// grad_input[M, K] = grad_output weight, grad_weight[N, K] = grad_output^T input, grad_bias[N] = column sums.
+// All row-major; three products of one kernel (gemm.h), whose operands differ in which dimension is contiguous.
+//
+// Each sum is taken in float (double for double) in an order that depends on the shape only.
+#include "gemm.h"
+#include "sums.h"
+
+namespace pyops::cuda {
+
+cudaError_t linear(const LinearArgs& x, Workspace& workspace, cudaStream_t stream) {
+  return dispatch_floating(x.dtype, [&](auto t) {
+    return dispatch_index(x.M * x.K + x.N * x.K + x.M * x.N, [&](auto index) {
+      using T = decltype(t);
+      using Index = decltype(index);
+      const Matrix<T, Index, true> input(x.input, x.K);
+      const Matrix<T, Index, true> weight(x.weight, x.K);
+      const StoreRows<T, Index> store{static_cast<T*>(x.output), static_cast<const T*>(x.bias), static_cast<Index>(x.N),
+                                      x.relu};
+      return gemm<T, Index>(x.M, x.N, x.K, input, weight, store, workspace, stream);
+    });
+  });
+}
+
+cudaError_t linear_backward(const LinearBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
+  return dispatch_floating(x.dtype, [&](auto t) {
+    return dispatch_index(x.M * x.K + x.N * x.K + x.M * x.N, [&](auto index) {
+      using T = decltype(t);
+      using Index = decltype(index);
+      const auto* grad = static_cast<const T*>(x.grad_output);
+      const auto K = static_cast<Index>(x.K);
+      if (x.grad_input != nullptr) {
+        const Matrix<T, Index, true> rows(grad, x.N);
+        const Matrix<T, Index, false> columns(x.weight, x.K);
+        const StoreRows<T, Index> store{static_cast<T*>(x.grad_input), nullptr, K, false};
+        PYOPS_RETURN_ON_ERROR((gemm<T, Index>(x.M, x.K, x.N, rows, columns, store, workspace, stream)));
+      }
+      if (x.grad_weight != nullptr) {
+        const Matrix<T, Index, false> rows(grad, x.N), columns(x.input, x.K);
+        const StoreRows<T, Index> store{static_cast<T*>(x.grad_weight), nullptr, K, false};
+        PYOPS_RETURN_ON_ERROR((gemm<T, Index>(x.N, x.K, x.M, rows, columns, store, workspace, stream)));
+      }
+      if (x.grad_bias == nullptr) return cudaSuccess;
+      return sum_columns(grad, x.M, x.N, static_cast<T*>(x.grad_bias), workspace, stream);
+    });
+  });
+}
+
+}  // namespace pyops::cuda

@@ -1,0 +1,47 @@
+// The CUDA kernels as the Python module pyops._cuda with one attribute, `kernels`: a capsule of the table. Each call
+// runs on the current stream of the current device, which csrc/device.h made that of the tensors, and raises torch's
+// error if CUDA gives one. Workspaces are torch's: freed at once, they are reused in the order of the stream.
+#include <ATen/ops/empty.h>
+#include <Python.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <vector>
+
+#include "launchers.h"
+
+namespace {
+
+struct TorchWorkspace final : pyops::cuda::Workspace {
+  std::vector<at::Tensor> arrays;
+  void* allocate(int64_t bytes) override {
+    arrays.push_back(at::empty({bytes}, at::TensorOptions(at::kCUDA).dtype(at::kByte)));
+    return arrays.back().mutable_data_ptr();
+  }
+};
+
+template <auto launcher>
+struct Run;
+template <class Args, cudaError_t (*launcher)(const Args&, pyops::cuda::Workspace&, cudaStream_t)>
+struct Run<launcher> {
+  static void run(const Args& args) {
+    TorchWorkspace workspace;
+    C10_CUDA_CHECK(launcher(args, workspace, c10::cuda::getCurrentCUDAStream()));
+  }
+};
+
+constexpr pyops::Kernels kernels = pyops::cuda::kernel_table<Run>();
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__cuda() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+  PyObject* table = PyCapsule_New(const_cast<pyops::Kernels*>(&kernels), nullptr, nullptr);
+  const int failed = PyModule_AddObjectRef(module, "kernels", table);  // fails on a null table too
+  Py_XDECREF(table);
+  if (failed) Py_CLEAR(module);
+  return module;
+}

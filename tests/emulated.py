@@ -1,0 +1,88 @@
+"""Builds what runs the CUDA kernels without a GPU: cuda/*.cu by g++ on the emulator of tests/emulator.
+
+The objects are kept in build/, and those are built anew whose sources are younger. PYOPS_SANITIZE=1 builds with
+AddressSanitizer and UndefinedBehaviorSanitizer (tests/sanitize.py).
+"""
+
+import functools
+import os
+import platform
+import shlex
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import pyops
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "tests" / "emulator"
+FORWARD, REVERSE, SHUFFLED, ALTERNATING = range(4)  # orders of threads and blocks
+SANITIZE = os.environ.get("PYOPS_SANITIZE") == "1"
+
+AVAILABLE = platform.machine() == "x86_64"
+needed = pytest.mark.skipif(not AVAILABLE, reason="the emulator is for x86-64")
+
+COMPILER = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-fPIC", "-fno-strict-aliasing"]
+# As nvcc contracts no more than the kernels ask for by fma; and the instruction for that rather than a function.
+COMPILER += ["-O2", "-ffp-contract=off", "-mfma", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+COMPILER += ["-DPYOPS_EMULATED", "-DPYOPS_LARGEST_32_BIT_OFFSET=20000", f"-I{FOLDER}"]
+if SANITIZE:
+    COMPILER += ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def _compile(target: Path, sources: list[Path], *options: str) -> Path:
+    """Runs the compiler for `target` unless that is younger than all that it can depend on."""
+    inputs = [*sources, *ROOT.glob("cuda/*.h"), *FOLDER.glob("*.h"), ROOT / "csrc" / "kernels.h", Path(__file__)]
+    if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        finished = target.with_suffix(f".{os.getpid()}")  # another process may build the same
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # for us, not for it
+        subprocess.run([*COMPILER, *options, *map(str, sources), "-o", finished], env=environment, check=True)
+        finished.rename(target)
+    return target
+
+
+def build_program(name: str) -> Path:
+    """The program of tests/emulator/<name>.cpp."""
+    return _compile(_build_folder() / name, [FOLDER / f"{name}.cpp"])
+
+
+def _build_folder() -> Path:
+    return ROOT / "build" / ("emulated-sanitized" if SANITIZE else "emulated")
+
+
+def build_module() -> Path:
+    """The Python module of the kernels of cuda/*.cu."""
+    folder = _build_folder()
+    sources = {path: path.stem for path in sorted(ROOT.glob("cuda/*.cu"))} | {FOLDER / "module.cpp": "module"}
+    include = f"-I{sysconfig.get_path('include')}"
+    objects = [_compile(folder / f"{stem}.o", [path], "-c", include, "-x", "c++") for path, stem in sources.items()]
+    return _compile(folder / "emulated_kernels.so", objects, "-shared")
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module, built if need be: its `kernels` are what pyops._C.set_cpu_kernels takes."""
+    loader = ExtensionFileLoader("emulated_kernels", str(build_module()))
+    module = module_from_spec(spec_from_loader("emulated_kernels", loader))
+    loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def kernels(order: int = ALTERNATING) -> Iterator[None]:
+    """CPU tensors are computed on by the CUDA kernels meanwhile, threads and blocks in that order."""
+    module = load()
+    module.set_order(order)
+    pyops._C.set_cpu_kernels(module.kernels)
+    try:
+        yield
+    finally:
+        pyops._C.set_cpu_kernels(pyops._load.cpu_kernels)

@@ -1,0 +1,353 @@
+// CUDA kernels on a CPU, for tests: the same .cu files that nvcc compiles for a GPU are compiled by g++ with this
+// folder first on the include path, where cuda_runtime.h leads here. x86-64 only.
+//
+// A launch runs its blocks one after the other, and each thread of a block as a fiber that runs until it waits, for the
+// block or for its warp, or ends. Launches take turns in three orders of threads and blocks: forward, reverse,
+// shuffled; so a result that needs a barrier that is not there, or one block to run before another, differs between
+// launches.
+//
+// Found and reported by abort(), with block and thread:
+//   - a barrier that some thread of the block never reaches, and threads that meet at different barriers;
+//   - lanes of a warp that wait for each other at different operations, with different masks, or for an ended lane;
+//   - reads of shared memory that nobody wrote, as they are NaN (0xff bytes);
+//   - rows of ldmatrix that are misaligned or not in shared memory (other vector accesses: UndefinedBehaviorSanitizer).
+// Not modelled: time, bank conflicts, caches, asynchronous copies, and how tensor cores round their sums.
+#pragma once
+
+#if !defined(__x86_64__)
+#error "the emulator switches stacks of x86-64"
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <vector>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// The device's variables.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace emulator {
+
+constexpr int warp_size = 32;
+constexpr size_t stack_bytes = 128 << 10;
+
+enum class Order { forward, reverse, shuffled, alternating };
+inline Order order = Order::alternating;
+
+// What a thread is doing; `site` tells barriers and warp operations in the source apart.
+enum class State { fresh, ready, at_barrier, in_warp, done };
+
+struct Thread {
+  State state = State::fresh;
+  const char* site = nullptr;
+  unsigned mask = 0;  // of the warp operation
+  uint3 index;
+  int number, parity;
+  void* stack_pointer;
+  std::unique_ptr<char[]> stack;
+};
+
+struct Warp {
+  alignas(16) unsigned char slots[2][warp_size][64];  // of one operation and the next
+};
+
+struct Block {
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::vector<std::unique_ptr<char[]>> stacks;  // not in use
+  const std::function<void()>* body = nullptr;
+  void* scheduler = nullptr;  // its stack pointer
+  Thread* current = nullptr;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+};
+inline Block block;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: %s (block %u %u %u, thread %u %u %u)\n", what, blockIdx.x, blockIdx.y, blockIdx.z,
+               threadIdx.x, threadIdx.y, threadIdx.z);
+  std::abort();
+}
+
+// Saves the registers that a called function must keep and the stack pointer, and goes on from another one.
+extern "C" void pyops_emulator_switch(void** save, void* load);
+__asm__(
+    ".text\n.weak pyops_emulator_switch\n.hidden pyops_emulator_switch\npyops_emulator_switch:\n"
+    "pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n"
+    "movq %rsp, (%rdi); movq %rsi, %rsp\n"
+    "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret\n");
+
+inline void leave() {
+  pyops_emulator_switch(&block.current->stack_pointer, block.scheduler);
+}
+
+inline void run_thread() {
+  (*block.body)();
+  block.current->state = State::done;
+  leave();
+  std::abort();  // nobody resumes it
+}
+
+inline void resume(Thread& thread) {
+  if (thread.state == State::fresh) {
+    if (block.stacks.empty()) block.stacks.emplace_back(new char[stack_bytes]);
+    thread.stack = std::move(block.stacks.back());
+    block.stacks.pop_back();
+    const auto top = reinterpret_cast<uintptr_t>(thread.stack.get() + stack_bytes) & ~uintptr_t{15};
+    void** stack = reinterpret_cast<void**>(top);
+    *--stack = nullptr;  // where run_thread would return to
+    *--stack = reinterpret_cast<void*>(&run_thread);
+    for (int i = 0; i < 6; ++i) *--stack = nullptr;
+    thread.stack_pointer = stack;
+  }
+  thread.state = State::ready;
+  block.current = &thread;
+  threadIdx = thread.index;
+  pyops_emulator_switch(&block.scheduler, thread.stack_pointer);
+  if (thread.state == State::done) block.stacks.push_back(std::move(thread.stack));
+}
+
+// Lets the threads that wait at the block's barrier go on if that is all that have not ended.
+inline bool release_barrier() {
+  const char* site = nullptr;
+  for (const Thread& thread : block.threads) {
+    if (thread.state == State::done) continue;
+    if (thread.state != State::at_barrier) return false;
+    if (site != nullptr && site != thread.site) fail("threads of a block met at different barriers");
+    site = thread.site;
+  }
+  for (Thread& thread : block.threads)
+    if (thread.state == State::at_barrier) thread.state = State::ready;
+  return site != nullptr;
+}
+
+[[noreturn]] inline void report_deadlock() {
+  for (const Thread& thread : block.threads) {
+    if (thread.state != State::in_warp) continue;
+    threadIdx = thread.index;
+    fail("lanes of a warp wait at different operations, with different masks, or for a lane that has ended");
+  }
+  fail("a barrier that not every thread reaches");
+}
+
+inline void run_block(const std::vector<int>& thread_order) {
+  if (block.shared_bytes) std::memset(block.shared, 0xff, block.shared_bytes);
+  for (int i = 0; i < static_cast<int>(block.threads.size()); ++i) {
+    Thread& thread = block.threads[i];
+    const unsigned n = i;
+    thread.state = State::fresh;
+    thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
+    thread.number = i;
+    thread.parity = 0;
+  }
+  for (bool any_left = true; any_left;) {
+    bool any_ran = any_left = false;
+    for (const int i : thread_order) {
+      Thread& thread = block.threads[i];
+      if (thread.state == State::fresh || thread.state == State::ready) resume(thread), any_ran = true;
+      any_left |= thread.state != State::done;
+    }
+    if (any_left && !release_barrier() && !any_ran) report_deadlock();
+  }
+}
+
+inline std::vector<int64_t> permutation(int64_t count, Order order, std::minstd_rand& random) {
+  std::vector<int64_t> result(count);
+  std::iota(result.begin(), result.end(), 0);
+  if (order == Order::reverse) std::reverse(result.begin(), result.end());
+  if (order == Order::shuffled) std::shuffle(result.begin(), result.end(), random);
+  return result;
+}
+
+inline void launch(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  static unsigned launches = 0;
+  const Order chosen = order == Order::alternating ? static_cast<Order>(launches++ % 3) : order;
+  std::minstd_rand random(launches);
+
+  gridDim = grid, blockDim = threads;
+  const int64_t count = int64_t{threads.x} * threads.y * threads.z;
+  block.threads.resize(count);
+  block.warps.resize((count + warp_size - 1) / warp_size);
+  block.body = &body;
+  block.shared_bytes = shared_bytes;
+  block.shared = nullptr;
+  if (shared_bytes && posix_memalign(reinterpret_cast<void**>(&block.shared), 128, shared_bytes)) std::abort();
+  const auto shuffled = permutation(count, chosen, random);
+  const std::vector<int> thread_order(shuffled.begin(), shuffled.end());
+  for (const int64_t i : permutation(int64_t{grid.x} * grid.y * grid.z, chosen, random)) {
+    blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
+                static_cast<unsigned>(i / grid.x / grid.y)};
+    run_block(thread_order);
+  }
+  std::free(block.shared);
+}
+
+// ---- what a kernel calls ----
+
+inline void barrier(const char* site) {
+  block.current->site = site;
+  block.current->state = State::at_barrier;
+  leave();
+}
+
+// Waits for the lanes of the mask, which must come to the same operation with the same mask.
+inline void meet(unsigned mask, const char* site) {
+  Thread& self = *block.current;
+  const int first = self.number / warp_size * warp_size, lane = self.number - first;
+  if ((mask >> lane & 1) == 0) fail("a lane's mask does not name the lane itself");
+  self.site = site, self.mask = mask, self.state = State::in_warp;
+  bool complete = true;
+  for (int i = 0; i < warp_size && complete; ++i) {
+    if ((mask >> i & 1) == 0) continue;
+    if (first + i >= static_cast<int>(block.threads.size())) fail("a mask names a lane that the block does not have");
+    const Thread& other = block.threads[first + i];
+    complete = other.state == State::in_warp && other.site == site && other.mask == mask;
+  }
+  if (!complete) return leave();
+  for (int i = 0; i < warp_size; ++i)
+    if (mask >> i & 1) block.threads[first + i].state = State::ready;
+}
+
+// What the lanes of the mask gave to the same call, by lane. Its memory is good until the warp's next call but one.
+template <class T>
+class Exchange {
+ public:
+  Exchange(unsigned mask, const T& value, const char* site) {
+    static_assert(sizeof(T) <= sizeof(Warp::slots[0][0]));
+    Thread& self = *block.current;
+    slots_ = block.warps[self.number / warp_size].slots[self.parity ^= 1];
+    std::memcpy(slots_[self.number % warp_size], &value, sizeof(T));
+    meet(mask, site);
+  }
+  T operator[](int lane) const {
+    T value;
+    std::memcpy(&value, slots_[lane], sizeof(T));
+    return value;
+  }
+
+ private:
+  unsigned char (*slots_)[64];
+};
+
+inline int lane() {
+  return block.current->number % warp_size;
+}
+
+template <class T>
+T shuffle(unsigned mask, const T& value, int source, int width, const char* site) {
+  const Exchange<T> all(mask, value, site);
+  const int first = lane() / width * width;
+  const bool inside = source >= first && source < first + width;
+  if (inside && (mask >> source & 1) == 0) fail("a shuffle reads from a lane that its mask does not name");
+  return inside ? all[source] : value;
+}
+
+inline unsigned ballot(unsigned mask, bool vote, const char* site) {
+  const Exchange<bool> all(mask, vote, site);
+  unsigned result = 0;
+  for (int i = 0; i < warp_size; ++i)
+    if (mask >> i & 1) result |= static_cast<unsigned>(all[i]) << i;
+  return result;
+}
+
+// ldmatrix.x4: four matrices of 8 rows of 16 bytes. PTX cannot be told apart by its place: `site` is its name.
+inline void load_matrices(uint32_t (&result)[4], const void* row, bool transposed, const char* site) {
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row that is not aligned to 16 bytes");
+  const auto* memory = static_cast<const unsigned char*>(row);
+  if (memory < block.shared || memory + 16 > block.shared + block.shared_bytes)
+    fail("ldmatrix: a row outside of shared memory");
+  struct Row {
+    uint16_t elements[8];
+  };
+  Row mine;
+  std::memcpy(&mine, row, sizeof(mine));
+  const Exchange<Row> rows(0xffffffffu, mine, site);
+  const int l = lane();
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint32_t pair = 0;
+    for (int i = 0; i < 2; ++i) {
+      const int r = transposed ? 2 * (l % 4) + i : l / 4, c = transposed ? l / 4 : 2 * (l % 4) + i;
+      pair |= static_cast<uint32_t>(rows[matrix * 8 + r].elements[c]) << (16 * i);
+    }
+    result[matrix] = pair;
+  }
+}
+
+// mma.m16n8k16 of 16-bit elements and float sums.
+template <class T, class Widen>
+void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Widen& widen) {
+  struct Fragment {
+    uint32_t a[4], b[2];
+  };
+  const Exchange<Fragment> all(0xffffffffu, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, "mma");
+  const auto element = [&](uint32_t pair, int which) {
+    const auto bits = static_cast<uint16_t>(pair >> (16 * which));
+    T value;
+    std::memcpy(&value, &bits, sizeof(bits));
+    return widen(value);
+  };
+  const int l = lane();
+  for (int s = 0; s < 4; ++s) {
+    const int row = l / 4 + s / 2 * 8, column = 2 * (l % 4) + s % 2;
+    float sum = sums[s];
+    for (int k = 0; k < 16; ++k) {
+      const int holder = k % 8 / 2;  // among the four lanes of a row or column
+      sum = std::fma(element(all[row % 8 * 4 + holder].a[row / 8 + k / 8 * 2], k % 2),
+                     element(all[column * 4 + holder].b[k / 8], k % 2), sum);
+    }
+    sums[s] = sum;
+  }
+}
+
+}  // namespace emulator
+
+// A string that tells two places in the source apart.
+#define EMULATOR_TEXT(line) #line
+#define EMULATOR_LINE(line) EMULATOR_TEXT(line)
+#define EMULATOR_SITE __FILE__ ":" EMULATOR_LINE(__LINE__)
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__ __attribute__((noinline))
+
+#define __syncthreads() emulator::barrier(EMULATOR_SITE)
+#define __syncwarp(...) emulator::meet(0xffffffffu, EMULATOR_SITE)
+#define __shfl_sync(mask, value, source) \
+  emulator::shuffle(mask, value, emulator::lane() / 32 * 32 + (source), 32, EMULATOR_SITE)
+#define __shfl_xor_sync(mask, value, bits) emulator::shuffle(mask, value, emulator::lane() ^ (bits), 32, EMULATOR_SITE)
+#define __shfl_down_sync(mask, value, delta) \
+  emulator::shuffle(mask, value, emulator::lane() + (delta), 32, EMULATOR_SITE)
+#define __ballot_sync(mask, vote) emulator::ballot(mask, vote, EMULATOR_SITE)
+
+using std::max;
+using std::min;
+
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(uint64_t{a} * b >> 32);
+}
+inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+}

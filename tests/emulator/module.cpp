@@ -1,0 +1,53 @@
+// The CUDA kernels on the emulator as a Python module with the attribute `kernels`, a capsule of the table that
+// pyops._C takes in place of the CPU's: pointers of CPU tensors are what the emulated device can read. Workspaces are
+// filled with NaN, lest a kernel read what it has not written.
+#include <Python.h>
+
+#include "../../cuda/launchers.h"
+
+namespace {
+
+struct PoisonedWorkspace final : pyops::cuda::Workspace {
+  std::vector<std::unique_ptr<unsigned char[]>> arrays;
+  void* allocate(int64_t bytes) override {
+    arrays.emplace_back(new unsigned char[bytes]);
+    std::memset(arrays.back().get(), 0xff, bytes);
+    return arrays.back().get();
+  }
+};
+
+template <auto launcher>
+struct Run;
+template <class Args, cudaError_t (*launcher)(const Args&, pyops::cuda::Workspace&, cudaStream_t)>
+struct Run<launcher> {
+  static void run(const Args& args) {
+    PoisonedWorkspace workspace;
+    if (launcher(args, workspace, nullptr) != cudaSuccess) emulator::fail("a launcher returned an error");
+  }
+};
+
+constexpr pyops::Kernels kernels = pyops::cuda::kernel_table<Run>();
+
+PyObject* set_order(PyObject*, PyObject* number) {
+  emulator::order = static_cast<emulator::Order>(PyLong_AsLong(number));
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"set_order", set_order, METH_O, "0: threads and blocks forward, 1: reverse, 2: shuffled, 3: by turns"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "emulated_kernels", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit_emulated_kernels() {
+  PyObject* module = PyModule_Create(&definition);
+  if (module == nullptr) return nullptr;
+  PyObject* table = PyCapsule_New(const_cast<pyops::Kernels*>(&kernels), nullptr, nullptr);
+  const int failed = PyModule_AddObjectRef(module, "kernels", table);
+  Py_XDECREF(table);
+  if (failed) Py_CLEAR(module);
+  return module;
+}

@@ -1,0 +1,176 @@
+"""What is particular to the CUDA kernels, on the emulator: their ways, any order of threads, large batches, training.
+
+That they compute what the CPU kernels do is tested by the files of the ops.
+"""
+
+import math
+
+import emulated
+import oracle
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensors import FLOATING, place, random
+from test_threads import POOL, WIDE_POOL, convolved, fused, multiplied, pooled, rectified
+
+import pyops
+
+pytestmark = emulated.needed
+
+
+def images(size, dtype, where):
+    return place(random(size, dtype), where)
+
+
+# With sums of several parts, several tiles, and tiles and warps that are not full.
+CASES = {
+    "relu": lambda dtype, where: rectified(images((3, 5, 17, 19), dtype, where)),
+    "linear": lambda dtype, where: multiplied(random((67, 131), dtype, where), random((70, 131), dtype, where)),
+    "linear_long_sum": lambda dtype, where: multiplied(random((1503, 7), dtype, where), random((9, 7), dtype)),
+    "conv2d": lambda dtype, where: convolved(
+        images((3, 5, 11, 13), dtype, where), images((7, 5, 3, 3), dtype, where), (2, 1), 1, 1, 1
+    ),
+    "conv2d_groups": lambda dtype, where: convolved(
+        images((3, 6, 9, 8), dtype, where), images((12, 1, 3, 3), dtype, where), 1, 2, 2, 6
+    ),
+    "conv2d_many_pixels": lambda dtype, where: convolved(
+        images((2, 1, 61, 67), dtype, where), images((2, 1, 2, 2), dtype, where), 1, 0, 1, 1
+    ),
+    "conv2d_relu_max_pool2d": lambda dtype, where: fused(
+        images((5, 3, 11, 12), dtype, where), images((6, 3, 5, 5), dtype, where), POOL
+    ),
+    "max_pool2d": lambda dtype, where: pooled(images((3, 5, 15, 17), dtype, where), POOL),
+    "max_pool2d_wide": lambda dtype, where: pooled(images((2, 3, 25, 31), dtype, where), WIDE_POOL),
+}
+
+
+@pytest.mark.parametrize("where", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_in_every_order_of_threads_and_blocks(case, dtype, where):
+    expected = None
+    for order in (emulated.FORWARD, emulated.REVERSE, emulated.SHUFFLED, emulated.SHUFFLED):
+        torch.manual_seed(0)
+        with emulated.kernels(order):
+            results = CASES[case](dtype, where)
+        bits = [t.contiguous().view(torch.uint8) for t in results]
+        expected = expected or bits
+        for i, (actual, first) in enumerate(zip(bits, expected, strict=True)):
+            assert torch.equal(actual, first), f"result {i} differs in order {order}"
+
+
+# Input, weight and options of convolutions that are computed in different ways; see cuda/conv2d.h.
+WAYS = {
+    "product, 16 bytes at a time": ((2, 24, 7, 6), (40, 24, 3, 3), {"padding": 1}),
+    "product, rows of images in several tiles": ((1, 8, 14, 13), (33, 8, 2, 3), {"stride": (2, 1), "dilation": 2}),
+    "product, elements one by one": ((2, 9, 6, 7), (35, 9, 3, 3), {"padding": 2, "stride": 2}),
+    "product of one tap": ((3, 40, 5, 5), (48, 40, 1, 1), {}),
+    "few channels, two chunks of outputs": ((2, 6, 9, 10), (9, 6, 5, 5), {"padding": 2}),
+    "few channels, padding as wide as the kernel": ((2, 3, 4, 5), (5, 3, 3, 3), {"padding": 3}),
+    "few channels, many of them": ((1, 16, 6, 6), (32, 16, 3, 3), {"padding": 1}),
+    "groups": ((2, 32, 6, 5), (64, 16, 3, 3), {"padding": 1, "groups": 2}),
+    "offsets of 64 bits": ((2, 40, 12, 12), (40, 40, 3, 3), {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("where", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_a_convolution(way, dtype, where):
+    input, weight, options = WAYS[way]
+    tensors = [images(input, dtype, where), images(weight, dtype, where), random(weight[:1], dtype)]
+    with emulated.kernels():
+        oracle.check("conv2d", tensors, options, grad_layout=where)
+
+
+@pytest.mark.parametrize("where", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", [way for way, (_, _, options) in WAYS.items() if "padding" in options])
+def test_infinities_at_the_border_in_every_way(way, dtype, where):
+    """The CPU kernels are tested against sums over the taps inside alone; here the two must agree on what is finite."""
+    input, weight, options = WAYS[way]
+    x, w = images(input, dtype, where), images(weight, dtype, where)
+    w[0, 0, 0, 0], w[1, -1, -1, -1], w[2, 0, 1, 1] = math.inf, -math.inf, math.nan
+    x[0, 0, 0, 0], x[-1, -1, -1, -1] = math.inf, -math.inf
+
+    def run():
+        return oracle.gradients(lambda *t: pyops.functional.conv2d(*t, **options), [x, w], grad), output()
+
+    def output():
+        return pyops.functional.conv2d(x, w, **options)
+
+    grad = random(output().shape, dtype, where)
+    grad[0, 0, 0, 0], grad[-1, -1, -1, -1] = math.inf, math.nan
+    (expected_x, expected_w), expected = run()
+    with emulated.kernels():
+        (actual_x, actual_w), actual = run()
+    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+    for a, e in ((actual, expected), (actual_x, expected_x), (actual_w, expected_w)):
+        assert not e.isfinite().all() and e.isfinite().any()
+        torch.testing.assert_close(a, e, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@given(st.data())
+def test_few_channels_of_any_size(data):
+    kernel = data.draw(st.sampled_from([3, 5]))
+    channels, outputs = data.draw(st.integers(1, 17)), data.draw(st.integers(1, 33))
+    padding = [data.draw(st.integers(0, kernel)) for _ in range(2)]
+    size = [data.draw(st.integers(max(1, kernel - 2 * p), 12)) for p in padding]
+    dtype, where = data.draw(st.sampled_from(FLOATING)), data.draw(st.sampled_from(["contiguous", "channels_last"]))
+    shapes = (data.draw(st.integers(1, 3)), channels, *size), (outputs, channels, kernel, kernel)
+    tensors = [images(shape, dtype, where) for shape in shapes]
+    with emulated.kernels():
+        oracle.check("conv2d", [*tensors, random((outputs,), dtype)], {"padding": padding}, where)
+
+
+@pytest.mark.parametrize("size", [(32, 16, 32), (129, 40, 257), (64, 72, 33), (33, 17, 130), (40, 1500, 35)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_on_tensor_cores(dtype, size):
+    """Full tiles and others, k in parts, and operands that can be read by 16 bytes or not."""
+    m, k, n = size
+    for offset in (0, 1):
+        tensors = [random((m * k + offset,), dtype)[offset:].view(m, k), random((n, k), dtype), random((n,), dtype)]
+        with emulated.kernels():
+            oracle.check("linear", tensors)
+
+
+@pytest.mark.parametrize("batch", [65535, 65536, 65537])
+def test_batches_around_the_limits_of_a_grid(batch):
+    """Two dimensions of a grid end at 65535."""
+    x, w, b = random((batch, 1, 2, 2)), random((2, 1, 2, 2)), random((2,))
+
+    def run():
+        y = pyops.functional.conv2d_relu_max_pool2d(x, w, b, padding=1, pool_kernel_size=2)
+        z = pyops.functional.linear(pyops.functional.relu(y).flatten(1), w.view(2, 4)[:, :2])
+        return [y, z, *torch.autograd.grad(z[-3:].sum(), [w, b])]
+
+    w.requires_grad_(), b.requires_grad_()
+    expected = run()
+    with emulated.kernels():
+        actual = run()
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
+@pytest.mark.parametrize("kernel_size", [5, 3])
+def test_training_steps_of_lenet(kernel_size, fused, memory_format):
+    """Three steps give the parameters that the CPU kernels give."""
+
+    def train(dtype):
+        torch.manual_seed(0)
+        net = pyops.LeNet(kernel_size, fused=fused).to(dtype)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        inputs, labels = torch.randn(3, 8, 1, 32, 32, dtype=dtype), torch.randint(10, (3, 8))
+        for x, y in zip(inputs, labels, strict=True):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(net(x.contiguous(memory_format=memory_format)), y).backward()
+            optimizer.step()
+        return net.state_dict()
+
+    for dtype, tolerance in {torch.float64: 1e-12, torch.float32: 2e-5}.items():
+        expected = train(dtype)
+        with emulated.kernels():
+            actual = train(dtype)
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
