@@ -36,6 +36,10 @@ inline __m512 load_floats(const c10::Half* p, __mmask16 mask) {
 }
 #endif
 
+inline constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
 // Fetches the memory `ahead` of what is read or written now, a cache line at a time. For loops of masked loads and
 // stores, which do not set off the hardware's own prefetching: max_pool2d of 1024x6x28x28 2.5 ms without, 0.75 with.
 inline void prefetch_ahead(const void* now, int64_t bytes) {
