@@ -49,11 +49,13 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Call
     >>> "pyops::op::linear_relu" in net(torch.ones(2, 4)).grad_fn.name()
     True
     """
-    for node in graph_module.graph.nodes:
-        _replace(node)
-    for node in graph_module.graph.nodes:
-        _fuse(node)
-    graph_module.recompile()
+    for module in graph_module.modules():
+        if isinstance(module, fx.GraphModule):  # itself, and the bodies of checkpoints and the like
+            for node in module.graph.nodes:
+                _replace(node)
+            for node in module.graph.nodes:
+                _fuse(node)
+            module.recompile()
     return graph_module.forward
 
 

@@ -12,6 +12,7 @@ from kernel_log import KernelLog
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # as `python bench/ops.py` does
 
+import compile as compiled  # noqa: E402
 import harness  # noqa: E402
 import lenet  # noqa: E402
 import measure  # noqa: E402
@@ -73,6 +74,16 @@ OP_CASES = [
 PROGRAMS = [program for group in lenet.GROUPS for program in group.cases if "1024" not in program.name]
 
 
+COMPILED = [case for group in compiled.GROUPS for case in group.cases if case.network == "LeNet" and not case.rival]
+
+
+def test_compiled_programs_compute_the_same():
+    for case in COMPILED:
+        work = case.prepare()
+        torch.testing.assert_close(work.ours(), work.stock(), rtol=1e-4, atol=1e-4)
+        assert work.flops > 0
+
+
 @pytest.mark.parametrize("case", OP_CASES + PROGRAMS, ids=lambda case: case.name)
 def test_each_side_runs_its_own_kernels(case):
     work = case.prepare()
@@ -94,6 +105,6 @@ def test_amount_of_work():
 
 
 def test_every_case_has_a_name_of_its_own():
-    for groups in (ops.GROUPS, lenet.GROUPS):
+    for groups in (ops.GROUPS, lenet.GROUPS, compiled.GROUPS):
         names = [case.name for group in groups for case in group.cases]
         assert len(names) == len(set(names))

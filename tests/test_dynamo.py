@@ -9,6 +9,7 @@ from kernel_log import KernelLog
 from models import FUSED, MODELS
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from twins import training_pass
 
 import pyops
@@ -29,7 +30,8 @@ def calls():
 
     def counting(graph_module, example_inputs):
         run = backend(graph_module, example_inputs)
-        targets = [node.target for node in graph_module.graph.nodes]
+        graphs = [module.graph for module in graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
+        targets = [node.target for graph in graphs for node in graph.nodes]
         for name in FUNCTIONS:
             if number := targets.count(getattr(pyops.functional, name)):
                 counts[name] += number
@@ -318,6 +320,16 @@ def test_graph_breaks():
         return F.relu(y - 0.1)
 
     same(Calls(function, 4, 3, 3, 3), torch.randn(2, 3, 6, 6, dtype=torch.float64))
+
+
+def test_checkpoints_inside(calls):
+    """Which Dynamo makes graphs of their own."""
+
+    def function(x, w):
+        return checkpoint(lambda x: F.conv2d(x, w).relu(), x, use_reentrant=False).relu()
+
+    same(Calls(function, 4, 3, 3, 3), torch.randn(2, 3, 6, 6, dtype=torch.float64), backend=calls, fullgraph=True)
+    assert calls.counts == {"conv2d_relu": 1, "relu": 1}
 
 
 def test_transforms_inside():
