@@ -2,13 +2,13 @@
 //
 // A block of 256 threads computes a tile of the product, in steps of 16 along k: the elements of both operands for a
 // step go to shared memory once and are read from there by all threads, each of which keeps a square of the tile in
-// registers. The elements of the next step are on their way from memory meanwhile. Each sum is one chain of fused
-// multiply-adds in the order of k.
+// registers: of 2, 4 or 8, for tiles of 32, 64 and 128. The elements of the next step are on their way from memory
+// meanwhile. Each sum is one chain of fused multiply-adds in the order of k.
 //
 // Where the tiles are too few for a GPU, or k is long, k is split into parts whose products go to the workspace and are
 // added in their order, in double. Tile and parts depend on the shape only.
-// Registers (sm_90) of linear: at most 96 for float, 142 for double, 183 on tensor cores. Shared memory: 8.5 KB for
-// float, 17 for double, 40 on tensor cores (gemm_mma.h).
+// Registers (sm_90) of linear: at most 128 for float, 142 for double, 183 on tensor cores, 226 with the largest tiles
+// and offsets of 64 bits. Shared memory: 17 KB at most, 40 on tensor cores (gemm_mma.h).
 #pragma once
 
 #include <algorithm>
@@ -118,7 +118,10 @@ __global__ void __launch_bounds__(block_threads, 1)
   const Index first_row = take_digit(part, shape.row_tiles) * tile;
   const Index first_k = part * shape.depth_per_part;
   const Index end_k = min(shape.depth, first_k + shape.depth_per_part);
-  const int my_row = threadIdx.x / side * square, my_column = threadIdx.x % side * square;
+  // A thread's rows, and columns, are runs of at most four, side by side with other threads' runs.
+  constexpr int run = square < 4 ? square : 4;
+  const auto mine = [](int thread, int i) { return i / run * (side * run) + thread * run + i % run; };
+  const int thread_row = threadIdx.x / side, thread_column = threadIdx.x % side;
 
   C sums[square][square] = {};
   Staged<C, tile, A::along_k> next_a;
@@ -137,8 +140,8 @@ __global__ void __launch_bounds__(block_threads, 1)
       C a_values[square], b_values[square];
 #pragma unroll
       for (int i = 0; i < square; ++i) {
-        a_values[i] = a_shared[step * pitch + my_row + i];
-        b_values[i] = b_shared[step * pitch + my_column + i];
+        a_values[i] = a_shared[step * pitch + mine(thread_row, i)];
+        b_values[i] = b_shared[step * pitch + mine(thread_column, i)];
       }
 #pragma unroll
       for (int i = 0; i < square; ++i)
@@ -151,7 +154,8 @@ __global__ void __launch_bounds__(block_threads, 1)
   for (int i = 0; i < square; ++i)
 #pragma unroll
     for (int j = 0; j < square; ++j)
-      store_sum(store, partials, part, shape, first_row + my_row + i, first_column + my_column + j, sums[i][j]);
+      store_sum(store, partials, part, shape, first_row + mine(thread_row, i), first_column + mine(thread_column, j),
+                sums[i][j]);
 }
 
 template <class C, class Index, class Store>
@@ -222,8 +226,11 @@ cudaError_t gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const
     return launch_gemm<C, Index>(gemm_kernel<size, C, Index, A, B, Store>, cut, 2 * gemm_depth * (size + 4) * sizeof(C),
                                  rows, columns, depth, a, b, store, workspace, stream);
   };
-  const bool few_large_tiles = ceil_div(rows, 64) * ceil_div(columns, 64) < 64;
-  return few_large_tiles ? run(std::integral_constant<int, 32>()) : run(std::integral_constant<int, 64>());
+  // The largest tiles of which there are enough for a GPU; the larger, the fewer reads of shared memory for a sum.
+  const auto tiles = [&](int64_t size) { return ceil_div(rows, size) * ceil_div(columns, size); };
+  if constexpr (std::is_same_v<T, float>)
+    if (tiles(128) >= 128) return run(std::integral_constant<int, 128>());
+  return tiles(64) >= 64 ? run(std::integral_constant<int, 64>()) : run(std::integral_constant<int, 32>());
 }
 
 }  // namespace pyops::cuda

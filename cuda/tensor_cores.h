@@ -3,6 +3,10 @@
 
 #include "common.h"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#error "pyops needs a compute capability of 8.0 at least: see TORCH_CUDA_ARCH_LIST"
+#endif
+
 namespace pyops::cuda {
 
 // Four 8x8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix l / 8, and

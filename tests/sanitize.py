@@ -21,6 +21,7 @@ OPTIONS = {
 }
 TESTS = [
     *(f"test_{stem}.py" for stem in ("relu", "linear", "conv2d", "max_pool2d", "fused", "threads", "errors", "lenet")),
+    "test_cuda_kernels.py",
     "--every=3",
     "--hypothesis-profile=thin",
 ]

@@ -135,6 +135,12 @@ def test_products_on_tensor_cores(dtype, size):
             oracle.check("linear", tensors)
 
 
+def test_large_product_of_floats():
+    """Large enough for the largest tiles, the last ones partly filled."""
+    with emulated.kernels():
+        oracle.check("linear", [random((1450, 17)), random((1500, 17)), random((1500,))])
+
+
 @pytest.mark.parametrize("batch", [65535, 65536, 65537])
 def test_batches_around_the_limits_of_a_grid(batch):
     """Two dimensions of a grid end at 65535."""

@@ -144,7 +144,7 @@ def test_padding_by_name(padding):
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(autocast):
     tensors = [torch.randn(2, 2, 8, 9), torch.randn(4, 2, 3, 3), torch.randn(4)]
-    with torch.autocast("cpu", autocast):
+    with torch.autocast(tensors[0].device.type, autocast):
         for pool in (None, {"pool_kernel_size": 2}):
             expected, actual = (results(lambda *t, f=f: f(*t, pool=pool), tensors) for f in (composed, fused))  # noqa: B023
             assert actual[0].dtype == autocast and actual[1].dtype == torch.float32

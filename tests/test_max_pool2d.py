@@ -20,25 +20,26 @@ both_formats = pytest.mark.parametrize("where", ["contiguous", "channels_last"])
 
 def check(input, grad_layout="contiguous", **options):
     """Values, indices, strides and gradient."""
-    output, indices = max_pool2d(input, return_indices=True, **options)
-    reference = input.short() if input.dtype.itemsize == 1 else input  # stock takes no large channels-last int8
+    output, indices = (result.cpu() for result in max_pool2d(input, return_indices=True, **options))
+    reference = input.cpu()  # on other devices stock takes no integers
+    reference = reference.short() if input.dtype.itemsize == 1 else reference  # and here no large channels-last int8
     expected_output, expected_indices = torch.nn.functional.max_pool2d(reference, return_indices=True, **options)
     expected_output = expected_output.to(input.dtype)
     assert_identical("output", output, expected_output)
     assert_identical("indices", indices, expected_indices)
-    assert_identical("output without indices", max_pool2d(input, **options), expected_output)
+    assert_identical("output without indices", max_pool2d(input, **options).cpu(), expected_output)
     if not input.is_floating_point():
         return
 
     # Stock in float64, by its own indices: the gradient is a sum over the windows that an element won.
     grad = random(output.shape, output.dtype, grad_layout)
     (actual,) = gradients(lambda t: max_pool2d(t, **options), [input], grad)
-    flat = torch.zeros((*input.shape[:-2], input.shape[-2] * input.shape[-1]), dtype=torch.float64)
+    flat = torch.zeros((*input.shape[:-2], input.shape[-2] * input.shape[-1]), dtype=torch.float64, device="cpu")
     exact, magnitude = (
         flat.scatter_add(-1, expected_indices.flatten(-2), g.flatten(-2)).view(input.shape)
-        for g in (grad.double(), grad.double().abs())
+        for g in (grad.cpu().double(), grad.cpu().double().abs())
     )
-    assert_close("gradient", actual, exact, magnitude)
+    assert_close("gradient", actual.cpu(), exact, magnitude)
 
 
 WINDOWS = [
