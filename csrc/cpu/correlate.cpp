@@ -37,9 +37,10 @@ bool vectors_along_images(const Correlation<T>& x) {
   if (s.count < lanes || (s.image_stride + out) * lanes > most_elements) return false;
   const double inside = share_inside(s), products = inside * static_cast<double>(out * x.depth());
   const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
-  // A tile of one vector waits for its few chains of sums.
+  // Measured: a vector along x ends at every row, and a tile of one vector waits for its few chains of sums.
+  const double along_x = 0.75 * lanes_used<Compute<T>>(s.out_width);
   const double channels = lanes_used<Compute<T>>(x.out_channels) * (x.out_channels <= lanes ? 0.6 : 1);
-  const double others = std::max(lanes_used<Compute<T>>(s.out_width), channels);
+  const double others = std::max(along_x, channels);
   return lanes_used<Compute<T>>(s.count) * products / (products + transposes) > inside * others;
 }
 

@@ -21,8 +21,8 @@ namespace pyops::cpu {
 
 // ---- blocking ----
 
-constexpr int64_t MC = 192;  // a block of A, MC x KC floats = 192 KB, and
-constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 384 KB, share an L2 cache of 1 MB or more
+constexpr int64_t MC = 192;  // a block of A, MC x KC floats = 144 KB, and
+constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 288 KB, share an L2 cache of 1 MB or more
 
 // f(k, kc, first, last) for each chunk of [begin, end); once, with kc = 0, where that is empty. Chunks are about even,
 // and of a size that the squares of transpose.h divide.

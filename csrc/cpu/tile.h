@@ -42,10 +42,9 @@ constexpr std::array<int, 1> tile_rows = {4};  // 16 registers, of which a Vecto
 #endif
 constexpr int max_vectors = static_cast<int>(tile_rows.size());
 
-// The most terms of one sum. With 64 columns a panel of B is 64 KB, of which half an L1 cache or more comes from L2
-// anew for each row of tiles, in time; the ends of a tile's sums cost more the shorter they are: 192 is 2 to 4 %
-// slower.
-constexpr int64_t KC = 256;
+// The most terms of one sum: with 64 columns a panel of B is 48 KB, which stays in the L1 cache or nearly so. 256 would
+// be 2 to 4 % faster, for the ends of sums cost time, but a sum of 256 terms has 1.7 times stock's error.
+constexpr int64_t KC = 192;
 
 // Where the sums go: sums[i, j] is the vector at data + rows[i] + vectors[j], of which the first lanes[j] elements
 // exist. A sum over more than KC terms takes several calls: `accumulate` adds to what is there, and the `last` one adds
