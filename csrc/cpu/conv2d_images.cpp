@@ -78,7 +78,7 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
   const int64_t column_count = cut(column_spans, s, s.out_width, s.step_w, s.width, [](const Tap& t) { return t.dx; });
 
   class_count_ = row_spans * column_count, chunks_ = std::max(ceil_div(K, KC), int64_t{1});
-  Class* classes = scratch<Class>(Scratch::classes, class_count_);
+  int64_t* class_pixels = scratch<int64_t>(Scratch::class_pixels, class_count_);
   int64_t* filter_steps = scratch<int64_t>(Scratch::filter_steps, class_count_ * K);
   int64_t* source_steps = scratch<int64_t>(Scratch::source_steps, class_count_ * K);
   int64_t* begins = scratch<int64_t>(Scratch::chunk_begins, class_count_ * chunks_ + 1);
@@ -88,7 +88,7 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
   int64_t* met = scratch<int64_t>(Scratch::met_taps, s.tap_count);  // the taps inside of a class
   for (int64_t i = 0; i < class_count_; ++i) {
     const Span rows = spans[i / column_count], columns = column_spans[i % column_count];
-    classes[i] = {(rows.end - rows.begin) * (columns.end - columns.begin), i * chunks_};
+    class_pixels[i] = (rows.end - rows.begin) * (columns.end - columns.begin);
     for (int64_t y = rows.begin; y < rows.end; ++y) {
       for (int64_t column = columns.begin; column < columns.end; ++column, ++pixel) {
         from[pixel] = (y * s.step_h * s.y_stride + column * s.step_w * s.x_stride) * lanes;
@@ -117,7 +117,7 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
   }
   begins[next_begin] = term;
 
-  classes_ = classes, chunk_begins_ = begins, from_ = from, to_ = to;
+  class_pixels_ = class_pixels, chunk_begins_ = begins, from_ = from, to_ = to;
   filter_steps_ = filter_steps, source_steps_ = source_steps;
   filters_ = computable(Scratch::weight, x.filters.data, x.filters.count);
   bias_ = x.bias ? computable(Scratch::bias, x.bias, x.groups * O) : nullptr;
@@ -135,14 +135,13 @@ void ImagesCorrelation<T>::operator()(const Compute<T>* source, Compute<T>* outp
     if (bias_) target.row_bias = bias_ + g * O;
     target.relu = x_.relu;
     const C* images = source + g * x_.source.channels * x_.source.channel_stride * lanes;
-    const int64_t* from = from_;
-    for (const Class* c = classes_; c < classes_ + class_count_; from += c->pixels, target.vectors += c->pixels, ++c) {
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
-        const int64_t* begin = chunk_begins_ + c->first_chunk + chunk;
-        multiply<C>(O, c->pixels, begin[1] - begin[0],
+    const int64_t *from = from_, *begin = chunk_begins_;
+    for (int64_t i = 0; i < class_count_; ++i) {
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk, ++begin)
+        multiply<C>(O, class_pixels_[i], begin[1] - begin[0],
                     {filters_ + g * x_.filters.group_stride, filter_rows_, filter_steps_ + begin[0]},
                     {images, from, source_steps_ + begin[0]}, target, chunk > 0, chunk == chunks_ - 1);
-      }
+      from += class_pixels_[i], target.vectors += class_pixels_[i];
     }
   }
 }

@@ -31,15 +31,10 @@ class ImagesCorrelation {
   void operator()(const Compute<T>* source, Compute<T>* output) const;
 
  private:
-  // Pixels with the same taps inside: their terms' chunks, and how many they are.
-  struct Class {
-    int64_t pixels, first_chunk;
-  };
-
   Correlation<T> x_;
   const Compute<T>*filters_, *bias_;
   int64_t class_count_, chunks_;
-  const Class* classes_;
+  const int64_t* class_pixels_;                  // how many each class has
   const int64_t *filter_steps_, *source_steps_;  // of all terms, and
   const int64_t* chunk_begins_;                  // where among them each chunk of each class begins
   const int64_t *from_, *to_;                    // the pixels of all classes in a block of the source and of the output
@@ -56,7 +51,6 @@ class ImagesWeightGradient {
  public:
   ImagesWeightGradient(const Conv2dShape& s, const Source<T>& source);
 
-  int64_t sums() const { return s_.groups * depth() * out(); }  // vectors
   void operator()(const Compute<T>* source, const Compute<T>* grad, Compute<T>* sums, Compute<T>* bias) const;
 
  private:
