@@ -31,6 +31,7 @@ def main() -> None:
 def run(name: str) -> list[Path]:
     """Time everything, each script in a process of its own."""
     files = []
+    (HERE / "results").mkdir(exist_ok=True)
     for script in ("lenet", "ops"):
         file = HERE / "results" / f"{name}-{script}.json"
         outputs = ["--json", str(file), "--plot", str(file.with_suffix(".png"))]
