@@ -125,10 +125,6 @@ void correlate_images(const Correlation<T>& x);
 template <class T>
 void correlate_planes(const Correlation<T>* phases, int64_t count);
 
-// The share of the products (pixel, tap) that meet the image; the others meet the zeros around it.
-template <class T>
-double share_inside(const Source<T>& s);
-
 // grad_input of conv2d_backward as a correlation of grad_output with the weight, by its phases: stride_h x stride_w of
 // them, or fewer if the image is smaller. In the scratch of this thread.
 template <class T>

@@ -10,34 +10,11 @@
 #include <algorithm>
 #include <optional>
 
+#include "borders.h"
 #include "dot.h"
 
 namespace pyops::cpu {
 namespace {
-
-// Output coordinates [begin, end) along one axis, for which the same taps lie inside.
-struct Span {
-  int64_t begin, end;
-};
-
-bool inside(int64_t out, int64_t step, int64_t offset, int64_t size) {
-  const int64_t at = out * step + offset;
-  return at >= 0 && at < size;
-}
-
-// Cuts an axis of `count` output coordinates into spans; offset(tap) is where a tap lies.
-template <class T, class Offset>
-int64_t cut(Span* spans, const Source<T>& s, int64_t count, int64_t step, int64_t size, const Offset& offset) {
-  int64_t spans_found = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    bool same = i > 0;
-    for (int64_t t = 0; t < s.tap_count && same; ++t)
-      same = inside(i, step, offset(s.taps[t]), size) == inside(i - 1, step, offset(s.taps[t]), size);
-    if (!same) spans[spans_found++] = {i, i};
-    ++spans[spans_found - 1].end;
-  }
-  return spans_found;
-}
 
 // The values in the compute type: where they are, or converted.
 template <class T>
@@ -53,18 +30,6 @@ const Compute<T>* computable(Scratch use, const T* values, int64_t count) {
 
 }  // namespace
 
-template <class T>
-double share_inside(const Source<T>& s) {
-  int64_t met = 0;
-  for (int64_t t = 0; t < s.tap_count; ++t) {
-    int64_t rows = 0, columns = 0;
-    for (int64_t y = 0; y < s.out_height; ++y) rows += inside(y, s.step_h, s.taps[t].dy, s.height);
-    for (int64_t x = 0; x < s.out_width; ++x) columns += inside(x, s.step_w, s.taps[t].dx, s.width);
-    met += rows * columns;
-  }
-  return static_cast<double>(met) / static_cast<double>(s.pixels() * s.tap_count);
-}
-
 // ---- correlation ----
 
 template <class T>
@@ -73,9 +38,9 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
   const Source<T>& s = x.source;
   const int64_t K = x.depth(), O = x.out_channels;
   Span* spans = scratch<Span>(Scratch::spans, s.out_height + s.out_width);
-  const int64_t row_spans = cut(spans, s, s.out_height, s.step_h, s.height, [](const Tap& t) { return t.dy; });
+  const int64_t row_spans = cut_rows(spans, s);
   Span* column_spans = spans + row_spans;
-  const int64_t column_count = cut(column_spans, s, s.out_width, s.step_w, s.width, [](const Tap& t) { return t.dx; });
+  const int64_t column_count = cut_columns(column_spans, s);
 
   class_count_ = row_spans * column_count, chunks_ = std::max(ceil_div(K, KC), int64_t{1});
   int64_t* class_pixels = scratch<int64_t>(Scratch::class_pixels, class_count_);
@@ -88,7 +53,7 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
   int64_t* met = scratch<int64_t>(Scratch::met_taps, s.tap_count);  // the taps inside of a class
   for (int64_t i = 0; i < class_count_; ++i) {
     const Span rows = spans[i / column_count], columns = column_spans[i % column_count];
-    class_pixels[i] = (rows.end - rows.begin) * (columns.end - columns.begin);
+    class_pixels[i] = rows.size() * columns.size();
     for (int64_t y = rows.begin; y < rows.end; ++y) {
       for (int64_t column = columns.begin; column < columns.end; ++column, ++pixel) {
         from[pixel] = (y * s.step_h * s.y_stride + column * s.step_w * s.x_stride) * lanes;
@@ -97,8 +62,8 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
     }
     int64_t met_count = 0;
     for (int64_t t = 0; t < s.tap_count; ++t)
-      if (inside(rows.begin, s.step_h, s.taps[t].dy, s.height) &&
-          inside(columns.begin, s.step_w, s.taps[t].dx, s.width))
+      if (is_inside(rows.begin, s.step_h, s.taps[t].dy, s.height) &&
+          is_inside(columns.begin, s.step_w, s.taps[t].dx, s.width))
         met[met_count++] = t;
     const auto met_before = [&](int64_t tap) { return std::lower_bound(met, met + met_count, tap) - met; };
     for_each_chunk(0, K, [&](int64_t k, int64_t, bool, bool) {  // how many terms lie before it
@@ -337,7 +302,6 @@ void backward_of_blocks(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) {
 }
 
 #define INSTANTIATE(T)                                               \
-  template double share_inside(const Source<T>&);                    \
   template class ImagesCorrelation<T>;                               \
   template class ImagesWeightGradient<T>;                            \
   template void correlate_images(const Correlation<T>&);             \

@@ -14,6 +14,7 @@
 //
 // The batch is cut into parts whose number depends on the shape only; their sums are added in order. The sums run over
 // the taps inside of the image only, also where values are infinite.
+#include "borders.h"
 #include "conv2d.h"
 #include "dot.h"
 #include "nonfinite.h"
@@ -169,6 +170,44 @@ const Run* runs_of(const Window<C>& w, const Planes<C>& planes, const Band& b, i
   return runs;
 }
 
+// sums[row, vectors] (+)= the sum over the pixels of a band of window(row, pixel) * grad(pixel); row = (channel, tap).
+// If that is worth it, tap by tap over the pixels for which it lies inside.
+template <class T>
+void multiply_along_channels(const Source<T>& s, const Band& band, const Window<Compute<T>>& w,
+                             const Vectors<Compute<T>>& grad, int64_t vectors, Compute<T>* sums, bool accumulate) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size();
+  const bool by_tap = should_leave_out(s);
+  const int64_t rows = band.channels * s.tap_count, run_count = by_tap ? s.tap_count : 1;
+  const int64_t* patch = patch_offsets(Scratch::a_offsets, w, s, band.channels);
+  int64_t* offsets = scratch<int64_t>(Scratch::row_offsets, rows);
+  int64_t* targets = scratch<int64_t>(Scratch::target_rows, rows);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = by_tap && !s.tap_by_tap ? i % band.channels * s.tap_count + i / band.channels : i;
+    offsets[i] = patch[row], targets[i] = row * vectors * lanes;
+  }
+  const int64_t pixel_count = band.images * band.rows * s.out_width;
+  TapSet* taps = scratch<TapSet>(Scratch::taps_of_terms, pixel_count + s.out_width);
+  TapSet* column_taps = taps + pixel_count;
+  for (int64_t x = 0; x < s.out_width; ++x) column_taps[x] = by_tap ? taps_of_column(s, x) : all_taps;
+  for (int64_t line = 0; line < band.images * band.rows; ++line) {
+    const TapSet row_taps = by_tap ? taps_of_row(s, band.y + line % band.rows) : all_taps;
+    for (int64_t x = 0; x < s.out_width; ++x) taps[line * s.out_width + x] = row_taps & column_taps[x];
+  }
+
+  const Target<C> target{sums, targets, multiples(Scratch::target_vectors, vectors, lanes)};
+  const int64_t* pixels = pixel_offsets(Scratch::a_steps, w, band, s.out_width);
+  RowRun runs[64];
+  int64_t* steps = scratch<int64_t>(Scratch::run_steps, run_count * 2 * KC);
+  for_each_chunk(0, pixel_count, [&](int64_t k, int64_t kc, bool first, bool) {
+    for (int64_t r = 0; r < run_count; ++r)
+      runs[r] = run_of<C>(rows / run_count, pixels + k, grad.steps + k, kc, steps + r * 2 * KC,
+                          [&](int64_t i) { return (taps[k + i] >> r & 1) != 0; });
+    multiply<C>(runs, run_count, vectors, {w.data, offsets, nullptr}, {grad.data, grad.offsets, nullptr}, target,
+                accumulate || !first, /*last=*/false);
+  });
+}
+
 // The size of a block of channels: `count` of them in as few even blocks as have at most `most`.
 int64_t even_block(int64_t count, int64_t most) {
   return ceil_div(count, ceil_div(count, std::clamp(most, int64_t{1}, count)));
@@ -211,8 +250,8 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
       const Window<C> w = window_of(source, extent, band, s.channels_last, along_x);
-      const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
       if (along_x) {
+        const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
         const Planes<C> planes = grad_planes(s, x.grad_output, band, o, columns);
         const Run* runs = runs_of(w, planes, band, s.OW);
         multiply_along_x<C>({w.data, patch, planes.data, planes.channel_stride, runs,
@@ -220,12 +259,7 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
                             rows, columns);
         continue;
       }
-      const int64_t* pixels = pixel_offsets(Scratch::a_steps, w, band, s.OW);
-      const Vectors<C> grad = grad_rows(s, x.grad_output, band, o, columns);
-      for_each_chunk(0, band.images * band.rows * s.OW, [&](int64_t k, int64_t kc, bool first, bool) {
-        multiply<C>(rows, vectors, kc, {w.data, patch, pixels + k}, {grad.data, grad.offsets, grad.steps + k}, sums,
-                    stride, i > begin || !first);
-      });
+      multiply_along_channels(source, band, w, grad_rows(s, x.grad_output, band, o, columns), vectors, sums, i > begin);
     }
     C* target = partial + (part * s.groups + g) * K * out + o;
     for (int64_t r = 0; r < rows; ++r) {

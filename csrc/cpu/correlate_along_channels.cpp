@@ -1,0 +1,188 @@
+// A convolution with the vectors along the output channels: output [pixels, O] = window [pixels, K] filters^T [K, O].
+// The filters are packed into panels, the window's values broadcast; the taps outside of the image are left out where
+// they are many (borders.h). Sums of the compute type go to a channels-last output at once, others are transposed.
+// Guarantees: those of gemm.h.
+#include "borders.h"
+#include "correlate.h"
+
+namespace pyops::cpu {
+
+template <class T>
+void pack_filters(Compute<T>* panel, const Correlation<T>& x, int64_t g, int64_t o, int64_t columns, int64_t width,
+                  int64_t k, int64_t kc) {
+  const Filters<T>& f = x.filters;
+  const T* first = f.at(g, o);
+  const int64_t taps = x.source.tap_count;
+  const bool in_order = x.source.tap_by_tap ? f.channel_stride == 1 && f.tap_stride == x.source.channels
+                                            : f.channel_stride == taps && f.tap_stride == 1;
+  if (in_order && f.out_stride == x.depth())  // a filter lies in one piece
+    return pack_panels(panel, Matrix<T>{first, 1, f.out_stride}, k, kc, 0, columns, width);
+  // Of the input gradient, as many taps of one channel as follow one another, with those of the next filter behind
+  // them.
+  const bool in_runs = f.tap_stride == 1 && f.out_stride == taps;
+  for (int64_t i = k; i < k + kc;) {
+    const int64_t count = in_runs ? std::min(taps - i % taps, k + kc - i) : 1;
+    const T* source = first + x.filter_step(i);
+    if (count > 1) {
+      transpose(panel + (i - k) * width, width, source, f.out_stride, columns, count);
+    } else {
+      copy_values(panel + (i - k) * width, source, columns, f.out_stride);
+    }
+    i += count;
+  }
+  for (int64_t i = 0; i < kc && columns < width; ++i)
+    std::fill(panel + i * width + columns, panel + (i + 1) * width, Compute<T>(0));
+}
+
+namespace {
+
+// Some of the lines of a band: line i is row(i) of image(i), both counted from the band's first.
+struct Lines {
+  int64_t first, count, rows_of_image;
+
+  int64_t image(int64_t i) const { return (first + i) / rows_of_image; }
+  int64_t row(int64_t i) const { return (first + i) % rows_of_image; }
+};
+
+// Where the sums of a line's pixels go: into the output at once, or one after the other, `stride` apart.
+struct Sums {
+  Axis pixels;
+  bool direct;
+  int64_t stride;
+
+  int64_t line(const Band& band, const Lines& lines, int64_t i) const {
+    if (!direct) return i * pixels.width * stride;
+    return (band.n + lines.image(i)) * pixels.image_stride + (band.y + lines.row(i)) * pixels.y_stride;
+  }
+  int64_t step() const { return direct ? pixels.x_stride : stride; }
+};
+
+// The tap of each term, as a bit.
+template <class T>
+const TapSet* taps_of_terms(const Source<T>& s) {
+  TapSet* taps = scratch<TapSet>(Scratch::taps_of_terms, s.depth());
+  for (int64_t t = 0; t < s.tap_count; ++t)
+    for (int64_t c = 0; c < s.channels; ++c)
+      taps[s.tap_by_tap ? t * s.channels + c : c * s.tap_count + t] = TapSet{1} << t % 64;
+  return taps;
+}
+
+// The products of phase q: of the lines with the filters of output channels [n, n + columns).
+template <class T>
+void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, int64_t columns, const Sums& sums,
+                    Target<Compute<T>> target) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size();
+  const Correlation<T>& phase = t.phases[q];
+  const Source<T>& s = phase.source;
+  const Window<C>& w = t.window;
+  const int64_t K = phase.depth(), vectors = ceil_div(columns, lanes);
+
+  int64_t* offsets = scratch<int64_t>(Scratch::a_offsets, lines.count * s.out_width);
+  int64_t* targets = scratch<int64_t>(Scratch::target_rows, lines.count * s.out_width);
+  const PixelClasses classes(s);
+  RowRun runs[PixelClasses::most];
+  int64_t pixel = 0;
+  for (int64_t c = 0; c < classes.count; ++c) {
+    const PixelClass& pixels = classes[c];
+    const int64_t first = pixel;
+    for (int64_t i = 0; i < lines.count; ++i) {
+      const int64_t row = lines.row(i);
+      if (!pixels.rows.has(t.band.y + row)) continue;
+      const int64_t from = lines.image(i) * w.image_stride + row * w.y_step, to = sums.line(t.band, lines, i);
+      for (int64_t x = pixels.columns.begin; x < pixels.columns.end; ++x, ++pixel) {
+        offsets[pixel] = from + x * w.x_step;
+        targets[pixel] = to + (x * phase.x_phases + phase.x_phase) * sums.step();
+      }
+    }
+    runs[c].rows = pixel - first;
+  }
+  target.rows = targets;
+
+  const int64_t* patch = patch_offsets(Scratch::a_steps, w, s, s.channels);
+  const int64_t* panel_steps = multiples(Scratch::b_steps, K, t.width);
+  const auto filters = [&](int64_t k, int64_t kc) -> Vectors<C> {
+    if (t.filters == nullptr) {
+      const int64_t panels = ceil_div(columns, t.width);
+      C* packed = scratch<C>(Scratch::weight, panels * t.width * kc);
+      for (int64_t i = 0; i < panels; ++i)
+        pack_filters(packed + i * t.width * kc, phase, t.band.g, n + i * t.width,
+                     std::min(t.width, columns - i * t.width), t.width, k, kc);
+      return {packed, panel_offsets<C>(Scratch::b_offsets, vectors, kc, t.width), panel_steps};
+    }
+    const int64_t* panels = panel_offsets<C>(Scratch::b_offsets, ceil_div(phase.out_channels, lanes), K, t.width);
+    return {t.filters[q], panels + n / lanes, panel_steps + k};
+  };
+  // A pixel's channels in one piece, and few chunks of them: from more, of which each takes a part, little is gained.
+  const bool in_pieces = s.tap_count == 1 && w.channel_stride == 1 && K <= 4 * KC && n == t.o;
+  const TapSet* taps = taps_of_terms(s);
+  int64_t* steps = scratch<int64_t>(Scratch::run_steps, classes.count * 2 * KC);
+  for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
+    const Vectors<C> b = filters(k, kc);
+    for (int64_t c = 0; c < classes.count; ++c)
+      runs[c] = run_of<C>(runs[c].rows, patch + k, b.steps, kc, steps + c * 2 * KC,
+                          [&](int64_t i) { return (classes[c].taps & taps[k + i]) != 0; });
+    multiply<C>(runs, classes.count, vectors, {w.data, offsets, nullptr, in_pieces ? kc : 0},
+                {b.data, b.offsets, nullptr}, target, !first, last && sums.direct);
+  });
+}
+
+}  // namespace
+
+template <class T>
+void multiply_along_channels(const Task<T>& t, int64_t p) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size();
+  const Correlation<T>& x = t.phases[p];
+  const Axis& pixels = x.out_lines;
+  const bool direct = std::is_same_v<T, C> && x.out_channel_stride == 1;
+  const int64_t group = t.band.g * x.out_channels, line_width = pixels.width;
+  const Output<T> out{x.output + group * x.out_channel_stride, pixels, Axis::plain(x.out_channel_stride), nullptr,
+                      x.bias ? x.bias + group : nullptr,       x.relu};
+
+  const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
+  // Many pixels at once and few channels rather than the other way round: the filters come from further away.
+  constexpr int64_t most_pixels = 3 * MC, most_sums = MC * NC, most_columns = 256;
+  int64_t lines_at_once = std::clamp(most_pixels / line_width, int64_t{1}, lines);
+  lines_at_once = ceil_div(lines, ceil_div(lines, lines_at_once));
+  const int64_t columns_at_once =
+      direct ? most_columns : std::max(most_sums / (lines_at_once * line_width) / t.width, int64_t{1}) * t.width;
+  for (int64_t n = t.o; n < t.o + t.o_count; n += columns_at_once) {
+    const int64_t columns = std::min(columns_at_once, t.o + t.o_count - n), vectors = ceil_div(columns, lanes);
+    const int64_t stride = vectors * lanes;
+    Target<C> target{nullptr, nullptr, multiples(Scratch::target_vectors, vectors, lanes)};
+    if constexpr (std::is_same_v<T, C>) {
+      if (direct) {
+        target.data = out.data + n;
+        target.lanes = column_lanes<C>(columns);
+        if (out.column_bias) target.column_bias = out.column_bias + n;
+        target.relu = x.relu;
+      }
+    }
+    for (int64_t line = 0; line < lines; line += lines_at_once) {
+      const Lines here{line, std::min(lines_at_once, lines - line), band_rows};
+      if (!direct) target.data = scratch<C>(Scratch::sums, here.count * line_width * stride);
+      for (int64_t q = p; q < p + x.x_phases; ++q)
+        multiply_phase<T>(t, q, here, n, columns, {pixels, direct, stride}, target);
+      for (int64_t i = 0; i < here.count && !direct;) {  // the lines of one image follow one another
+        const int64_t count = std::min(here.count - i, band_rows - here.row(i));
+        write(out, target.data + i * line_width * stride, stride,
+              (t.band.n + here.image(i)) * pixels.pixels + (t.band.y + here.row(i)) * line_width, count * line_width, n,
+              columns);
+        i += count;
+      }
+    }
+  }
+}
+
+#define INSTANTIATE(T)                                                                                        \
+  template void pack_filters(Compute<T>*, const Correlation<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, \
+                             int64_t);                                                                        \
+  template void multiply_along_channels(const Task<T>&, int64_t);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(c10::BFloat16)
+INSTANTIATE(c10::Half)
+#undef INSTANTIATE
+
+}  // namespace pyops::cpu
