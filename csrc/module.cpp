@@ -10,7 +10,8 @@ namespace {
 const Kernels *cpu_kernels = nullptr, *cuda_kernels = nullptr;
 }
 
-void set_autograd(pybind11::object function);  // csrc/autograd.cpp
+void set_autograd(pybind11::object function);                      // csrc/autograd.cpp
+pybind11::object bind_operator(const pybind11::object& of_torch);  // csrc/calls.cpp
 
 DeviceKernels kernels(const at::Tensor& tensor) {
   if (tensor.is_cpu()) {
@@ -27,6 +28,7 @@ DeviceKernels kernels(const at::Tensor& tensor) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("set_autograd", &pyops::set_autograd);
+  m.def("bind_operator", &pyops::bind_operator);
   m.def("set_cpu_kernels",
         [](const pybind11::capsule& table) { pyops::cpu_kernels = table.get_pointer<const pyops::Kernels>(); });
   m.def("set_cuda_kernels",

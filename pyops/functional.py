@@ -5,28 +5,35 @@ accumulate in float32 and round once); relu and max_pool2d also take uint8, int8
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.overrides import handle_torch_function, has_torch_function_unary, has_torch_function_variadic
 
-from pyops import autograd  # noqa: F401, tells torch of the operators' derivatives
+from pyops import _C
+from pyops import autograd as autograd  # tells torch of the operators' derivatives
 
 Ints = int | Sequence[int]
 
 __all__ = ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "linear", "linear_relu", "max_pool2d", "relu"]
 
-_relu, _inplace_relu = torch.ops.pyops.relu.default, torch.ops.pyops.relu_.default
-_linear, _conv2d, _max_pool2d = (getattr(torch.ops.pyops, name).default for name in ("linear", "conv2d", "max_pool2d"))
-_linear_relu, _conv2d_relu = torch.ops.pyops.linear_relu.default, torch.ops.pyops.conv2d_relu.default
-_conv2d_relu_max_pool2d = torch.ops.pyops.conv2d_relu_max_pool2d.default
+_NAMES = "relu", "relu_", "linear", "conv2d", "max_pool2d", "linear_relu", "conv2d_relu", "conv2d_relu_max_pool2d"
+_bound = SimpleNamespace(**{name: _C.bind_operator(getattr(torch.ops.pyops, name).default) for name in _NAMES})
+
+
+def _ops() -> Any:
+    """The operators: those of torch, which Dynamo knows, in a call that it traces, else a shorter way to them."""
+    return torch.ops.pyops if is_compiling() else _bound
 
 
 def _known(*options: Ints) -> Sequence[Ints]:
     """The options of a call, in one that is traced their values: they may be symbols, and operators take numbers."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return options
     return [
         [guard_scalar(v) for v in each] if isinstance(each, list | tuple) else guard_scalar(each) for each in options
@@ -52,10 +59,10 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     if has_torch_function_unary(input):
         return handle_torch_function(relu, (input,), input, inplace=inplace)
     if not inplace:
-        return _relu(input)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return input.copy_(_relu(input))  # copy_ can be transformed in every way already
-    _inplace_relu(input)
+        return _ops().relu(input)
+    if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return input.copy_(_ops().relu(input))  # copy_ can be transformed in every way already
+    _bound.relu_(input)
     return input
 
 
@@ -81,10 +88,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias=bias)
     if weight.dim() == 1 and bias is None:
-        return _linear(input, weight.unsqueeze(0), None).squeeze(-1)
+        return _ops().linear(input, weight.unsqueeze(0), None).squeeze(-1)
     if bias is not None and bias.dim() <= 1 and bias.numel() == 1 and weight.dim() == 2:
         bias = bias.expand(weight.shape[0])
-    return _linear(input, weight, bias)
+    return _ops().linear(input, weight, bias)
 
 
 def conv2d(
@@ -128,7 +135,7 @@ def conv2d(
         return handle_torch_function(conv2d, (input, weight, bias), input, weight, bias=bias, **options)
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
-    return _conv2d(input, weight, bias, *_known(stride, padding, dilation, groups))
+    return _ops().conv2d(input, weight, bias, *_known(stride, padding, dilation, groups))
 
 
 def _padding_by_name(padding: str, input: Tensor, weight: Tensor, stride: Ints, dilation: Ints) -> Ints:
@@ -183,7 +190,7 @@ def max_pool2d(
         options = {"stride": stride, "padding": padding, "dilation": dilation, "ceil_mode": ceil_mode}
         return handle_torch_function(max_pool2d, (input,), input, kernel_size, **options, return_indices=return_indices)
     window = _known(kernel_size, kernel_size if stride is None else stride, padding, dilation, ceil_mode)
-    output, argmax = _max_pool2d(input, *window)
+    output, argmax = _ops().max_pool2d(input, *window)
     if not return_indices:
         return output
     return output, torch.ops.pyops.max_pool2d_indices(argmax, input.shape[-2:], *window)
@@ -202,7 +209,7 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
     if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return relu(linear(input, weight, bias))
-    return _linear_relu(input, weight, bias)
+    return _ops().linear_relu(input, weight, bias)
 
 
 def conv2d_relu(
@@ -226,7 +233,7 @@ def conv2d_relu(
         return handle_torch_function(conv2d_relu, (input, weight, bias), input, weight, bias=bias, **options)
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
-    return _conv2d_relu(input, weight, bias, *_known(stride, padding, dilation, groups))
+    return _ops().conv2d_relu(input, weight, bias, *_known(stride, padding, dilation, groups))
 
 
 def conv2d_relu_max_pool2d(
@@ -272,4 +279,4 @@ def conv2d_relu_max_pool2d(
         return handle_torch_function(conv2d_relu_max_pool2d, (input, weight, bias), input, weight, bias=bias, **options)
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
-    return _conv2d_relu_max_pool2d(input, weight, bias, *_known(stride, padding, dilation, groups, *pool))[0]
+    return _ops().conv2d_relu_max_pool2d(input, weight, bias, *_known(stride, padding, dilation, groups, *pool))[0]
