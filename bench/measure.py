@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-BLOCK_SECONDS = 5e-3  # long against the clock's resolution, short against the disturbances
+BLOCK_SECONDS = 20e-3  # long against what the other side left behind: in the caches, and freed memory to be faulted in
 CASE_SECONDS = 0.4  # what one comparison may take ...
 MIN_ROUNDS, MAX_ROUNDS = 5, 20  # ... within this many turns
 FMA_REPETITIONS = 1_000_000  # some 10 ms

@@ -153,9 +153,11 @@ struct Gradient : torch::autograd::Function<Gradient<Op>> {
     // As many as forward has arguments; those that are no tensors have none.
     variable_list results(7);
     if (!grads[0].defined()) return results;
-    Stack stack{grads[0]};
-    for (Tensor& tensor : ctx->get_saved_variables())
-      stack.push_back(tensor.defined() ? c10::IValue(std::move(tensor)) : c10::IValue());
+    variable_list saved = ctx->get_saved_variables();
+    Stack stack;
+    stack.reserve(1 + saved.size() + rest.size());
+    stack.emplace_back(grads[0]);
+    for (Tensor& tensor : saved) stack.push_back(tensor.defined() ? c10::IValue(std::move(tensor)) : c10::IValue());
     stack.insert(stack.end(), rest.begin() + 2, rest.end());
     if (derivative.bilinear) {
       c10::List<bool> mask;

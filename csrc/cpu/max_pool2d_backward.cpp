@@ -14,6 +14,7 @@
 
 #include "max_pool2d.h"
 #include "max_pool2d_backward_avx512.h"
+#include "max_pool2d_backward_patterns.h"
 #include "max_pool2d_elements.h"
 #include "scratch.h"
 
@@ -400,6 +401,10 @@ void backward(const MaxPool2dBackwardArgs& args) {
   if constexpr (std::is_same_v<A, uint8_t>) {
 #ifdef CPU_CAPABILITY_AVX512
     if constexpr (std::is_same_v<T, float>) {
+      if (PatternBackward::takes(s)) {
+        const PatternBackward patterns(s);
+        if (patterns.fits()) return patterns.run(grad_output, argmax, grad_input);
+      }
       const bool by_pairs = !s.channels_last && s.stride_h == 2;
       if (by_pairs && is_square(s, 2, 2) && s.padding_h == 0 && s.padding_w == 0)
         return backward_by_row_pairs<RowPair2x2>(s, grad_output, argmax, grad_input);

@@ -51,6 +51,7 @@ enum class Scratch {
   output_pixels,
   output_channels,
   bias,
+  patterns,
   pooled_block,
   argmax_block,
   count
