@@ -34,8 +34,8 @@ void for_each_chunk(int64_t begin, int64_t end, const F& f) {
     f(k, std::clamp(end - k, int64_t{0}, size), i == 0, i == chunks - 1);
 }
 
-// Work below this many operations, some 20 us of a core, is not worth a fork of the threads.
-constexpr double fork_flops = 1 << 21;
+// Work below this many operations, 5 to 20 us of a core, is not worth a fork of the threads.
+constexpr double fork_flops = 1 << 20;
 // How many tasks to cut work into for any number of threads to share it evenly.
 constexpr int64_t enough_tasks = 16;
 
@@ -251,7 +251,7 @@ void gemm_block(const GemmArgs<In, Out>& x, int64_t M, int64_t N, int64_t m, int
 #endif
   if (M == 1 && x.b.column_stride == 1 && x.k_end > x.k_begin) return multiply_row_by_rows(x, n, nc);
   const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes), sums_stride = vectors * lanes;
-  const bool b_in_place = K * N * int64_t{sizeof(T)} <= in_place_bytes || M <= tile_rows.back();
+  const bool b_in_place = K * N * int64_t{sizeof(T)} <= in_place_bytes || M <= tile_rows[max_vectors - 1];
   Target<T> target{};
   target.vectors = multiples(Scratch::target_vectors, vectors, lanes);
   bool direct = false;  // the sums go to C at once

@@ -94,11 +94,11 @@ constexpr auto tiles_of_width(std::integer_sequence<int, I...>) {
 // tiles<T, adjacent>[vectors - 1][rows - 1]
 template <class T, bool adjacent, int... J>
 constexpr auto all_tiles(std::integer_sequence<int, J...>) {
-  return std::array<std::array<Tile<T>, tile_rows[0]>, max_vectors>{
+  return std::array<std::array<Tile<T>, tile_rows[0]>, most_vectors>{
       tiles_of_width<T, J + 1, adjacent>(std::make_integer_sequence<int, tile_rows[J]>{})...};
 }
 template <class T, bool adjacent>
-constexpr auto tiles = all_tiles<T, adjacent>(std::make_integer_sequence<int, max_vectors>{});
+constexpr auto tiles = all_tiles<T, adjacent>(std::make_integer_sequence<int, most_vectors>{});
 
 template <class T>
 bool are_adjacent(const int64_t* offsets, int64_t vectors) {
@@ -131,7 +131,8 @@ void fetch_ahead(const Rows<T>& a, int64_t begin, int64_t end) {
 template <class T>
 void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a, Vectors<T> b, Target<T> target,
               bool accumulate, bool last) {
-  for (int64_t panels = (vectors + max_vectors - 1) / max_vectors; panels > 0; --panels) {
+  const int64_t widest = run_count == 1 && runs[0].rows == 1 ? most_vectors : max_vectors;
+  for (int64_t panels = (vectors + widest - 1) / widest; panels > 0; --panels) {
     const int64_t width = next_share(vectors, panels), most_rows = tile_rows[width - 1];
     const bool adjacent = are_adjacent<T>(b.offsets, width) && are_adjacent<T>(target.vectors, width);
     const auto& tiles_here = (adjacent ? tiles<T, true> : tiles<T, false>)[width - 1];

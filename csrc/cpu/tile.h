@@ -33,15 +33,16 @@ struct Vectors {
   const int64_t* steps;
 };
 
-// Rows of a register tile by its width in vectors (1 to max_vectors): what the registers hold beside a row of B.
+// Rows of a register tile by its width in vectors: what the registers hold beside a row of B. Only a product of a
+// single row is wider than max_vectors, or else its few sums would wait for one another.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr std::array<int, 4> tile_rows = {8, 8, 8, 6};  // 32 registers
+constexpr std::array<int, 8> tile_rows = {8, 8, 8, 6, 1, 1, 1, 1};  // 32 registers
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr std::array<int, 2> tile_rows = {8, 6};  // 16 registers
+constexpr std::array<int, 4> tile_rows = {8, 6, 1, 1};  // 16 registers
 #else
-constexpr std::array<int, 1> tile_rows = {4};  // 16 registers, of which a Vectorized takes two
+constexpr std::array<int, 2> tile_rows = {4, 1};  // 16 registers, of which a Vectorized takes two
 #endif
-constexpr int max_vectors = static_cast<int>(tile_rows.size());
+constexpr int most_vectors = static_cast<int>(tile_rows.size()), max_vectors = most_vectors / 2;
 
 // The most terms of one sum: with 64 columns a panel of B is 36 KB, which stays in the L1 cache. Chunks of 192 are as
 // fast; sums of 576 terms, three of them, have 1.6 times stock's error, four chunks of 144 have 1.4 times.
