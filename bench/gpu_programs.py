@@ -5,15 +5,18 @@ streams and graphs run on "cpu" too, which is how they are tested where there is
 """
 
 import argparse
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 import pyops
 from pyops import functional
 
+BATCHES = (65535, 65536, 65537, 200_000)
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -38,6 +41,7 @@ def results(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) 
 def calls(module) -> dict[str, tuple[Callable[..., torch.Tensor], list[Sequence[int]]]]:
     """Each op with sizes that fill no tile and no warp, for stock's functional or ours."""
     image, weight, bias = (3, 5, 13, 11), (7, 5, 3, 3), (7,)
+    channels = (2, 16, 12, 9)
     tiny = [(3, 6, 14, 14), (16, 6, 5, 5), (16,)]
 
     def pooled(x, w, b):
@@ -50,9 +54,12 @@ def calls(module) -> dict[str, tuple[Callable[..., torch.Tensor], list[Sequence[
         "linear": (module.linear, [(65, 131), (70, 131), (70,)]),
         "conv2d": (module.conv2d, [image, weight, bias]),
         "conv2d, padded": (lambda *t: module.conv2d(*t, padding=1, stride=2), [image, weight, bias]),
+        "conv2d, depthwise": (lambda *t: module.conv2d(*t, padding=1, groups=16), [channels, (16, 1, 3, 3), (16,)]),
+        "conv2d, narrow groups": (lambda *t: module.conv2d(*t, padding=1, groups=4), [channels, (24, 4, 3, 3), (24,)]),
         "conv2d, grouped": (lambda *t: module.conv2d(*t, padding=1, groups=5), [image, (10, 1, 3, 3), (10,)]),
         "conv2d, few channels": (module.conv2d, tiny),
         "conv2d_relu_max_pool2d": (pooled, tiny),
+        "max_pool2d, side by side": (lambda x: module.max_pool2d(x, 2), [channels]),
         "max_pool2d": (lambda x: module.max_pool2d(x, 3, 2, 1), [image]),
     }
 
@@ -105,17 +112,20 @@ def same_bits(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def captured(step: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-    """A graph of the step, which has been run three times before, and the tensor that its result is in."""
-    stream = torch.cuda.Stream()
+def captured(prepare: Callable[[], Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A graph of the call that is prepared, which has been run three times before, and what its results are in.
+
+    All on one stream: autograd runs a backward on the stream of its forward, which must be the one that is captured.
+    """
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
+        call = prepare()
         for _ in range(3):
-            step()
+            call()
+    with torch.cuda.graph(graph, stream=stream):
+        result = call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
     return graph, result
 
 
@@ -123,9 +133,8 @@ def graph(device: str) -> None:
     """A captured training step, replayed, gives the bits of the step itself."""
     net, x, y = lenet(device, 64)
     step = training_step(net, x, y)
-    expected = [step().item() for _ in range(8)][3:]
-    net, x, y = lenet(device, 64)
-    replayed, loss = captured(training_step(net, x, y))
+    expected = [step().item() for _ in range(8)][3:]  # three before the capture, which computes nothing
+    replayed, loss = captured(lambda: training_step(*lenet(device, 64)))
     actual = []
     for _ in expected:
         replayed.replay()
@@ -166,11 +175,31 @@ def threads(device: str) -> None:
 
 def batches(device: str) -> None:
     """Around the limit of a grid's second and third dimension, and far beyond."""
-    for batch in (65535, 65536, 65537, 200_000):
-        x, w, b = operands((batch, 1, 6, 6), (3, 1, 3, 3), (3,), dtype=torch.float32)
-        expected = torch.nn.functional.max_pool2d(torch.nn.functional.conv2d(x, w, b).relu(), 2)
-        actual = functional.conv2d_relu_max_pool2d(x.to(device), w.to(device), b.to(device), pool_kernel_size=2)
-        assert_close(f"batch {batch}", actual, expected)
+    for batch in BATCHES:
+        torch.manual_seed(0)
+        for name in ("conv2d_relu_max_pool2d", "conv2d, many", "conv2d, depthwise", "linear", "max_pool2d"):
+            image, weight, options = (batch, 2, 6, 6), (2, 2, 3, 3), {}
+            match name:
+                case "conv2d, many":  # as a product of matrices
+                    image, weight = (batch, 17, 3, 3), (3, 17, 3, 3)
+                case "conv2d, depthwise":
+                    weight, options = (2, 1, 3, 3), {"groups": 2}
+                case "linear":
+                    image, weight = (batch, 8), (3, 8)
+
+            def compute(module, *t, name=name, options=options):
+                if name == "max_pool2d":
+                    return module.max_pool2d(t[0], 2) + 0 * t[1].sum() + 0 * t[2].sum()
+                if "relu" in name:
+                    return calls(module)[name][0](*t)
+                return getattr(module, name.split(",")[0])(*t, **options)
+
+            tensors = operands(image, weight, weight[:1], dtype=torch.float32)
+            expected = results(lambda *t: compute(torch.nn.functional, *t), [t.double() for t in tensors])
+            actual = results(lambda *t: compute(functional, *t), [t.to(device) for t in tensors])
+            compared = 1 if "relu" in name else None  # rounding decides some of a million winners
+            for i, (a, e) in enumerate(zip(actual[:compared], expected[:compared], strict=True)):
+                assert_close(f"{name}, batch {batch}, result {i}", a, e)
 
 
 def large(device: str) -> None:
@@ -182,10 +211,17 @@ def large(device: str) -> None:
     del x, y
     x = torch.zeros(2**15 + 1, 1, 256, 256, dtype=torch.bfloat16, device=device)
     x[-1, 0, -1, -1], x[0, 0, 0, 0] = 3, 2
-    pooled = functional.max_pool2d(x, 2)
+    pooled = functional.max_pool2d(x.requires_grad_(), 2)
+    (grad,) = torch.autograd.grad(pooled, x, torch.ones_like(pooled))
+    assert grad[-1, 0, -1, -1] == 1 and grad[0, 0, 0, 0] == 1 and grad.count_nonzero() == pooled.numel()
+    del grad
+    x.requires_grad_(False)
     assert pooled[-1, 0, -1, -1] == 3 and pooled[0, 0, 0, 0] == 2 and pooled.count_nonzero() == 2
     out = functional.conv2d(x, torch.full((1, 1, 1, 1), 2, dtype=torch.bfloat16, device=device))
     assert out[-1, 0, -1, -1] == 6 and out[0, 0, 0, 0] == 4 and out.count_nonzero() == 2
+    del pooled, out
+    out = functional.linear(x.view(-1, 256), torch.ones(3, 256, dtype=torch.bfloat16, device=device))
+    assert out[-1].tolist() == [3] * 3 and out[0].tolist() == [2] * 3 and out.count_nonzero() == 6
 
 
 PROGRAMS = {function.__name__: function for function in (every_op, same_bits, graph, stream, threads, batches, large)}
@@ -197,10 +233,14 @@ def main() -> None:
     names = parser.parse_args().name or list(PROGRAMS)
     if not torch.cuda.is_available():
         sys.exit("there is no GPU")
-    for name in names:
-        PROGRAMS[name]("cuda")
+    if len(names) == 1:
+        PROGRAMS[names[0]]("cuda")
         torch.cuda.synchronize()
-        print(f"{name}: passed", flush=True)
+        print(f"{names[0]}: passed")
+        return
+    # Each in a process of its own: after an error in a kernel nothing more runs on the GPU.
+    failed = [name for name in names if subprocess.run([sys.executable, __file__, name]).returncode]
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

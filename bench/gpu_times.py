@@ -1,8 +1,11 @@
-"""Times of the CUDA kernels against stock torch: ``python bench/gpu_times.py`` (of bench/gpu_check.py the last step).
+"""Times and errors of the CUDA kernels against stock torch: ``python bench/gpu_times.py``, of bench/gpu_check.py the
+last step.
 
 Each case is timed as stock runs it, with cudnn.benchmark, and in a CUDA graph, and as pyops does, in a graph or not.
 The inputs of successive calls are different ones, together larger than any cache. A time is the median of five runs of
-a twentieth of a second at least, between two events on the GPU.
+a twentieth of a second at least, between two events on the GPU. What each gives is also held against float64. All that,
+and whether the aims of gpu_aims.py are met, goes to bench/results/<gpu>.json and .md, anew after each case.
+``--device cpu`` is for trying the script where there is no GPU: the same, without graphs.
 """
 
 import argparse
@@ -11,6 +14,8 @@ import math
 import re
 import statistics
 import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +23,7 @@ from typing import Any, NamedTuple
 
 import harness
 import torch
+from gpu_aims import judge, verdicts
 from gpu_programs import captured, training_step
 
 import pyops
@@ -28,13 +34,24 @@ CACHE_BYTES = 100e6  # inputs of a case add up to this at least
 MOST_INPUTS = 16
 WAYS = ("stock", "stock, tuned", "stock, graph", "pyops", "pyops, graph")
 
+Call = Callable[[], Any]
+
+
+class Setting(NamedTuple):
+    """What a case is prepared with."""
+
+    ours: bool
+    device: str
+    dtype: torch.dtype  # computed in; the values are always those that the dtype of the case can hold
+    seed: int = 0
+
 
 class Case(NamedTuple):
     name: str
     dtype: torch.dtype
-    # (whether it is ours, a seed) to a call
-    prepare: Callable[[bool, int], Callable[[], Any]]
+    prepare: Callable[[Setting], Call]
     bytes: int  # of the inputs
+    exact: bool = True  # the call gives what can be held against float64
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,8 @@ class Result:
     name: str
     dtype: str
     seconds: dict[str, float]  # by way; without those that failed
-    failed: dict[str, str]  # the error by way
+    errors: dict[str, tuple[float, float]]  # of "stock" and "pyops": the largest, and the root mean square
+    failed: dict[str, str]  # the message by way
 
     def ratio(self, way: str, ours: str) -> float:
         """How many times as fast as that way of stock's ours is."""
@@ -50,54 +68,55 @@ class Result:
         return both[0] / both[1] if all(both) else math.nan
 
 
-def gradients(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> Callable[[], Any]:
+# ---- what is timed ----
+
+
+def gradients(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], dtype: torch.dtype) -> Call:
     leaves = [tensor.requires_grad_() for tensor in tensors]
     output = function(*leaves)
-    grad = torch.ones_like(output)
+    grad = torch.randn(output.shape, device=output.device).to(dtype).to(output.dtype)
     return lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True)
 
 
 def op(name: str, dtype: torch.dtype, sizes: list[tuple[int, ...]], format=torch.contiguous_format, **options) -> list:
-    """An op's forward and backward as two cases."""
+    """An op's forward and backward as two cases. Weights are such that outputs are about 1."""
 
-    def tensors(seed: int) -> list[torch.Tensor]:
-        torch.manual_seed(seed)
-        made = [torch.randn(size, device="cuda").to(dtype) for size in sizes]
-        return [made[0].contiguous(memory_format=format) if made[0].dim() == 4 else made[0], *made[1:]]
-
-    def function(ours: bool) -> Callable[..., torch.Tensor]:
-        functional = pyops.functional if ours else torch.nn.functional
-        return lambda *t: getattr(functional, name)(*t, **options)
-
-    def forward(ours: bool, seed: int) -> Callable[[], Any]:
-        inputs, f = tensors(seed), function(ours)
-        return lambda: f(*inputs)
-
-    def backward(ours: bool, seed: int) -> Callable[[], Any]:
-        return gradients(function(ours), tensors(seed))
+    def prepare(setting: Setting, backward: bool) -> Call:
+        torch.manual_seed(setting.seed)
+        scales = [1] + [math.prod(size[1:]) ** -0.5 for size in sizes[1:]]
+        tensors = [
+            (scale * torch.randn(size, device=setting.device)).to(dtype).to(setting.dtype)
+            for size, scale in zip(sizes, scales, strict=True)
+        ]
+        if tensors[0].dim() == 4:
+            tensors[0] = tensors[0].contiguous(memory_format=format)
+        functional = pyops.functional if setting.ours else torch.nn.functional
+        if backward:
+            return gradients(lambda *t: getattr(functional, name)(*t, **options), tensors, dtype)
+        return lambda: getattr(functional, name)(*tensors, **options)
 
     shape = "x".join(map(str, sizes[0])) + (f" by {'x'.join(map(str, sizes[1]))}" if len(sizes) > 1 else "")
     shape += "".join(f", {option} {value}" for option, value in options.items())
     shape += ", NHWC" * (format == torch.channels_last)
     size = math.prod(sizes[0]) * dtype.itemsize
     return [
-        Case(f"{name} {shape}, {way}", dtype, prepare, size)
-        for way, prepare in (("forward", forward), ("backward", backward))
+        Case(f"{name} {shape}, {way}", dtype, lambda setting, b=backward: prepare(setting, b), size)
+        for way, backward in (("forward", False), ("backward", True))
     ]
 
 
 def lenet(batch: int, dtype: torch.dtype, training: bool) -> Case:
-    def prepare(ours: bool, seed: int) -> Callable[[], Any]:
-        torch.manual_seed(seed)
-        net = (pyops.LeNet(fused=True) if ours else StockLeNet()).cuda().to(dtype)
-        x, y = torch.randn(batch, 1, 32, 32, device="cuda").to(dtype), torch.randint(10, (batch,), device="cuda")
+    def prepare(setting: Setting) -> Call:
+        torch.manual_seed(setting.seed)
+        net = (pyops.LeNet(fused=True) if setting.ours else StockLeNet()).to(setting.device, dtype).to(setting.dtype)
+        x = torch.randn(batch, 1, 32, 32, device=setting.device).to(dtype).to(setting.dtype)
         if training:
-            return training_step(net, x, y)
+            return training_step(net, x, torch.randint(10, (batch,), device=setting.device))
         net.requires_grad_(False)
         return lambda: net(x)
 
     what = "training step" if training else "forward"
-    return Case(f"LeNet {what}, batch {batch}", dtype, prepare, batch * 1024 * dtype.itemsize)
+    return Case(f"LeNet {what}, batch {batch}", dtype, prepare, batch * 1024 * dtype.itemsize, exact=not training)
 
 
 def cases() -> Iterator[Case]:
@@ -110,83 +129,161 @@ def cases() -> Iterator[Case]:
             yield from op("max_pool2d", dtype, [(64, 64, 112, 112)], format, kernel_size=2)
             yield from op("max_pool2d", dtype, [(64, 64, 112, 112)], format, kernel_size=3, stride=2, padding=1)
             yield from op("conv2d", dtype, [(64, 64, 56, 56), (64, 64, 3, 3)], format, padding=1)
+            yield from op("conv2d", dtype, [(64, 256, 28, 28), (256, 256, 1, 1)], format)
             yield from op("conv2d", dtype, [(64, 256, 28, 28), (256, 1, 3, 3)], format, padding=1, groups=256)
+            yield from op("conv2d", dtype, [(64, 256, 28, 28), (256, 1, 3, 3)], format, padding=1, stride=2, groups=256)
+            yield from op("conv2d", dtype, [(64, 96, 56, 56), (96, 1, 7, 7)], format, padding=3, groups=96)
+            yield from op("conv2d", dtype, [(64, 128, 56, 56), (128, 4, 3, 3)], format, padding=1, groups=32)
+            yield from op("conv2d", dtype, [(64, 256, 28, 28), (256, 8, 3, 3)], format, padding=1, groups=32)
         yield from op("conv2d", dtype, [(1024, 1, 32, 32), (6, 1, 5, 5)])
         yield from op("conv2d", dtype, [(1024, 6, 14, 14), (16, 6, 5, 5)])
+        yield from op("linear", dtype, [(1, 400), (120, 400)])
         yield from op("linear", dtype, [(1024, 400), (120, 400)])
         yield from op("linear", dtype, [(4096, 4096), (4096, 4096)])
 
 
-def seconds_per_call(calls: list[Callable[[], Any]]) -> float:
-    """The calls take turns."""
+# ---- how it is timed ----
+
+
+def timed(device: str, run: Callable[[], None]) -> float:
+    """Seconds until all is done that it starts."""
+    if device != "cuda":
+        started = time.perf_counter()
+        run()
+        return time.perf_counter() - started
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def seconds_per_call(calls: list[Call], device: str, least: float) -> float:
+    """The calls take turns; a run takes `least` seconds."""
 
     def run(count: int) -> float:
-        torch.cuda.synchronize()
-        start.record()
-        for i in range(count):
-            calls[i % len(calls)]()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return timed(device, lambda: [calls[i % len(calls)]() for i in range(count)] and None)
 
     count = len(calls)
     run(count)
-    while run(count) < 0.05:
+    while run(count) < least:
         count *= 2
     return statistics.median(run(count) for _ in range(5)) / count
 
 
-def measure(case: Case) -> Result:
-    seconds, failed = {}, {}
-    inputs = max(1, min(MOST_INPUTS, math.ceil(CACHE_BYTES / case.bytes)))
+def calls_of(case: Case, way: str, device: str) -> list[Call]:
+    count = max(1, min(MOST_INPUTS, math.ceil(CACHE_BYTES / case.bytes)))
+    settings = [Setting(way.startswith("pyops"), device, case.dtype, seed) for seed in range(count)]
+    if not way.endswith("graph"):
+        return [case.prepare(setting) for setting in settings]
+    if device != "cuda":
+        raise RuntimeError(f"there are no graphs on {device}")
+    return [captured(lambda s=setting: case.prepare(s))[0].replay for setting in settings]
+
+
+def tensors_of(call: Call) -> list[torch.Tensor]:
+    result = call()
+    return [tensor.detach() for tensor in ([result] if isinstance(result, torch.Tensor) else result)]
+
+
+def error(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, float]:
+    """The largest difference and their root mean square, relative to the exact values' own; of the worst tensor."""
+    largest, rms = 0.0, 0.0
+    for a, e in zip(actual, exact, strict=True):
+        difference = a.double() - e
+        largest = max(largest, (difference.abs().max() / e.abs().max()).item())
+        rms = max(rms, (difference.square().mean() / e.square().mean()).sqrt().item())
+    return largest, rms
+
+
+def measure(case: Case, device: str = "cuda", least: float = 0.05) -> Result:
+    """A way that fails is named with its message; the others are measured all the same."""
+    seconds, errors, failed = {}, {}, {}
     for way in WAYS:
         torch.backends.cudnn.benchmark = way == "stock, tuned"
         try:
-            calls = [case.prepare(way.startswith("pyops"), seed) for seed in range(inputs)]
-            if way.endswith("graph"):
-                calls = [captured(call)[0].replay for call in calls]
-            seconds[way] = seconds_per_call(calls)
-        except (RuntimeError, torch.cuda.OutOfMemoryError) as error:
-            failed[way] = str(error).splitlines()[0]
-    return Result(case.name, str(case.dtype).removeprefix("torch."), seconds, failed)
+            seconds[way] = seconds_per_call(calls_of(case, way, device), device, least)
+        except Exception as problem:  # whatever it is, it is the finding
+            failed[way] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    torch.backends.cudnn.benchmark = False
+    try:
+        if case.exact:
+            exact = tensors_of(case.prepare(Setting(False, device, torch.float64)))
+            for name, ours in (("stock", False), ("pyops", True)):
+                errors[name] = error(tensors_of(case.prepare(Setting(ours, device, case.dtype))), exact)
+    except Exception as problem:
+        failed["error"] = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    return Result(case.name, str(case.dtype).removeprefix("torch."), seconds, errors, failed)
+
+
+# ---- what is written ----
 
 
 def table(results: list[Result]) -> str:
-    """Markdown: the times in us, and how many times as fast as stock's best way ours is."""
-    lines = ["| case | dtype | " + " | ".join(f"{way}, us" for way in WAYS) + " | eager ratio | best ratio |"]
-    lines.append("|---|---|" + "--:|" * (len(WAYS) + 2))
+    """Markdown: the times in us, how many times as fast as eager stock and as stock's best way ours is, and errors."""
+    columns = [*(f"{way}, us" for way in WAYS), "eager ratio", "best ratio", "stock's rms error", "pyops' rms error"]
+    lines = ["| case | dtype | " + " | ".join(columns) + " |", "|---|---|" + "--:|" * len(columns)]
     for result in results:
-        times = [f"{result.seconds[way] * 1e6:.1f}" if way in result.seconds else "failed" for way in WAYS]
+        cells = [f"{result.seconds[way] * 1e6:.1f}" if way in result.seconds else "failed" for way in WAYS]
         stock = [result.seconds[way] for way in WAYS[:3] if way in result.seconds]
         ours = [result.seconds[way] for way in WAYS[3:] if way in result.seconds]
-        best = f"{min(stock) / min(ours):.2f}" if stock and ours else "-"
         eager = result.ratio("stock", "pyops")
-        ratios = ["-" if math.isnan(eager) else f"{eager:.2f}", best]
-        lines.append(f"| {result.name} | {result.dtype} | " + " | ".join([*times, *ratios]) + " |")
+        cells.append("-" if math.isnan(eager) else f"{eager:.2f}")
+        cells.append(f"{min(stock) / min(ours):.2f}" if stock and ours else "-")
+        cells += [f"{result.errors[side][1]:.1e}" if side in result.errors else "-" for side in ("stock", "pyops")]
+        lines.append(f"| {result.name} | {result.dtype} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def environment() -> dict[str, Any]:
+def environment(device: str) -> dict[str, Any]:
+    report = harness.environment()
+    if device != "cuda":
+        return report
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    except FileNotFoundError:
+        driver = []
     gpu = {"name": torch.cuda.get_device_name(), "driver": driver[0] if driver else None, "cuda": torch.version.cuda}
-    return harness.environment() | {"gpu": gpu}
+    return report | {"gpu": gpu}
 
 
-def main() -> None:
+def write(folder: Path, report: dict[str, Any], results: list[Result]) -> str:
+    """Writes both files; gives what the one for people says."""
+    gpu = report.get("gpu", {"name": report["machine"]["cpu"], "driver": None, "cuda": None})
+    judged = judge(results)
+    head = (
+        f"{gpu['name']}, driver {gpu['driver']}, CUDA {gpu['cuda']}; torch {report['versions']['torch']}, pyops "
+        f"{report['versions']['pyops']} at commit {report['commit']}; {report['date'][:10]}."
+    )
+    text = "\n\n".join([head, verdicts(judged), table(results)]) + "\n"
+    file = folder / re.sub(r"\W+", "-", gpu["name"]).lower().strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = report | {"aims": [asdict(v) for v in judged], "results": [asdict(r) for r in results]}
+    file.with_name(file.name + ".json").write_text(json.dumps(contents, indent=1) + "\n")
+    file.with_name(file.name + ".md").write_text(text)
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--filter", default="", help="a regular expression that the names of cases must contain")
-    pattern = parser.parse_args().filter
-    report = environment()
-    results = []
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--seconds", type=float, default=0.05, help="that each of the five runs takes at least")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("there is no GPU")
+    report, results, text = environment(args.device), [], "no case has such a name"
     for case in cases():
-        if re.search(pattern, case.name):
-            results.append(measure(case))
+        if re.search(args.filter, case.name):
+            results.append(measure(case, args.device, args.seconds))
+            text = write(args.output, report, results)
             print(results[-1].name, results[-1].dtype, results[-1].seconds, results[-1].failed, flush=True)
-    name = re.sub(r"\W+", "-", report["gpu"]["name"]).lower()
-    (RESULTS / f"{name}.json").write_text(json.dumps(report | {"results": [asdict(r) for r in results]}, indent=1))
-    print(table(results))
+    print(text)
+    sys.exit(not all(verdict.passed for verdict in judge(results)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,87 @@
+"""What the CUDA kernels are to reach against stock torch, and whether the results of bench/gpu_times.py do."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from gpu_times import Result
+
+# An error is allowed to be this many times stock's, the largest and the root mean square; differences of a few ulps of
+# float32 are no error, as whichever order a sum is taken in may be the luckier (the CPU's tests allow the same).
+ALLOWED_ERROR = 1.5
+NO_ERROR = 4 * 2.0**-23
+
+
+class Aim(NamedTuple):
+    """`ratio` times as fast as that way of stock's, in all the cases whose name and dtype match."""
+
+    what: str
+    cases: str
+    dtype: str
+    ratio: float
+    way: str = "stock"
+
+
+AIMS = (
+    Aim("training step of LeNet, batch 1 to 1024", r"LeNet training step, batch (1|64|1024)$", "", 3),
+    Aim("training step of LeNet, batch 65536", r"LeNet training step, batch 65536$", "", 2),
+    Aim("forward of LeNet, fused, batch 64", r"LeNet forward, batch 64$", "", 5),
+    Aim("max_pool2d backward", r"^max_pool2d .*backward$", "", 1.8),
+    Aim("linear against cuBLAS", r"^linear 4096x4096 by 4096x4096, forward$", "float32", 1.3),
+    Aim("linear on tensor cores against cuBLAS", r"^linear 4096x4096 by 4096x4096, forward$", "bfloat16", 0.5),
+    Aim("3x3 on tensor cores against cuDNN", r"^conv2d 64x64x56x56 by .*forward$", "bfloat16", 0.5, "stock, tuned"),
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    aim: str
+    case: str
+    dtype: str
+    wanted: str
+    found: str
+    passed: bool
+
+
+def judge(results: Sequence["Result"]) -> list[Verdict]:
+    """A verdict for each aim and case that it is about, and for the error of each case. What failed has not passed."""
+    judged = []
+    for aim in AIMS:
+        for result in results:
+            if re.search(aim.cases, result.name) and aim.dtype in result.dtype:
+                ratio = result.ratio(aim.way, "pyops")
+                found = "not measured" if math.isnan(ratio) else f"{ratio:.2f}"
+                judged.append(
+                    Verdict(aim.what, result.name, result.dtype, f"{aim.ratio} x {aim.way}", found, ratio >= aim.ratio)
+                )
+    for result in results:
+        if {"stock", "pyops"} <= result.errors.keys():
+            pairs = list(zip(result.errors["stock"], result.errors["pyops"], strict=True))
+            passed = all(ours <= max(ALLOWED_ERROR * stock, NO_ERROR) for stock, ours in pairs)
+            found = " and ".join(f"{ours:.1e} ({stock:.1e})" for stock, ours in pairs)
+        elif "error" in result.failed:
+            passed, found = False, result.failed["error"]
+        else:
+            continue
+        wanted = f"{ALLOWED_ERROR} x stock's"
+        judged.append(Verdict("largest and rms error", result.name, result.dtype, wanted, found, passed))
+    return judged
+
+
+def verdicts(judged: Sequence[Verdict]) -> str:
+    """Markdown: what is about speed, and of the errors those that are too large."""
+    lines = ["| aim | case | dtype | wanted | found | |", "|---|---|---|--:|--:|---|"]
+    for v in judged:
+        if "error" not in v.aim or not v.passed:
+            cells = (v.aim, v.case, v.dtype, v.wanted, v.found, "PASS" if v.passed else "FAIL")
+            lines.append("| " + " | ".join(cells) + " |")
+    errors = [v for v in judged if "error" in v.aim]
+    lines += [
+        "",
+        f"Errors against float64 of at most {ALLOWED_ERROR} times stock's: {sum(v.passed for v in errors)} of ",
+    ]
+    lines[-1] += f"{len(errors)} cases."
+    return "\n".join(lines)
