@@ -162,16 +162,22 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// 16 bytes, read and written at once.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(T);
-  T values[size];
+// Neighbours in memory, read and written at once: up to 16 bytes.
+template <class T, int n>
+struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Vector {
+  static constexpr int size = n;
+  T values[n];
 };
+template <class T>
+using Pack = Vector<T, 16 / sizeof(T)>;
 
 template <class... Pointers>
+bool aligned_to(size_t bytes, const Pointers*... pointers) {
+  return (reinterpret_cast<uintptr_t>(pointers) | ...) % bytes == 0;
+}
+template <class... Pointers>
 bool aligned_to_packs(const Pointers*... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) | ...) & 15) == 0;
+  return aligned_to(16, pointers...);
 }
 
 __device__ __forceinline__ uint32_t high_product(uint32_t a, uint32_t b) {

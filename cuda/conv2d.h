@@ -1,6 +1,7 @@
 // The shape of a convolution as kernels see it, and how its results are finished.
 #pragma once
 
+#include "conv2d_groups.h"
 #include "conv2d_tiny.h"
 #include "images.h"
 
@@ -49,23 +50,32 @@ inline int64_t largest_conv_offset(const Conv2dShape& s) {
 
 // The ways to compute a convolution and its gradients.
 enum class ConvWay {
-  tiny,     // few channels, 3x3 and 5x5 kernels (conv2d_tiny.cu)
-  product,  // a product of matrices whose elements are found in the images (conv2d_product.h)
-  generic,  // a thread for each value (conv2d_generic.h): groups, and images too large for offsets of 32 bits
+  tiny,       // few channels, 3x3 and 5x5 kernels (conv2d_tiny.cu)
+  product,    // a product of matrices whose elements are found in the images (conv2d_product.h)
+  depthwise,  // a window for each channel (conv2d_depthwise.cu)
+  grouped,    // narrow groups (conv2d_grouped.cu); of the weight's gradient all groups (conv2d_grouped_weight.cu)
+  generic,    // a thread for each value (conv2d_generic.h): other groups, and images too large for offsets of 32 bits
 };
 
-inline ConvWay conv_way(const Conv2dShape& s, bool tiny) {
-  if (s.groups != 1 || largest_conv_offset(s) > PYOPS_LARGEST_32_BIT_OFFSET) return ConvWay::generic;
-  return tiny ? ConvWay::tiny : ConvWay::product;
+inline bool needs_wide_offsets(const Conv2dShape& s) {
+  return largest_conv_offset(s) > PYOPS_LARGEST_32_BIT_OFFSET;
 }
 inline ConvWay conv_way(const Conv2dShape& s) {
-  return conv_way(s, is_tiny(s, s.C, s.O));
+  if (needs_wide_offsets(s)) return ConvWay::generic;
+  if (s.groups == 1) return is_tiny(s, s.C, s.O) ? ConvWay::tiny : ConvWay::product;
+  if (is_depthwise(s)) return ConvWay::depthwise;
+  return is_narrow(s, s.C) ? ConvWay::grouped : ConvWay::generic;
 }
 inline ConvWay conv_backward_input_way(const Conv2dShape& s) {
-  return conv_way(s, is_tiny_backward(s));
+  if (needs_wide_offsets(s)) return ConvWay::generic;
+  if (s.groups == 1) return is_tiny_backward(s) ? ConvWay::tiny : ConvWay::product;
+  if (is_depthwise(s)) return ConvWay::depthwise;
+  return is_narrow(s, s.O) ? ConvWay::grouped : ConvWay::generic;
 }
 inline ConvWay conv_backward_weight_way(const Conv2dShape& s) {
-  return conv_way(s, /*tiny=*/false);
+  if (needs_wide_offsets(s)) return ConvWay::generic;
+  if (s.groups == 1) return ConvWay::product;
+  return has_grouped_weight(s) ? ConvWay::grouped : ConvWay::generic;
 }
 
 // Bias and rounding of a sum, in the order of every path of conv2d.

@@ -85,14 +85,17 @@ cudaError_t conv2d_backward(const Conv2dBackwardArgs& x, Workspace& workspace, c
       using Index = decltype(index);
       if (x.grad_input != nullptr) {
         const ConvWay way = conv_backward_input_way(x.shape);
-        PYOPS_RETURN_ON_ERROR((way == ConvWay::tiny      ? tiny_backward_input(x, stream)
-                               : way == ConvWay::product ? product_backward_input<T>(x, workspace, stream)
-                                                         : generic_backward_input<T, Index>(x, stream)));
+        PYOPS_RETURN_ON_ERROR((way == ConvWay::tiny        ? tiny_backward_input(x, stream)
+                               : way == ConvWay::product   ? product_backward_input<T>(x, workspace, stream)
+                               : way == ConvWay::depthwise ? depthwise_backward_input(x, stream)
+                               : way == ConvWay::grouped   ? grouped_backward_input(x, stream)
+                                                           : generic_backward_input<T, Index>(x, stream)));
       }
       if (x.grad_weight != nullptr) {
-        const bool product = conv_backward_weight_way(x.shape) == ConvWay::product;
-        PYOPS_RETURN_ON_ERROR((product ? product_backward_weight<T>(x, workspace, stream)
-                                       : generic_backward_weight<T, Index>(x, workspace, stream)));
+        const ConvWay way = conv_backward_weight_way(x.shape);
+        PYOPS_RETURN_ON_ERROR((way == ConvWay::product   ? product_backward_weight<T>(x, workspace, stream)
+                               : way == ConvWay::grouped ? grouped_backward_weight(x, workspace, stream)
+                                                         : generic_backward_weight<T, Index>(x, workspace, stream)));
       }
       return x.grad_bias == nullptr ? cudaSuccess : backward_bias<T, Index>(x, workspace, stream);
     });

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sysconfig
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -32,7 +33,12 @@ needed = pytest.mark.skipif(not AVAILABLE, reason="the emulator is for x86-64")
 COMPILER = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-fPIC", "-fno-strict-aliasing"]
 # As nvcc contracts no more than the kernels ask for by fma; and the instruction for that rather than a function.
 COMPILER += ["-O2", "-ffp-contract=off", "-mfma", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-COMPILER += ["-DPYOPS_EMULATED", "-DPYOPS_LARGEST_32_BIT_OFFSET=20000", f"-I{FOLDER}"]
+COMPILER += [
+    "-DPYOPS_EMULATED",
+    "-DPYOPS_LARGEST_32_BIT_OFFSET=emulator::largest_32_bit_offset",
+    "-DPYOPS_MOST_BLOCKS=4",
+    f"-I{FOLDER}",
+]
 if SANITIZE:
     COMPILER += ["-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
@@ -63,7 +69,12 @@ def build_module() -> Path:
     folder = _build_folder()
     sources = {path: path.stem for path in sorted(ROOT.glob("cuda/*.cu"))} | {FOLDER / "module.cpp": "module"}
     include = f"-I{sysconfig.get_path('include')}"
-    objects = [_compile(folder / f"{stem}.o", [path], "-c", include, "-x", "c++") for path, stem in sources.items()]
+
+    def compile_one(path: Path) -> Path:
+        return _compile(folder / f"{sources[path]}.o", [path], "-c", include, "-x", "c++")
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as compilers:
+        objects = list(compilers.map(compile_one, sources))
     return _compile(folder / "emulated_kernels.so", objects, "-shared")
 
 
@@ -77,10 +88,14 @@ def load() -> ModuleType:
 
 
 @contextmanager
-def kernels(order: int = ALTERNATING) -> Iterator[None]:
-    """CPU tensors are computed on by the CUDA kernels meanwhile, threads and blocks in that order."""
+def kernels(order: int = ALTERNATING, largest_32_bit_offset: int = 20_000) -> Iterator[None]:
+    """CPU tensors are computed on by the CUDA kernels meanwhile, threads and blocks in that order.
+
+    Offsets of 64 bits are taken from so low a limit on that tests reach both.
+    """
     module = load()
     module.set_order(order)
+    module.set_largest_32_bit_offset(largest_32_bit_offset)
     pyops._C.set_cpu_kernels(module.kernels)
     try:
         yield

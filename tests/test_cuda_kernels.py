@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tensors import FLOATING, place, random
+from tensors import FLOATING, INTEGER, layout, place, random, with_ties
+from test_max_pool2d import check as check_pooling
 from test_threads import POOL, WIDE_POOL, convolved, fused, multiplied, pooled, rectified
 
 import pyops
@@ -33,6 +34,9 @@ CASES = {
     ),
     "conv2d_groups": lambda dtype, where: convolved(
         images((3, 6, 9, 8), dtype, where), images((12, 1, 3, 3), dtype, where), 1, 2, 2, 6
+    ),
+    "conv2d_depthwise": lambda dtype, where: convolved(
+        images((2, 3, 40, 37), dtype, where), images((3, 1, 3, 3), dtype, where), 1, 1, 1, 3
     ),
     "conv2d_many_pixels": lambda dtype, where: convolved(
         images((2, 1, 61, 67), dtype, where), images((2, 1, 2, 2), dtype, where), 1, 0, 1, 1
@@ -69,7 +73,26 @@ WAYS = {
     "few channels, two chunks of outputs": ((2, 6, 9, 10), (9, 6, 5, 5), {"padding": 2}),
     "few channels, padding as wide as the kernel": ((2, 3, 4, 5), (5, 3, 3, 3), {"padding": 3}),
     "few channels, many of them": ((1, 16, 6, 6), (32, 16, 3, 3), {"padding": 1}),
-    "groups": ((2, 32, 6, 5), (64, 16, 3, 3), {"padding": 1, "groups": 2}),
+    "depthwise": ((2, 16, 9, 7), (16, 1, 3, 3), {"padding": 1, "groups": 16}),
+    "depthwise, channels that fill no 16 bytes": (
+        (2, 5, 10, 9),
+        (5, 1, 5, 5),
+        {"padding": 2, "stride": 2, "groups": 5},
+    ),
+    "depthwise, every second pixel": ((2, 8, 11, 10), (8, 1, 3, 3), {"padding": (0, 1), "stride": 2, "groups": 8}),
+    "depthwise, padding as wide as the kernel": ((1, 8, 3, 4), (8, 1, 5, 5), {"padding": 5, "groups": 8}),
+    "depthwise, largest kernel": ((1, 8, 10, 9), (8, 1, 7, 7), {"padding": 3, "groups": 8}),
+    "depthwise, any window": (
+        (2, 8, 9, 10),
+        (8, 1, 3, 4),
+        {"stride": (2, 1), "dilation": (1, 2), "padding": (1, 2), "groups": 8},
+    ),
+    "narrow groups, 4 channels at a time": ((2, 32, 7, 6), (24, 4, 3, 3), {"padding": 1, "groups": 8}),
+    "narrow groups, channels one by one": ((2, 9, 7, 6), (27, 3, 3, 3), {"padding": 1, "stride": 2, "groups": 3}),
+    "narrow groups, any window": ((1, 16, 9, 8), (32, 8, 3, 2), {"dilation": 2, "padding": (1, 2), "groups": 2}),
+    "narrow groups, one lane": ((2, 32, 6, 5), (64, 16, 3, 3), {"padding": 1, "groups": 2}),
+    "wide groups": ((1, 116, 5, 4), (4, 58, 3, 3), {"padding": 1, "groups": 2}),
+    "depthwise, offsets of 64 bits": ((2, 11, 24, 24), (11, 1, 3, 3), {"padding": 1, "groups": 11}),
     "offsets of 64 bits": ((2, 40, 12, 12), (40, 40, 3, 3), {"padding": 1}),
 }
 
@@ -141,19 +164,88 @@ def test_large_product_of_floats():
         oracle.check("linear", [random((1450, 17)), random((1500, 17)), random((1500,))])
 
 
+# Shapes of which the kernels take 16 bytes or two elements at a time, and others.
+POOLINGS = {
+    "side by side": ((2, 16, 6, 16), {"kernel_size": 2}),
+    "side by side, two columns at a time": ((1, 3, 4, 10), {"kernel_size": 2}),
+    "side by side, of 3x3": ((1, 16, 6, 9), {"kernel_size": 3}),
+    "half a window at the end": ((1, 32, 5, 16), {"kernel_size": 2, "ceil_mode": True}),
+    "a row that is in no window": ((1, 16, 7, 16), {"kernel_size": 2}),
+    "overlapping": ((2, 32, 7, 8), {"kernel_size": 3, "stride": 2, "padding": 1}),
+    "dilated": ((1, 16, 9, 8), {"kernel_size": 2, "stride": 1, "dilation": 2}),
+}
+
+
+def shifted(where, rank):
+    """That layout, one element behind an address of any alignment."""
+    return layout(where, rank)._replace(offset=1)
+
+
+@pytest.mark.parametrize("where", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", FLOATING + INTEGER, ids=str)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_pooling_of_neighbours(pooling, dtype, where):
+    size, options = POOLINGS[pooling]
+    for into in (where, shifted(where, 4)):
+        with emulated.kernels():
+            check_pooling(with_ties(size, dtype, into), into, **options)
+
+
+def test_pooling_backward_by_an_argmax_that_is_not_aligned():
+    argmax = torch.randint(4, (1, 16, 4, 8), dtype=torch.uint8)
+    grad = random(argmax.shape)
+    for where in ("contiguous", "channels_last"):
+        expected = torch.ops.pyops.max_pool2d_backward(place(grad, where), place(argmax, where), (8, 16), 2)
+        with emulated.kernels():
+            for a, g in ((argmax, grad), (place(argmax, shifted(where, 4)), place(grad, where))):
+                assert torch.equal(torch.ops.pyops.max_pool2d_backward(g, a, (8, 16), 2), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATING + INTEGER, ids=str)
+def test_relu_of_slices_that_are_not_aligned(dtype):
+    for size in (1, 7, 64, 1003):
+        values = with_ties((size,), dtype)
+        expected, gate = torch.relu(values), ~(torch.relu(values) <= 0)
+        grad = random((size,), dtype)
+        passed = torch.where(gate, grad, torch.zeros_like(grad))
+        for input in (values, place(values, shifted("contiguous", 1))):
+            with emulated.kernels():
+                output = pyops.functional.relu(input)
+                oracle.assert_identical("output", output, expected)
+                outputs = place(output, shifted("contiguous", 1))
+                for g in (grad, place(grad, shifted("contiguous", 1))):
+                    oracle.assert_identical("gradient", torch.ops.pyops.relu_backward(g, outputs), passed)
+                    if dtype.is_floating_point:
+                        _, mask = torch.ops.pyops.relu_with_mask(input)
+                        actual = torch.ops.pyops.relu_mask_backward(g, mask, (1,))
+                        oracle.assert_identical("gradient by the mask", actual, passed)
+
+
+@pytest.mark.parametrize("where", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("way", ["depthwise", "narrow groups, 4 channels at a time"])
+def test_convolutions_in_groups_of_slices_that_are_not_aligned(way, where):
+    input, weight, options = WAYS[way]
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [random(size, dtype, shifted(where, 4)) for size in (input, weight)]
+        with emulated.kernels():
+            oracle.check("conv2d", tensors, options, grad_layout=shifted(where, 4))
+
+
+@pytest.mark.parametrize("offsets", [20_000, 2**30], ids=["wide offsets", "narrow offsets"])
 @pytest.mark.parametrize("batch", [65535, 65536, 65537])
-def test_batches_around_the_limits_of_a_grid(batch):
+def test_batches_around_the_limits_of_a_grid(batch, offsets):
     """Two dimensions of a grid end at 65535."""
     x, w, b = random((batch, 1, 2, 2)), random((2, 1, 2, 2)), random((2,))
 
     def run():
         y = pyops.functional.conv2d_relu_max_pool2d(x, w, b, padding=1, pool_kernel_size=2)
+        grouped = pyops.functional.conv2d(y.view(-1, 2, 1, 1), w[..., :1, :1], groups=2)
         z = pyops.functional.linear(pyops.functional.relu(y).flatten(1), w.view(2, 4)[:, :2])
-        return [y, z, *torch.autograd.grad(z[-3:].sum(), [w, b])]
+        return [y, z, grouped, *torch.autograd.grad(z[-3:].sum() + grouped[-3:].sum(), [w, b])]
 
     w.requires_grad_(), b.requires_grad_()
     expected = run()
-    with emulated.kernels():
+    with emulated.kernels(largest_32_bit_offset=offsets):
         actual = run()
     torch.testing.assert_close(actual, expected)
 

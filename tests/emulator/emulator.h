@@ -51,6 +51,8 @@ constexpr size_t stack_bytes = 128 << 10;
 enum class Order { forward, reverse, shuffled, alternating };
 inline Order order = Order::alternating;
 
+inline int64_t largest_32_bit_offset = 20000;  // of the kernels' offsets
+
 // What a thread is doing; `site` tells barriers and warp operations in the source apart.
 enum class State { fresh, ready, at_barrier, in_warp, done };
 

@@ -33,8 +33,14 @@ PyObject* set_order(PyObject*, PyObject* number) {
   Py_RETURN_NONE;
 }
 
+PyObject* set_largest_32_bit_offset(PyObject*, PyObject* number) {
+  emulator::largest_32_bit_offset = PyLong_AsLongLong(number);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"set_order", set_order, METH_O, "0: threads and blocks forward, 1: reverse, 2: shuffled, 3: by turns"},
+    {"set_largest_32_bit_offset", set_largest_32_bit_offset, METH_O, "Larger ones are computed in 64 bits"},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef definition = {

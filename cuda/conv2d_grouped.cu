@@ -1,0 +1,187 @@
+// Convolutions of narrow groups, and the gradients of their inputs, in either layout; weight contiguous:
+//
+//   output[n, o, y, x] = bias[o] + sum over c of the group, i, j of weight[o, c, i, j] input[n, c, y stride + .., ..]
+//
+// and for the gradient the same with input and output exchanged. As products of matrices, groups of 4 to 32 channels
+// would fill tiles to a fraction. Here a lane (conv2d_lanes.h) is a few channels of the result, all of one group: each
+// of the four values that a strip meets by a tap is used for all of them, and each weight, which is in shared memory,
+// for the whole strip. In N C H W all threads of a warp read the same 8 weights for 32 multiply-adds and 4 reads of the
+// images; in N H W C a warp reads channels side by side, 4 at a time where groups allow it.
+//
+// Sums run over i, j, c in one chain of at most 512 terms, in float (double for double), and are rounded once. Only
+// taps inside the image count, also where a factor is infinite.
+// Registers (sm_80 and sm_90): 96 to 116, so that an SM holds two blocks of 256 threads; 159 at most for double. Shared
+// memory for groups of 4 channels and 3x3: 1.2 KB in N C H W, 18 KB in N H W C; 32 KB at most.
+#include "conv2d_lanes.h"
+
+namespace pyops::cuda {
+namespace {
+
+struct Grouped {
+  Correlation conv;
+  Lanes lanes;
+  Divider<int32_t> lanes_per_group, channels, taps;  // channels: of a group of the source
+  int32_t results;                                   // channels of a group of the result
+  int32_t result_stride, source_stride;              // of the weight, for channels of the same group
+};
+
+// The channels of the result that a lane has.
+struct Channels {
+  int32_t group, first, count;  // first: within the group
+};
+
+template <int outputs>
+__device__ __forceinline__ Channels channels_of(const Grouped& g, int32_t lane) {
+  Channels c;
+  c.first = take_digit(lane, g.lanes_per_group) * outputs;
+  c.group = lane;
+  c.count = min(outputs, g.results - c.first);
+  return c;
+}
+
+// The weight of a channel of the result, counted in its group, and of one of the source, tap 0.
+__device__ __forceinline__ int32_t weight_offset(const Grouped& g, int32_t group, int32_t result, int32_t source) {
+  const int32_t of_group = group * g.results * g.channels.value() * g.taps.value();
+  return of_group + result * g.result_stride + source * g.source_stride;
+}
+
+// weights[tap][channel of the source][lane of the block][output]; zeros where there is no such lane or output.
+template <class T, int outputs>
+__device__ __forceinline__ void load_weights(const Grouped& g, const T* weight, int32_t first_lane,
+                                             Compute<T>* weights) {
+  const int32_t count = g.taps.value() * g.channels.value() * g.lanes.lanes.value() * outputs;
+  for (int32_t k = threadIdx.x; k < count; k += blockDim.x) {
+    int32_t rest = k / outputs;
+    const int32_t o = k % outputs, lane = first_lane + take_digit(rest, g.lanes.lanes);
+    const int32_t source = take_digit(rest, g.channels), tap = rest;
+    Compute<T> value = 0;
+    if (lane < g.lanes.total) {
+      const Channels c = channels_of<outputs>(g, lane);
+      if (o < c.count) value = widen(weight[weight_offset(g, c.group, c.first + o, source) + tap]);
+    }
+    weights[k] = value;
+  }
+}
+
+template <class T, int outputs, int pack>
+__device__ __forceinline__ void sum_strip(const Grouped& g, const T* source, const Strip& strip, int32_t first_channel,
+                                          const Compute<T>* weights, Compute<T> (&sums)[strip_rows][outputs]) {
+  using C = Compute<T>;
+  const Images<int32_t>& images = g.conv.source;
+  const int32_t step = g.lanes.lanes.value() * outputs, channels = g.channels.value();
+  for (int32_t i = 0; i < g.conv.conv.kernel_h.value(); ++i) {
+    int32_t rows[strip_rows];
+#pragma unroll
+    for (int r = 0; r < strip_rows; ++r) rows[r] = g.conv.source_row(strip.y + r, i);
+    for (int32_t j = 0; j < g.conv.conv.kernel_w.value(); ++j, weights += channels * step) {
+      const int32_t column = g.conv.source_column(strip.x, j);
+      if (column < 0) continue;
+      for (int32_t c = 0; c < channels; c += pack) {
+        Vector<T, pack> values[strip_rows];
+#pragma unroll
+        for (int r = 0; r < strip_rows; ++r) {
+          const bool inside = rows[r] >= 0;
+          const int32_t offset = inside ? images.offset(strip.n, first_channel + c, rows[r], column) : 0;
+          values[r] = load_or_zero<T, pack>(inside, source + offset);
+        }
+#pragma unroll
+        for (int e = 0; e < pack; ++e) {
+          const auto factors = *reinterpret_cast<const Vector<C, outputs>*>(weights + (c + e) * step);
+#pragma unroll
+          for (int r = 0; r < strip_rows; ++r)
+#pragma unroll
+            for (int o = 0; o < outputs; ++o)
+              sums[r][o] = multiply_add(widen(values[r].values[e]), factors.values[o], sums[r][o]);
+        }
+      }
+    }
+  }
+}
+
+// With `pack` above 1 it divides the channels of a group of the source, and `outputs` those of the result.
+template <class T, int outputs, int pack>
+__global__ void __launch_bounds__(block_threads, blocks_at_least<T>)
+    grouped(const __grid_constant__ Grouped g, const __grid_constant__ Operands<T> x) {
+  using C = Compute<T>;
+  C* weights = shared_memory<C>();
+  int32_t lane, tile;
+  const int32_t slot = g.lanes.slot(lane), first_lane = g.lanes.first_lane(tile);
+  load_weights<T, outputs>(g, x.weight, first_lane, weights);
+  __syncthreads();
+  if (slot >= g.lanes.slots || first_lane + lane >= g.lanes.total) return;
+  const Channels channels = channels_of<outputs>(g, first_lane + lane);
+  const int32_t first = channels.group * g.results + channels.first;
+  for (int32_t k = tile * g.lanes.slots + slot; k < g.lanes.strips; k += g.lanes.tiles * g.lanes.slots) {
+    const Strip strip = g.lanes.strip(k);
+    C sums[strip_rows][outputs] = {};
+    sum_strip<T, outputs, pack>(g, x.source, strip, channels.group * g.channels.value(), weights + lane * outputs,
+                                sums);
+    bool any_nan = false;
+#pragma unroll
+    for (int r = 0; r < strip_rows; ++r) {
+      const int32_t y = strip.y + r;
+      if (y >= g.conv.result.height()) break;
+      Vector<T, outputs> values;
+#pragma unroll
+      for (int o = 0; o < outputs; ++o) {
+        if (o >= channels.count) break;
+        values.values[o] = g.conv.finish(sums[r][o], x.bias, first + o);
+        any_nan |= sums[r][o] != sums[r][o];
+      }
+      T* result = x.result + g.conv.result.offset(strip.n, first, y, strip.x);
+      if constexpr (pack > 1) {
+        *reinterpret_cast<Vector<T, outputs>*>(result) = values;
+      } else {
+#pragma unroll
+        for (int o = 0; o < outputs; ++o)
+          if (o < channels.count) result[o * g.conv.result.c_stride] = values.values[o];
+      }
+    }
+    if (any_nan) g.conv.mend(x, strip, first, channels.count);
+  }
+}
+
+template <class T, int outputs, int pack>
+cudaError_t launch_grouped(const Conv2dShape& s, bool gradient, bool relu, const Operands<T>& x, cudaStream_t stream) {
+  const int64_t taps = s.kernel_h * s.kernel_w, in = s.C / s.groups, out = s.O / s.groups;
+  const int64_t channels = gradient ? out : in, results = gradient ? in : out;
+  const int64_t lanes_per_group = ceil_div(results, outputs), of_output = in * taps;
+  const int64_t lane_bytes = channels * taps * outputs * sizeof(Compute<T>), most_bytes = 32 << 10;
+  const int64_t most_lanes = s.channels_last ? std::clamp<int64_t>(most_bytes / lane_bytes, 1, 32) : 1;
+  const Grouped g{Correlation(s, gradient, relu),
+                  Lanes(s.groups * lanes_per_group, most_lanes, s.N, gradient ? s.H : s.OH, gradient ? s.W : s.OW),
+                  Divider<int32_t>(lanes_per_group),
+                  Divider<int32_t>(channels),
+                  Divider<int32_t>(taps),
+                  static_cast<int32_t>(results),
+                  static_cast<int32_t>(gradient ? taps : of_output),
+                  static_cast<int32_t>(gradient ? of_output : taps)};
+  return launch(grouped<T, outputs, pack>, g.lanes.blocks(), g.lanes.threads, g.lanes.lanes.value() * lane_bytes,
+                stream, g, x);
+}
+
+template <class Args>
+cudaError_t run(const Args& x, bool gradient, bool relu, cudaStream_t stream) {
+  return dispatch_floating(x.dtype, [&](auto t) {
+    using T = decltype(t);
+    const Operands<T> operands(x);
+    const Conv2dShape& s = x.shape;
+    if (!s.channels_last) return launch_grouped<T, 8, 1>(s, gradient, relu, operands, stream);
+    const bool packs =
+        s.C / s.groups % 4 == 0 && s.O / s.groups % 4 == 0 && aligned_to_packs(operands.source, operands.result);
+    return packs ? launch_grouped<T, 4, 4>(s, gradient, relu, operands, stream)
+                 : launch_grouped<T, 4, 1>(s, gradient, relu, operands, stream);
+  });
+}
+
+}  // namespace
+
+cudaError_t grouped_forward(const Conv2dArgs& x, cudaStream_t stream) {
+  return run(x, /*gradient=*/false, x.relu, stream);
+}
+
+cudaError_t grouped_backward_input(const Conv2dBackwardArgs& x, cudaStream_t stream) {
+  return run(x, /*gradient=*/true, /*relu=*/false, stream);
+}
+
+}  // namespace pyops::cuda

@@ -1,0 +1,32 @@
+// Convolutions in groups that have kernels of their own: depthwise ones (conv2d_depthwise.cu), those of narrow groups
+// (conv2d_grouped.cu), and the gradients of the weight of both (conv2d_grouped_weight.cu).
+#pragma once
+
+#include "common.h"
+
+namespace pyops::cuda {
+
+// One channel in and one out for each group, and windows whose weights fit into shared memory.
+inline bool is_depthwise(const Conv2dShape& s) {
+  return s.groups > 1 && s.C == s.groups && s.O == s.groups && s.kernel_h * s.kernel_w <= 49;
+}
+cudaError_t depthwise_forward(const Conv2dArgs&, cudaStream_t);
+cudaError_t depthwise_backward_input(const Conv2dBackwardArgs&, cudaStream_t);
+
+// Sums over `channels` of a group short enough for one chain of additions, and for shared memory.
+inline bool is_narrow(const Conv2dShape& s, int64_t channels) {
+  const int64_t terms = channels / s.groups * s.kernel_h * s.kernel_w;
+  return s.groups > 1 && terms > 0 && terms <= 512;
+}
+cudaError_t grouped_forward(const Conv2dArgs&, cudaStream_t);
+cudaError_t grouped_backward_input(const Conv2dBackwardArgs&, cudaStream_t);
+
+// Windows whose sums fit into the registers of a thread, one for each tap.
+inline bool has_grouped_weight(const Conv2dShape& s) {
+  const bool kernel = s.kernel_h == s.kernel_w && (s.kernel_h == 3 || s.kernel_h == 5 || s.kernel_h == 7);
+  const bool stride = s.stride_h == s.stride_w && s.stride_h <= 2;
+  return s.groups > 1 && s.C >= s.groups && kernel && stride && s.dilation_h == 1 && s.dilation_w == 1;
+}
+cudaError_t grouped_backward_weight(const Conv2dBackwardArgs&, Workspace&, cudaStream_t);
+
+}  // namespace pyops::cuda
