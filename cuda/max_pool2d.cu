@@ -2,14 +2,16 @@
 // grad_output over the windows that an element won, the gather that is its transpose, and torch's indices.
 // [N, C, H, W] in either layout, the same for all operands; argmax is a byte where 255 taps suffice, else int64.
 //
-// One thread for each element that is written. The backward gathers: an element looks at the argmax of the few windows
-// that it lies in, so there is nothing to clear, nothing atomic, and one rounding. Windows side by side that cover the
-// image need no search: a thread for each writes all its elements. Against stock's int64 indices the argmax saves 2.1
-// to 2.4 of the traffic of the backward.
+// One thread for each element that is written, or for as many neighbours as are 16 bytes: channels in N H W C, and the
+// columns of 2x2 windows in N C H W, where sizes and pointers allow it (neighbours() decides). The backward gathers: an
+// element looks at the argmax of the few windows that it lies in, so there is nothing to clear, nothing atomic, and one
+// rounding. Windows side by side that cover the image need no search: a thread for each writes all its elements.
+// Against stock's int64 indices the argmax saves 2.1 to 2.4 of the traffic of the backward.
 //
 // A tap wins if (v > max) || isnan(v): ties keep the first, of several NaNs the last one wins, a window of -inf gives
 // its first tap in bounds. Taps out of bounds never win; an argmax that names no tap in bounds is of no element.
-// Registers (sm_90): at most 56, and 94 with offsets of 64 bits; no shared memory.
+// Registers (sm_90), with an argmax of bytes and offsets of 32 bits: at most 56, of integers 96, so that an SM holds
+// four blocks of 256 threads; else 134 at most. No shared memory.
 #include "images.h"
 
 namespace pyops::cuda {
@@ -34,10 +36,39 @@ struct Pool {
         dilation_w(s.dilation_w) {}
 };
 
-template <class T, class A, class Index>
+// The largest tap so far and its number.
+template <class T, class Index>
+struct Winner {
+  Compute<T> max = lowest<T>;
+  Index tap = 0;
+  __device__ __forceinline__ void meet(Compute<T> value, Index number) {
+    if (value > max || value != value) {
+      max = value;
+      tap = number;
+    }
+  }
+};
+
+template <class T, class A, class Index, int count>
+__device__ __forceinline__ void store_winners(const Winner<T, Index> (&winners)[count], T* output, A* argmax,
+                                              bool rectify, A dead) {
+  Vector<T, count> values;
+  Vector<A, count> taps;
+#pragma unroll
+  for (int e = 0; e < count; ++e) {
+    const bool is_dead = rectify && winners[e].max <= 0;
+    values.values[e] = narrow<T>(is_dead ? Compute<T>(0) : winners[e].max);
+    taps.values[e] = is_dead ? dead : static_cast<A>(winners[e].tap);
+  }
+  *reinterpret_cast<Vector<T, count>*>(output) = values;
+  *reinterpret_cast<Vector<A, count>*>(argmax) = taps;
+}
+
+// A thread takes `pack` channels of a window side by side, which divides their number; 1: any layout.
+template <class T, class A, class Index, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
     forward(Pool<Index> pool, const T* input, T* output, A* argmax, bool rectify, A dead) {
-  const int64_t number = thread_number();
+  const int64_t number = thread_number() * pack;
   if (number >= pool.output.count) return;
   const Position<Index> at = pool.output.position(static_cast<Index>(number));
   const Index h0 = at.h * pool.stride_h.value() - pool.padding_h;
@@ -46,20 +77,37 @@ __global__ void __launch_bounds__(block_threads, 1)
   const auto dilation_w = pool.dilation_w.value();
   const Taps<Index> rows(h0, pool.kernel_h, dilation_h, pool.input.height());
   const Taps<Index> columns(w0, pool.kernel_w, dilation_w, pool.input.width());
-  Compute<T> max = lowest<T>;
-  Index winner = rows.begin * pool.kernel_w + columns.begin;
+  Winner<T, Index> winners[pack];
+#pragma unroll
+  for (auto& winner : winners) winner.tap = rows.begin * pool.kernel_w + columns.begin;
   for (Index i = rows.begin; i < rows.end; ++i) {
     for (Index j = columns.begin; j < columns.end; ++j) {
-      const Compute<T> value = widen(input[pool.input.offset(at.n, at.c, h0 + i * dilation_h, w0 + j * dilation_w)]);
-      if (value > max || value != value) {
-        max = value;
-        winner = i * pool.kernel_w + j;
-      }
+      const T* taps = input + pool.input.offset(at.n, at.c, h0 + i * dilation_h, w0 + j * dilation_w);
+      const auto values = *reinterpret_cast<const Vector<T, pack>*>(taps);
+#pragma unroll
+      for (int e = 0; e < pack; ++e) winners[e].meet(widen(values.values[e]), i * pool.kernel_w + j);
     }
   }
-  const bool is_dead = rectify && max <= 0;
-  output[number] = narrow<T>(is_dead ? Compute<T>(0) : max);
-  argmax[number] = is_dead ? dead : static_cast<A>(winner);
+  store_winners(winners, output + number, argmax + number, rectify, dead);
+}
+
+// Windows of 2x2 side by side, N C H W: a thread takes `pack` columns of two rows, which divides their number.
+template <class T, int pack>
+__global__ void __launch_bounds__(block_threads, 1)
+    forward_2x2(Pool<int32_t> pool, const T* input, T* output, uint8_t* argmax, bool rectify, uint8_t dead) {
+  const int64_t number = thread_number() * (pack / 2);
+  if (number >= pool.output.count) return;
+  const Position<int32_t> at = pool.output.position(static_cast<int32_t>(number));
+  Winner<T, int32_t> winners[pack / 2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int32_t h = at.h * 2 + i;
+    if (h >= pool.input.height()) break;
+    const auto values = *reinterpret_cast<const Vector<T, pack>*>(input + pool.input.offset(at.n, at.c, h, at.w * 2));
+#pragma unroll
+    for (int e = 0; e < pack; ++e) winners[e / 2].meet(widen(values.values[e]), i * 2 + e % 2);
+  }
+  store_winners(winners, output + number, argmax + number, rectify, dead);
 }
 
 // The windows [begin, end) along one dimension that can hold the element at `position`, counted from the padding's.
@@ -73,10 +121,11 @@ struct Windows {
   }
 };
 
-template <class T, class A, class Index>
+// A thread takes `pack` channels of an element side by side, which divides their number; 1: any layout.
+template <class T, class A, class Index, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
     backward(Pool<Index> pool, const T* grad_output, const A* argmax, T* grad_input) {
-  const int64_t number = thread_number();
+  const int64_t number = thread_number() * pack;
   if (number >= pool.input.count) return;
   const Position<Index> at = pool.input.position(static_cast<Index>(number));
   const Index h = at.h + pool.padding_h, w = at.w + pool.padding_w;
@@ -84,7 +133,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   const auto dilation_w = pool.dilation_w.value();
   const Windows<Index> rows(h, (pool.kernel_h - 1) * dilation_h + 1, pool.stride_h, pool.output.height());
   const Windows<Index> columns(w, (pool.kernel_w - 1) * dilation_w + 1, pool.stride_w, pool.output.width());
-  Compute<T> sum = 0;
+  Compute<T> sums[pack] = {};
   for (Index y = rows.begin; y < rows.end; ++y) {
     Index i = h - y * pool.stride_h.value();
     if (dilation_h > 1 && take_digit(i, pool.dilation_h) != 0) continue;
@@ -92,37 +141,61 @@ __global__ void __launch_bounds__(block_threads, 1)
       Index j = w - x * pool.stride_w.value();
       if (dilation_w > 1 && take_digit(j, pool.dilation_w) != 0) continue;
       const Index window = pool.output.offset(at.n, at.c, y, x);
-      if (argmax[window] == static_cast<A>(i * pool.kernel_w + j)) sum += widen(grad_output[window]);
+      const auto winners = *reinterpret_cast<const Vector<A, pack>*>(argmax + window);
+      const auto grads = *reinterpret_cast<const Vector<T, pack>*>(grad_output + window);
+#pragma unroll
+      for (int e = 0; e < pack; ++e)
+        if (winners.values[e] == static_cast<A>(i * pool.kernel_w + j)) sums[e] += widen(grads.values[e]);
     }
   }
-  grad_input[number] = narrow<T>(sum);
+  Vector<T, pack> results;
+#pragma unroll
+  for (int e = 0; e < pack; ++e) results.values[e] = narrow<T>(sums[e]);
+  *reinterpret_cast<Vector<T, pack>*>(grad_input + number) = results;
 }
 
-// The backward of windows side by side that cover the image: one thread for each window, which writes all its elements.
-// Two neighbours along w are written at once where they lie so, in `pairs`.
-template <class T, class A, class Index, bool pairs>
+// The backward of windows side by side that cover the image: a thread for each window, or `pack` channels of it, writes
+// all its elements.
+template <class T, class A, class Index, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
     backward_side_by_side(Pool<Index> pool, const T* grad_output, const A* argmax, T* grad_input) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T values[2];
-  };
-  const int64_t number = thread_number();
+  const int64_t number = thread_number() * pack;
   if (number >= pool.output.count) return;
   const Position<Index> at = pool.output.position(static_cast<Index>(number));
-  const T grad = grad_output[number], none = narrow<T>(Compute<T>(0));
-  const auto winner = static_cast<int64_t>(argmax[number]);
+  const auto grads = *reinterpret_cast<const Vector<T, pack>*>(grad_output + number);
+  const auto winners = *reinterpret_cast<const Vector<A, pack>*>(argmax + number);
+  const T none = narrow<T>(Compute<T>(0));
   int64_t tap = 0;
   for (Index i = 0; i < pool.kernel_h; ++i) {
     T* row = grad_input + pool.input.offset(at.n, at.c, at.h * pool.kernel_h + i, at.w * pool.kernel_w);
-    for (Index j = 0; j < pool.kernel_w; j += pairs ? 2 : 1) {
-      const T first = tap == winner ? grad : none;
-      if constexpr (pairs) {
-        *reinterpret_cast<Pair*>(row + j) = {{first, tap + 1 == winner ? grad : none}};
-      } else {
-        row[j * pool.input.w_stride] = first;
-      }
-      tap += pairs ? 2 : 1;
+    for (Index j = 0; j < pool.kernel_w; ++j, ++tap) {
+      Vector<T, pack> values;
+#pragma unroll
+      for (int e = 0; e < pack; ++e)
+        values.values[e] = static_cast<int64_t>(winners.values[e]) == tap ? grads.values[e] : none;
+      *reinterpret_cast<Vector<T, pack>*>(row + j * pool.input.w_stride) = values;
     }
+  }
+}
+
+// The same of 2x2, N C H W: a thread writes `pack` columns of two rows.
+template <class T, int pack>
+__global__ void __launch_bounds__(block_threads, 1)
+    backward_2x2(Pool<int32_t> pool, const T* grad_output, const uint8_t* argmax, T* grad_input) {
+  const int64_t number = thread_number() * (pack / 2);
+  if (number >= pool.output.count) return;
+  const Position<int32_t> at = pool.output.position(static_cast<int32_t>(number));
+  const auto grads = *reinterpret_cast<const Vector<T, pack / 2>*>(grad_output + number);
+  const auto winners = *reinterpret_cast<const Vector<uint8_t, pack / 2>*>(argmax + number);
+  const T none = narrow<T>(Compute<T>(0));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    Vector<T, pack> values;
+#pragma unroll
+    for (int e = 0; e < pack; ++e)
+      values.values[e] = winners.values[e / 2] == i * 2 + e % 2 ? grads.values[e / 2] : none;
+    T* row = grad_input + pool.input.offset(at.n, at.c, at.h * 2 + i, at.w * 2);
+    *reinterpret_cast<Vector<T, pack>*>(row) = values;
   }
 }
 
@@ -162,6 +235,9 @@ bool side_by_side(const MaxPool2dShape& s) {
          s.padding_h == 0 && s.padding_w == 0 && s.OH * s.kernel_h == s.H && s.OW * s.kernel_w == s.W;
 }
 
+template <class A, class Index>
+constexpr bool is_narrow = std::is_same_v<A, uint8_t> && std::is_same_v<Index, int32_t>;
+
 // f(A{}, Index{}) for the type of the argmax and that of offsets. A window may begin and end outside of its image.
 template <class F>
 cudaError_t dispatch(const MaxPool2dShape& s, F&& f) {
@@ -172,15 +248,75 @@ cudaError_t dispatch(const MaxPool2dShape& s, F&& f) {
   });
 }
 
+// How threads take neighbours, with an argmax of bytes and offsets of 32 bits.
+struct Neighbours {
+  enum Along { none, channels, columns } along;
+  int count;
+};
+
+// By 16 bytes of channels or, of 2x2 windows, of columns, or by two columns; or not.
+template <class T>
+Neighbours neighbours(const MaxPool2dShape& s, const void* images, const void* pooled, const void* argmax) {
+  constexpr int pack = Pack<T>::size;
+  if (s.channels_last) {
+    const bool packs = s.C % pack == 0 && aligned_to_packs(images, pooled) && aligned_to(pack, argmax);
+    return {packs ? Neighbours::channels : Neighbours::none, pack};
+  }
+  const bool two_by_two = s.kernel_h == 2 && s.kernel_w == 2 && s.stride_h == 2 && s.stride_w == 2 &&
+                          s.padding_h == 0 && s.padding_w == 0 && s.dilation_h == 1 && s.dilation_w == 1;
+  for (const int count : {pack, 2}) {
+    const bool aligned = aligned_to(count * sizeof(T), images) && aligned_to(count / 2 * sizeof(T), pooled) &&
+                         aligned_to(count / 2, argmax);
+    if (two_by_two && s.W % count == 0 && aligned) return {Neighbours::columns, count};
+  }
+  return {Neighbours::none, 1};
+}
+
 template <class T>
 cudaError_t launch_forward(const MaxPool2dArgs& x, bool rectify, cudaStream_t stream) {
+  const auto* input = static_cast<const T*>(x.input);
+  auto* output = static_cast<T*>(x.output);
   return dispatch(x.shape, [&](auto a, auto index) {
     using A = decltype(a);
     using Index = decltype(index);
     const Pool<Index> pool(x.shape);
-    return launch_for(forward<T, A, Index>, pool.output.count, stream, pool, static_cast<const T*>(x.input),
-                      static_cast<T*>(x.output), static_cast<A*>(x.argmax), rectify,
-                      static_cast<A>(dead_window(x.shape.taps())));
+    const auto run = [&](auto kernel, int64_t windows) {
+      return launch_for(kernel, pool.output.count / windows, stream, pool, input, output, static_cast<A*>(x.argmax),
+                        rectify, static_cast<A>(dead_window(x.shape.taps())));
+    };
+    if constexpr (is_narrow<A, Index>) {
+      const auto [along, count] = neighbours<T>(x.shape, input, output, x.argmax);
+      if (along == Neighbours::channels) return run(forward<T, A, Index, Pack<T>::size>, count);
+      if (along == Neighbours::columns)
+        return count == 2 ? run(forward_2x2<T, 2>, 1) : run(forward_2x2<T, Pack<T>::size>, count / 2);
+    }
+    return run(forward<T, A, Index, 1>, 1);
+  });
+}
+
+template <class T>
+cudaError_t launch_backward(const MaxPool2dBackwardArgs& x, cudaStream_t stream) {
+  const auto* grad_output = static_cast<const T*>(x.grad_output);
+  auto* grad_input = static_cast<T*>(x.grad_input);
+  const bool covered = side_by_side(x.shape);
+  return dispatch(x.shape, [&](auto a, auto index) {
+    using A = decltype(a);
+    using Index = decltype(index);
+    const Pool<Index> pool(x.shape);
+    const auto run = [&](auto kernel, int64_t count) {
+      return launch_for(kernel, count, stream, pool, grad_output, static_cast<const A*>(x.argmax), grad_input);
+    };
+    const int64_t elements = pool.input.count, windows = pool.output.count;
+    if constexpr (is_narrow<A, Index>) {
+      constexpr int pack = Pack<T>::size;
+      const auto [along, count] = neighbours<T>(x.shape, grad_input, grad_output, x.argmax);
+      if (along == Neighbours::channels)
+        return covered ? run(backward_side_by_side<T, A, Index, pack>, windows / count)
+                       : run(backward<T, A, Index, pack>, elements / count);
+      if (along == Neighbours::columns && covered)
+        return count == 2 ? run(backward_2x2<T, 2>, windows) : run(backward_2x2<T, pack>, windows / (count / 2));
+    }
+    return covered ? run(backward_side_by_side<T, A, Index, 1>, windows) : run(backward<T, A, Index, 1>, elements);
   });
 }
 
@@ -195,22 +331,7 @@ cudaError_t max_pool2d_rectified(const MaxPool2dArgs& x, cudaStream_t stream) {
 }
 
 cudaError_t max_pool2d_backward(const MaxPool2dBackwardArgs& x, Workspace&, cudaStream_t stream) {
-  return dispatch_floating(x.dtype, [&](auto t) {
-    using T = decltype(t);
-    return dispatch(x.shape, [&](auto a, auto index) {
-      using A = decltype(a);
-      using Index = decltype(index);
-      const Pool<Index> pool(x.shape);
-      const auto run = [&](auto kernel, int64_t count) {
-        return launch_for(kernel, count, stream, pool, static_cast<const T*>(x.grad_output),
-                          static_cast<const A*>(x.argmax), static_cast<T*>(x.grad_input));
-      };
-      if (!side_by_side(x.shape)) return run(backward<T, A, Index>, pool.input.count);
-      const bool pairs = !x.shape.channels_last && x.shape.kernel_w % 2 == 0 && aligned_to_packs(x.grad_input);
-      return pairs ? run(backward_side_by_side<T, A, Index, true>, pool.output.count)
-                   : run(backward_side_by_side<T, A, Index, false>, pool.output.count);
-    });
-  });
+  return dispatch_floating(x.dtype, [&](auto t) { return launch_backward<decltype(t)>(x, stream); });
 }
 
 cudaError_t max_pool2d_gather(const MaxPool2dGatherArgs& x, Workspace&, cudaStream_t stream) {
