@@ -3,8 +3,8 @@
 ``python bench/gpu_check.py`` builds pyops with CUDA, runs all tests, those of the ops on the GPU, the programs of
 gpu_programs.py (graphs, streams, threads, large batches, more than 2^31 elements), those small enough under the four
 tools of compute-sanitizer, and then the timings of gpu_times.py, which are written to bench/results/<gpu>.json and .md
-with the aims that they meet or miss. A step that fails does not keep the following ones from running; the exit status
-tells. ``--only`` chooses steps, ``--list`` shows their commands.
+with the aims that they meet or miss. A step that fails or hangs does not keep the following ones from running; the exit
+status tells. ``--only`` chooses steps, ``--list`` shows their commands.
 """
 
 import argparse
@@ -44,16 +44,20 @@ def steps() -> list[Step]:
     ]
 
 
-def run(chosen: list[Step]) -> dict[str, bool]:
-    """Runs each step; whether it succeeded."""
+def run(chosen: list[Step], minutes: float) -> dict[str, bool]:
+    """Runs each step, no longer than that; whether it succeeded."""
     succeeded = {}
     for step in chosen:
         print(f"\n=== {step.name}: {' '.join(step.command)}", flush=True)
         try:
-            code = subprocess.run(step.command, cwd=ROOT, env=os.environ | step.environment).returncode
+            environment = os.environ | step.environment
+            code = subprocess.run(step.command, cwd=ROOT, env=environment, timeout=60 * minutes).returncode
         except FileNotFoundError:
             print(f"there is no {step.command[0]}")
             code = 127
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {minutes} minutes")
+            code = 124
         succeeded[step.name] = code == 0
     return succeeded
 
@@ -63,13 +67,14 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="STEP", help=", ".join(names))
     parser.add_argument("--list", action="store_true", help="show the commands, run none")
+    parser.add_argument("--minutes", type=float, default=60, help="after which a step is stopped; default: 60")
     args = parser.parse_args(argv)
     chosen = [step for step in steps() if step.name in args.only]
     if args.list:
         for step in chosen:
             print(f"{step.name}: {' '.join([*(f'{k}={v}' for k, v in step.environment.items()), *step.command])}")
         return
-    succeeded = run(chosen)
+    succeeded = run(chosen, args.minutes)
     print("\n" + "\n".join(f"{name}: {'passed' if passed else 'FAILED'}" for name, passed in succeeded.items()))
     sys.exit(not all(succeeded.values()))
 

@@ -44,8 +44,10 @@ def test_a_failed_step_does_not_keep_others_from_running(capfd):
         gpu_check.Step("missing", ["no-such-program"], {}),
         gpu_check.Step("good", [*exit_with, "import os; assert os.environ['PYOPS_X'] == '7'"], {"PYOPS_X": "7"}),
     ]
-    assert gpu_check.run(steps) == {"bad": False, "missing": False, "good": True}
+    assert gpu_check.run(steps, minutes=5) == {"bad": False, "missing": False, "good": True}
     assert "there is no no-such-program" in capfd.readouterr().out
+    assert gpu_check.run([gpu_check.Step("hangs", ["sleep", "99"], {})], minutes=0.001) == {"hangs": False}
+    assert "stopped after 0.001 minutes" in capfd.readouterr().out
 
 
 @emulated.needed
