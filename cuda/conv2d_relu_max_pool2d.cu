@@ -7,6 +7,7 @@
 // passes, and the argmax is dead_window. Each pixel is summed and rounded as conv2d does it, so that values and winners
 // have the bits of the three ops one after the other.
 #include "conv2d_generic.h"
+#include "max_pool2d.h"
 
 namespace pyops::cuda {
 namespace {
@@ -38,21 +39,17 @@ __global__ void __launch_bounds__(block_threads, 1)
   const Index y0 = at.h * pool.stride_h - pool.padding_h, x0 = at.w * pool.stride_w - pool.padding_w;
   const Taps<Index> rows(y0, pool.kernel_h, pool.dilation_h, conv.output.height());
   const Taps<Index> columns(x0, pool.kernel_w, pool.dilation_w, conv.output.width());
-  Compute<T> max = lowest<T>;
-  auto winner = static_cast<A>(rows.begin * pool.kernel_w + columns.begin);
+  Winner<T, Index> winner;
+  winner.tap = rows.begin * pool.kernel_w + columns.begin;
   for (Index i = rows.begin; i < rows.end; ++i) {
     for (Index j = columns.begin; j < columns.end; ++j) {
       const Position<Index> pixel{at.n, at.c, y0 + i * pool.dilation_h, x0 + j * pool.dilation_w};
-      const Compute<T> value = widen(finish_conv(convolve(conv, input, weight, pixel), bias, at.c));
-      if (value > max || value != value) {
-        max = value;
-        winner = static_cast<A>(i * pool.kernel_w + j);
-      }
+      const T value = finish_conv(convolve(conv, input, weight, pixel), bias, at.c);
+      winner.meet(widen(value), i * pool.kernel_w + j);
     }
   }
-  const bool is_dead = max <= 0;
-  output[number] = narrow<T>(is_dead ? Compute<T>(0) : max);
-  argmax[number] = is_dead ? dead : winner;
+  output[number] = winner.value(/*rectify=*/true);
+  argmax[number] = winner.argmax(/*rectify=*/true, dead);
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 
 #include "conv2d_generic.h"
 #include "conv2d_tiny.h"
+#include "max_pool2d.h"
 
 namespace pyops::cuda {
 namespace {
@@ -38,7 +39,7 @@ struct TinyOperands {
   const T *input, *weight, *bias;
   T* output;
   uint8_t* argmax;
-  int dead;  // the argmax of a window that passes no gradient
+  uint8_t dead;  // the argmax of a window that passes no gradient
 };
 
 template <class T, int kernel, int outputs, Result result>
@@ -61,8 +62,7 @@ template <class T, Result result>
 __device__ __forceinline__ void finish(const Tiny& tiny, const TinyOperands<T>& x, const Pixel<int32_t>& block,
                                        int32_t channel, const Compute<T> (&sums)[4]) {
   using C = Compute<T>;
-  C max = lowest<T>;
-  int winner = 0;
+  Winner<T, int> winner;
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
     const Position<int32_t> at{block.n, channel, block.h * 2 + q / 2, block.w * 2 + q % 2};
@@ -73,19 +73,15 @@ __device__ __forceinline__ void finish(const Tiny& tiny, const TinyOperands<T>& 
                                        : convolve(tiny.conv, x.input, x.weight, at);
     const T value = finish_conv(sum, x.bias, channel);
     if constexpr (result == Result::pooled) {
-      if (widen(value) > max || widen(value) != widen(value)) {
-        max = widen(value);
-        winner = q;
-      }
+      winner.meet(widen(value), q);
     } else {
       x.output[tiny.output.offset(at.n, at.c, at.h, at.w)] = tiny.relu ? narrow<T>(rectified(widen(value))) : value;
     }
   }
   if constexpr (result == Result::pooled) {
-    const bool is_dead = max <= 0;
     const int32_t offset = tiny.blocks.offset(block.n, channel, block.h, block.w);
-    x.output[offset] = narrow<T>(is_dead ? C(0) : max);
-    x.argmax[offset] = static_cast<uint8_t>(is_dead ? x.dead : winner);
+    x.output[offset] = winner.value(/*rectify=*/true);
+    x.argmax[offset] = winner.argmax(/*rectify=*/true, x.dead);
   }
 }
 
@@ -209,9 +205,10 @@ cudaError_t tiny_pooled(const Conv2dReluMaxPool2dArgs& x, cudaStream_t stream) {
   const Tiny tiny = make_tiny(s, x.pool.OH, x.pool.OW);
   return dispatch_floating(x.conv.dtype, [&](auto t) {
     using T = decltype(t);
-    const TinyOperands<T> operands{static_cast<const T*>(x.conv.input), static_cast<const T*>(x.conv.weight),
-                                   static_cast<const T*>(x.conv.bias),  static_cast<T*>(x.output),
-                                   static_cast<uint8_t*>(x.argmax),     static_cast<int>(dead_window(x.pool.taps()))};
+    const TinyOperands<T> operands{
+        static_cast<const T*>(x.conv.input), static_cast<const T*>(x.conv.weight),
+        static_cast<const T*>(x.conv.bias),  static_cast<T*>(x.output),
+        static_cast<uint8_t*>(x.argmax),     static_cast<uint8_t>(dead_window(x.pool.taps()))};
     return launch_tiny<T, Result::pooled>(tiny, s.kernel_h, operands, stream);
   });
 }

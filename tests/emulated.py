@@ -36,7 +36,7 @@ COMPILER += ["-O2", "-ffp-contract=off", "-mfma", "-Wall", "-Wextra", "-Werror",
 COMPILER += [
     "-DPYOPS_EMULATED",
     "-DPYOPS_LARGEST_32_BIT_OFFSET=emulator::largest_32_bit_offset",
-    "-DPYOPS_MOST_BLOCKS=4",
+    "-DPYOPS_MOST_BLOCKS=2",
     f"-I{FOLDER}",
 ]
 if SANITIZE:

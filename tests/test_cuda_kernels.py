@@ -38,6 +38,9 @@ CASES = {
     "conv2d_depthwise": lambda dtype, where: convolved(
         images((2, 3, 40, 37), dtype, where), images((3, 1, 3, 3), dtype, where), 1, 1, 1, 3
     ),
+    "conv2d_narrow_groups": lambda dtype, where: convolved(
+        images((2, 4, 28, 24), dtype, where), images((8, 2, 3, 3), dtype, where), 1, 1, 1, 2
+    ),
     "conv2d_many_pixels": lambda dtype, where: convolved(
         images((2, 1, 61, 67), dtype, where), images((2, 1, 2, 2), dtype, where), 1, 0, 1, 1
     ),
@@ -82,6 +85,11 @@ WAYS = {
     "depthwise, every second pixel": ((2, 8, 11, 10), (8, 1, 3, 3), {"padding": (0, 1), "stride": 2, "groups": 8}),
     "depthwise, padding as wide as the kernel": ((1, 8, 3, 4), (8, 1, 5, 5), {"padding": 5, "groups": 8}),
     "depthwise, largest kernel": ((1, 8, 10, 9), (8, 1, 7, 7), {"padding": 3, "groups": 8}),
+    "depthwise, largest kernel, every second pixel": (
+        (1, 8, 13, 9),
+        (8, 1, 7, 7),
+        {"padding": 3, "stride": 2, "groups": 8},
+    ),
     "depthwise, any window": (
         (2, 8, 9, 10),
         (8, 1, 3, 4),

@@ -1,0 +1,34 @@
+// Which tap of a window wins, in max_pool2d alone and together with the ops before it.
+#pragma once
+
+#include "images.h"
+
+namespace pyops::cuda {
+
+// The largest tap so far and its number. A tap wins if (v > max) || isnan(v): ties keep the first, of several NaNs the
+// last one wins.
+template <class T, class Index>
+struct Winner {
+  Compute<T> max = lowest<T>;
+  Index tap = 0;
+
+  __device__ __forceinline__ void meet(Compute<T> value, Index number) {
+    if (value > max || value != value) {
+      max = value;
+      tap = number;
+    }
+  }
+
+  // The maximum is taken before the rectification, with which it commutes; of a window that is not above 0 (nor NaN) no
+  // gradient passes: its argmax is `dead`.
+  __device__ __forceinline__ T value(bool rectify) const { return narrow<T>(rectify ? over_zero() : max); }
+  template <class A>
+  __device__ __forceinline__ A argmax(bool rectify, A dead) const {
+    return rectify && max <= 0 ? dead : static_cast<A>(tap);
+  }
+
+ private:
+  __device__ __forceinline__ Compute<T> over_zero() const { return max <= 0 ? Compute<T>(0) : max; }
+};
+
+}  // namespace pyops::cuda
