@@ -13,10 +13,11 @@ inline bool is_depthwise(const Conv2dShape& s) {
 cudaError_t depthwise_forward(const Conv2dArgs&, cudaStream_t);
 cudaError_t depthwise_backward_input(const Conv2dBackwardArgs&, cudaStream_t);
 
-// Sums over `channels` of a group short enough for one chain of additions, and for shared memory.
+// Sums over `channels` in groups so narrow that one chain of additions for each tap loses few digits, and that their
+// weights fit into shared memory.
 inline bool is_narrow(const Conv2dShape& s, int64_t channels) {
-  const int64_t terms = channels / s.groups * s.kernel_h * s.kernel_w;
-  return s.groups > 1 && terms > 0 && terms <= 512;
+  const int64_t of_group = channels / s.groups;
+  return s.groups > 1 && of_group > 0 && of_group <= 256 && of_group * s.kernel_h * s.kernel_w <= 2048;
 }
 cudaError_t grouped_forward(const Conv2dArgs&, cudaStream_t);
 cudaError_t grouped_backward_input(const Conv2dBackwardArgs&, cudaStream_t);
