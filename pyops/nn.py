@@ -67,11 +67,14 @@ class Linear(torch.nn.Linear):
         return F.linear(input, _parameter(self, "weight"), _parameter(self, "bias"))
 
 
-def _padded(layer: torch.nn.Conv2d, input: Tensor) -> tuple[Tensor, str | tuple[int, ...] | int]:
-    """The input of a layer, and the padding that is left to the convolution."""
-    if layer.padding_mode == "zeros":
-        return input, layer.padding
-    return torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+def _conv2d_arguments(layer: torch.nn.Conv2d, input: Tensor) -> tuple[Any, ...]:
+    """The arguments that :func:`pyops.functional.conv2d` and the fused functions have in common, of a layer."""
+    padding: Any = layer.padding
+    if layer.padding_mode != "zeros":
+        input = torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
+        padding = 0
+    weight, bias = _parameter(layer, "weight"), _parameter(layer, "bias")
+    return input, weight, bias, layer.stride, padding, layer.dilation, layer.groups
 
 
 class Conv2d(torch.nn.Conv2d):
@@ -88,16 +91,7 @@ class Conv2d(torch.nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = _padded(self, input)
-        return F.conv2d(
-            input,
-            _parameter(self, "weight"),
-            _parameter(self, "bias"),
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-        )
+        return F.conv2d(*_conv2d_arguments(self, input))
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
@@ -145,16 +139,7 @@ class ConvReLU2d(Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = _padded(self, input)
-        return F.conv2d_relu(
-            input,
-            _parameter(self, "weight"),
-            _parameter(self, "bias"),
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-        )
+        return F.conv2d_relu(*_conv2d_arguments(self, input))
 
 
 class ConvReLUMaxPool2d(Conv2d):
@@ -189,15 +174,8 @@ class ConvReLUMaxPool2d(Conv2d):
         self.pool_padding, self.pool_dilation, self.ceil_mode = pool_padding, pool_dilation, ceil_mode
 
     def forward(self, input: Tensor) -> Tensor:
-        input, padding = _padded(self, input)
         return F.conv2d_relu_max_pool2d(
-            input,
-            _parameter(self, "weight"),
-            _parameter(self, "bias"),
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
+            *_conv2d_arguments(self, input),
             pool_kernel_size=self.pool_kernel_size,
             pool_stride=self.pool_stride,
             pool_padding=self.pool_padding,
