@@ -42,6 +42,7 @@ struct InLowerPrecision {
 
 constexpr const char* linear = "pyops::linear";
 constexpr const char* linear_relu = "pyops::linear_relu";
+constexpr const char* linear_batched = "pyops::linear_batched";
 constexpr const char* conv2d = "pyops::conv2d";
 constexpr const char* conv2d_relu = "pyops::conv2d_relu";
 constexpr const char* conv2d_relu_max_pool2d = "pyops::conv2d_relu_max_pool2d";
@@ -56,6 +57,7 @@ void implement(torch::Library& m) {
       InLowerPrecision<key, std::tuple<Tensor, Tensor>, Ints, Ints, Ints, int64_t, Ints, Ints, Ints, Ints, bool>;
   m.impl("linear", &Linear::template call<linear>);
   m.impl("linear_relu", &Linear::template call<linear_relu>);
+  m.impl("linear_batched", &Linear::template call<linear_batched>);
   m.impl("conv2d", &Conv2d::template call<conv2d>);
   m.impl("conv2d_relu", &Conv2d::template call<conv2d_relu>);
   m.impl("conv2d_relu_max_pool2d", &Pooled::template call<conv2d_relu_max_pool2d>);

@@ -70,6 +70,8 @@ constexpr Derivative derivatives[] = {
     {"relu_backward"},
     {"relu_mask_backward"},
     {"linear_backward"},
+    {"linear_batched"},
+    {"linear_batched_backward"},
     {"linear_relu_backward"},
     {"conv2d_backward"},
     {"conv2d_relu_backward"},

@@ -45,6 +45,8 @@ CASES = {
     "linear_no_bias": (F.linear, lambda: [leaf(3, 4), leaf(5, 4)]),
     "linear_1d": (F.linear, lambda: [leaf(4), leaf(5, 4), leaf(5)]),
     "linear_apply": (pyops.autograd.Linear.apply, lambda: [leaf(3, 4), leaf(5, 4), leaf(5)]),
+    "linear_batched_op": (ops.linear_batched, lambda: [leaf(2, 3, 4), leaf(2, 5, 4), leaf(2, 5)]),
+    "linear_batched_op_of_vectors": (ops.linear_batched, lambda: [leaf(2, 4), leaf(2, 5, 4)]),
     "linear_op": (ops.linear, lambda: [leaf(3, 4), leaf(5, 4), leaf(5)]),
     "conv2d": (lambda *t: F.conv2d(*t, padding=1), lambda: [leaf(2, 2, 4, 3), leaf(3, 2, 3, 3), leaf(3)]),
     "conv2d_strided": (
@@ -114,6 +116,10 @@ def backward_cases():
             [leaf(3, 4)],
         ),
         "linear_backward": (lambda *t: ops.linear_backward(*t, mask), [leaf(2, 3), leaf(2, 4), leaf(3, 4)]),
+        "linear_batched_backward": (
+            lambda *t: ops.linear_batched_backward(*t, mask),
+            [leaf(2, 3, 5), leaf(2, 3, 4), leaf(2, 5, 4)],
+        ),
         "conv2d_backward": (
             lambda *t: ops.conv2d_backward(*t, *conv, mask),
             [leaf(*grad.shape), leaf(*conv[0]), leaf(*conv[1])],
@@ -187,6 +193,7 @@ def opcheck_calls(where):
     conv_backward = (x.shape, w.shape, *conv)
     a, b = images(where, 2, 3, 5, requires_grad=True), images(where, 4, 5, requires_grad=True)
     linear_grad = images(where, 2, 3, 4, requires_grad=True)
+    batched_w = images(where, 2, 4, 5, requires_grad=True)
     argmax = ops.max_pool2d(x, *POOL_ARGS)[1]
     pool_grad = images(where, *argmax.shape, requires_grad=True)
     fixed = [t.detach() for t in (x, w, grad)]
@@ -203,6 +210,12 @@ def opcheck_calls(where):
             (linear_grad, a, b, [True, True, True]),
             (linear_grad, a, None, [False, True, False]),
             (linear_grad, None, b, [True, False, True]),
+        ],
+        "linear_batched": [(a, batched_w), (a, batched_w, torch.randn(2, 4, requires_grad=True)), (a[:, 0], batched_w)],
+        "linear_batched_backward": [
+            (linear_grad, a, batched_w, [True, True, True]),
+            (linear_grad, a, None, [False, True, False]),
+            (linear_grad, None, batched_w, [True, False, True]),
         ],
         "conv2d": [
             (x, w, bias, *conv),

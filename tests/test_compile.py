@@ -123,6 +123,26 @@ def test_transforms_inside_of_compiled_code(name, transform):
 
 
 @both_lenets
+def test_gradients_of_each_sample(fused):
+    """vmap(grad) in one graph, with static and with dynamic shapes."""
+    net, stock = lenets(fused)
+    images, labels = torch.randn(3, 1, 32, 32, dtype=torch.float64), torch.arange(3)
+
+    def per_sample(net):
+        def loss(parameters, image, label):
+            return torch.nn.functional.cross_entropy(func.functional_call(net, parameters, (image,)), label)
+
+        parameters = {name: p.detach() for name, p in net.named_parameters()}
+        return lambda images, labels: func.vmap(func.grad(loss), (None, 0, 0))(parameters, images, labels)
+
+    expected = per_sample(stock)(images, labels)
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(per_sample(net), backend="aot_eager", fullgraph=True, dynamic=dynamic)
+        torch.testing.assert_close(compiled(images, labels), expected)
+
+
+@both_lenets
 def test_autocast(fused):
     net, _ = lenets(fused, torch.float32)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)

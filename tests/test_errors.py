@@ -180,6 +180,7 @@ conv = ((2, 3, 8, 8), (4, 3, 3, 3), 1, 0, 1, 1)
 conv_grad = torch.ones(2, 4, 6, 6)
 bits = torch.ones(1, dtype=torch.int64)
 every = [True, True, True]
+b_x, b_w, b_grad = torch.ones(2, 5, 3), torch.ones(2, 4, 3), torch.ones(2, 5, 4)
 pool = ((8, 8), 2, 2, 0, 1, False)
 argmax, pool_grad = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.ones(2, 3, 4, 4)
 
@@ -200,6 +201,18 @@ BACKWARD_CALLS = [
     ("linear_backward", (torch.ones(2, 4), None, fc, every), "gradient of weight needs input"),
     ("linear_backward", (torch.ones(2, 4), a, None, every), "gradient of input needs weight"),
     ("linear_backward", (torch.ones(2, 4), a.double(), fc, every), "Float.*Double"),
+    ("linear_batched", (b_x, fc), r"\[2, 5, 3\] and \[4, 3\]"),
+    ("linear_batched", (b_x[:1], b_w), r"\[1, 5, 3\] and \[2, 4, 3\]"),
+    ("linear_batched", (b_x[..., 1:], b_w), "shapes cannot be multiplied"),
+    ("linear_batched", (b_x, b_w, torch.ones(2, 3)), r"bias of shape \[2, 4\].*\[2, 3\]"),
+    ("linear_batched", (b_x, b_w.double()), "Float.*Double"),
+    ("linear_batched_backward", (torch.ones(2), b_x, b_w, every), r"at least 2 dimensions.*\[2\]"),
+    ("linear_batched_backward", (b_grad[..., 1:], b_x, b_w, every), r"\[2, 3, in_features\].*\[2, 4, 3\]"),
+    ("linear_batched_backward", (b_grad, b_x[:, 1:], b_w, every), r"\[2, 5, 4\].*\[2, 4, 3\]"),
+    ("linear_batched_backward", (b_grad, b_x[..., 1:], b_w, every), r"3 features.*\[2, 5, 2\]"),
+    ("linear_batched_backward", (b_grad, None, b_w, every), "gradient of weight needs input"),
+    ("linear_batched_backward", (b_grad, b_x, None, every), "gradient of input needs weight"),
+    ("linear_batched_backward", (b_grad, b_x.double(), b_w, every), "Float.*Double"),
     ("conv2d_backward", (conv_grad[..., 1:], x, w, *conv, every), r"\[2, 4, 6, 6\].*\[2, 4, 6, 5\]"),
     ("conv2d_backward", (conv_grad[0], x, w, *conv, every), r"\[2, 4, 6, 6\].*\[4, 6, 6\]"),
     ("conv2d_backward", (conv_grad, x[..., 1:], w, *conv, every), r"\[2, 3, 8, 8\].*\[2, 3, 8, 7\]"),
@@ -248,6 +261,8 @@ def test_wrong_arguments_of_backward(op, arguments, message):
         ("relu_with_mask", (a.int(),)),
         ("relu_mask_backward", (a.int(), bits, [3, 1])),
         ("linear_backward", (torch.ones(2, 4).int(), a.int(), fc.int(), every)),
+        ("linear_batched", (b_x.int(), b_w.int())),
+        ("linear_batched_backward", (b_grad.int(), b_x.int(), b_w.int(), every)),
         ("conv2d_backward", (conv_grad.int(), x.int(), w.int(), *conv, every)),
         ("max_pool2d_backward", (pool_grad.int(), argmax, *pool)),
         ("max_pool2d_gather", (x.bool(), argmax, *pool[1:])),
@@ -269,6 +284,8 @@ def test_other_dtypes_of_backward(op, arguments):
         ("relu_backward", (a, a), (0, 1)),
         ("relu_mask_backward", (a, bits, [3, 1]), (0, 1)),
         ("linear_backward", (torch.ones(2, 4), a, fc, every), (0, 1, 2)),
+        ("linear_batched", (b_x, b_w, torch.ones(2, 4)), (0, 1, 2)),
+        ("linear_batched_backward", (b_grad, b_x, b_w, every), (0, 1, 2)),
         ("conv2d_backward", (conv_grad, x, w, *conv, every), (0, 1, 2)),
         ("max_pool2d_backward", (pool_grad, argmax, *pool), (0, 1)),
         ("max_pool2d_gather", (x, argmax, *pool[1:]), (0, 1)),

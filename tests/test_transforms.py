@@ -1,15 +1,18 @@
 """torch.func: every transform, and every one inside of every other, of our functions and of stock's."""
 
 import itertools
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from torch import func
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from twins import TWINS, lenets
 
 import pyops
+from pyops.testing import gradcheck_input
 
 every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
 both_lenets = pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
@@ -55,6 +58,60 @@ def test_vmap_over_every_choice_of_tensors(twin, inner):
             func.vmap(transformed(function, tensors), in_dims)(*tensors) for function in (twin.ours, twin.stock)
         )
         torch.testing.assert_close(ours, stock, msg=lambda text, dims=in_dims: f"in_dims={dims}: {text}")
+
+
+CONVOLUTIONS = {  # shapes of input and weight, options
+    "unbatched": ((2, 5, 4), (3, 2, 3, 3), {"padding": 1}),
+    "one image": ((1, 2, 6, 7), (3, 2, 2, 3), {"stride": 2}),
+    "many images": ((9, 2, 4, 4), (3, 2, 3, 3), {"padding": (1, 0)}),
+    "groups": ((4, 5, 4), (6, 2, 3, 3), {"groups": 2, "padding": 1}),
+    "groups, images": ((2, 4, 5, 4), (6, 2, 3, 3), {"groups": 2, "dilation": (1, 1)}),
+    "groups, many images": ((8, 4, 4, 4), (4, 1, 3, 2), {"groups": 4}),
+    "no images": ((0, 2, 4, 4), (3, 2, 3, 3), {}),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"])
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_vmap_of_convolutions(case, name, layout):
+    """However many images a sample has: over images, weights, both, and with a gradient wanted of one or of all."""
+    *shapes, options = CONVOLUTIONS[case]
+    if case == "no images" and "pool" in name:
+        pytest.skip("stock's max_pool2d refuses them")
+    tensors = [gradcheck_input(3, *shape).detach() for shape in (*shapes, shapes[1][:1])]
+    tensors = [t.movedim(-3, -1).contiguous().movedim(-1, -3) if layout != "contiguous" else t for t in tensors[:2]]
+    tensors.append(gradcheck_input(3, shapes[1][0]).detach())
+    pool = {"pool_kernel_size": 2} if "pool" in name else {}
+
+    def ours(*t):
+        return getattr(pyops.functional, name)(*t, **options, **pool)
+
+    def stock(*t):
+        y = torch.nn.functional.conv2d(*t, **options)
+        y = y.relu() if "relu" in name else y
+        return torch.nn.functional.max_pool2d(y, 2) if pool else y
+
+    for in_dims in ((0, None, None), (None, 0, None), (None, 0, 0), (0, 0, 0), (0, None, 0)):
+        chosen = [t if d is not None else t[0] for t, d in zip(tensors, in_dims, strict=True)]
+        for argnums in (None, (0,), (1,), (2,), (0, 1, 2)):
+            actual, expected = (
+                func.vmap(f if argnums is None else func.grad(squares(f), argnums), in_dims)(*chosen)
+                for f in (ours, stock)
+            )
+            message = f"in_dims={in_dims}, gradients of {argnums}"
+            torch.testing.assert_close(actual, expected, msg=lambda text, where=message: f"{where}: {text}")
+
+
+def test_vmap_over_nothing():
+    """No samples, and samples without channels, where stock fails."""
+    images, weight = torch.ones(0, 2, 3, 4, 4), torch.ones(5, 3, 2, 2)
+    f = pyops.functional
+    assert func.vmap(f.conv2d, (0, None))(images, weight).shape == (0, 2, 5, 3, 3)  # stock's is (0, 0, 5, 3, 3)
+    assert func.vmap(lambda x: f.max_pool2d(x, 2))(images).shape == (0, 2, 3, 2, 2)
+    assert func.vmap(f.linear, (0, None))(torch.ones(0, 2, 3), torch.ones(4, 3)).shape == (0, 2, 4)
+    empty, weights, bias = torch.ones(6, 2, 0, 4, 4), torch.ones(6, 3, 0, 2, 2), torch.ones(3)
+    assert func.vmap(f.conv2d, (0, 0, None))(empty, weights, bias).shape == (6, 2, 0, 3, 3)
 
 
 @every_twin
@@ -226,6 +283,31 @@ def test_gradients_of_each_sample(fused):
         loop = [gradient(parameters, image, label) for image, label in zip(images, labels, strict=True)]
         torch.testing.assert_close(results[-1], {name: torch.stack([g[name] for g in loop]) for name in parameters})
     torch.testing.assert_close(*results)
+
+
+class Calls(TorchDispatchMode):
+    """How often each operator of pyops runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.name()] += func.namespace == "pyops"
+        return func(*args, **(kwargs or {}))
+
+
+@both_lenets
+def test_gradients_of_each_sample_are_computed_at_once(fused):
+    """As many calls for eight samples as for two."""
+    net, _ = lenets(fused)
+    counts = []
+    for batch in (2, 8):
+        images, labels = torch.randn(batch, 1, 32, 32, dtype=torch.float64), torch.arange(batch)
+        with Calls() as calls:
+            func.vmap(func.grad(partial(loss, net)), (None, 0, 0))(dict(net.named_parameters()), images, labels)
+        counts.append(calls.counts)
+    assert counts[0] == counts[1] and sum(counts[0].values()) < 40
 
 
 @both_lenets

@@ -48,15 +48,16 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
     return register
 
 
-def composition(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def composition(
+    name: str, fake: Callable[..., Any], vmap: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes the decorated function the derivatives of ``torch.ops.pyops.<name>``, which computes the same at once.
 
     Where nobody wants a derivative of it the operator is called; else the function, made of OpFunctions.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        op = getattr(torch.ops.pyops, name).default
-        register_op(name, function, fake, lambda info, in_dims, *args: vmap_by_loop(op, info, in_dims, args))
+        register_op(name, function, fake, vmap)
         return function
 
     return register
@@ -155,17 +156,34 @@ def batch_first(tensor: torch.Tensor | None, dim: int | None, size: int) -> torc
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def fold(tensor: torch.Tensor, images: int) -> torch.Tensor:
-    """Merges the vmapped first dimension of a tensor [B, N, C, H, W] or [B, C, H, W] into one batch of images.
-
-    `images` is the number of dimensions of one sample: 4 if it is a batch itself, 3 if not.
-    """
-    return tensor.flatten(0, 1) if images == 4 else tensor
+def fold(tensor: torch.Tensor) -> torch.Tensor:
+    """Merges the vmapped first dimension of images [B, N, C, H, W] or [B, C, H, W] into one batch of images."""
+    return tensor.flatten(0, 1) if tensor.dim() == 5 else tensor
 
 
-def unfold(tensor: torch.Tensor, images: int, size: int) -> torch.Tensor:
-    """Undoes `fold` on a result."""
-    return tensor.unflatten(0, (size, -1)) if images == 4 and tensor.shape[0] else tensor
+def unfold(tensor: torch.Tensor, *batch: int) -> torch.Tensor:
+    """Undoes `fold` on a result, for an input whose first dimensions are `batch`: B and N, or B."""
+    return tensor.unflatten(0, batch)
+
+
+def merge(tensor: torch.Tensor | None, dim: int, groups: int = 1) -> torch.Tensor | None:
+    """Merges the vmapped first dimension of a tensor into its negative dimension `dim`, inside of each of `groups`
+    parts of that: [B, .., groups * n, ..] becomes [.., groups * B * n, ..]."""
+    if tensor is None:
+        return None
+    return tensor.unflatten(dim, (groups, -1)).movedim(0, dim - 1).flatten(dim - 2, dim)
+
+
+def split(tensor: torch.Tensor | None, dim: int, size: int, groups: int = 1) -> torch.Tensor | None:
+    """Undoes `merge` on a result."""
+    if tensor is None:
+        return None
+    return tensor.unflatten(dim, (groups, size, -1)).movedim(dim - 1, 0).flatten(dim - 1, dim)
+
+
+def dims_of(outputs: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
+    """The vmapped dimension of each output, the first, where there is one."""
+    return tuple(None if output is None else 0 for output in outputs)
 
 
 def vmap_by_loop(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
@@ -176,5 +194,5 @@ def vmap_by_loop(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple
     ]
     if isinstance(rows[0], torch.Tensor):
         return torch.stack(rows), 0
-    outputs = [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
-    return tuple(outputs), tuple(None if output is None else 0 for output in outputs)
+    outputs = tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+    return outputs, dims_of(outputs)

@@ -1,12 +1,24 @@
 """conv2d: 2-D cross-correlation of images with a bank of filters, and its gradients."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from pyops.autograd._bilinear import Bilinear, BilinearBackward, MaybeTensor
-from pyops.autograd._function import Dims, OpFunction, fold, implements, unfold, vmap_by_loop
+from pyops.autograd._function import (
+    Dims,
+    OpFunction,
+    batch_first,
+    dims_of,
+    fold,
+    implements,
+    merge,
+    split,
+    unfold,
+    vmap_by_loop,
+)
 from pyops.autograd._images import channels_last, empty_images, is_empty, pair
 
 
@@ -20,17 +32,47 @@ def output_size(image: Sequence[int], kernel: Sequence[int], stride: Any, paddin
     ]
 
 
+# Samples of fewer images, each with a weight of its own, are one convolution with as many groups; those of more fill
+# the vectors by themselves, and are convolved one after another. LeNet's second layer, 10 samples, one thread: of 1
+# image 0.04 ms instead of 0.11, of 8 0.29 instead of 0.33, of 64 3.0 instead of 2.1; its weight gradient 0.05 instead
+# of 0.15, 0.33 instead of 0.39, 3.0 instead of 2.0.
+MANY_IMAGES = 8
+
+
+def has_many_images(size: Sequence[int]) -> bool:
+    return len(size) == 4 and size[0] >= MANY_IMAGES
+
+
 def vmap_images(function: type[OpFunction], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The batching rule of a convolution, also a fused one: the vmapped images become one batch, unless each has a
-    weight of its own."""
-    input, *others = args
-    if in_dims[1] is not None or in_dims[2] is not None:
-        return vmap_by_loop(function.call, info, in_dims, args)
-    images = input.dim() - 1
-    outputs = function.call(fold(input.movedim(in_dims[0], 0), images), *others)
+    """The batching rule of a convolution, also a fused one: images of a shared weight become one batch, weights of a
+    shared image one of as many more output channels; else each sample is a group of channels."""
+    input, weight, bias, stride, padding, dilation, groups, *pool = args
+    by_input, by_weight, by_bias = in_dims[:3]
+    size = int(info.batch_size)
+    if by_weight is None and by_bias is None:
+        x = input.movedim(by_input, 0)
+        outputs = function.call(fold(x), *args[1:])
+        batch = x.shape[:-3]
+
+        def undo(output: torch.Tensor) -> torch.Tensor:
+            return unfold(output, *batch)
+
+    else:
+        parts, x = groups, input  # the parts of the output channels that each have all samples in them
+        if by_input is not None:
+            x = input.movedim(by_input, 0)
+            if has_many_images(x.shape[1:]):
+                return vmap_by_loop(function.call, info, in_dims, args)
+            parts, x, groups = 1, merge(x, -3), size * groups
+        w, b = batch_first(weight, by_weight, size), batch_first(bias, by_bias, size)
+        outputs = function.call(x, merge(w, -4, parts), merge(b, -1, parts), stride, padding, dilation, groups, *pool)
+
+        def undo(output: torch.Tensor) -> torch.Tensor:
+            return split(output, -3, size, parts)
+
     if isinstance(outputs, torch.Tensor):
-        return unfold(outputs, images, info.batch_size), 0
-    return tuple(unfold(output, images, info.batch_size) for output in outputs), (0,) * len(outputs)
+        return undo(outputs), 0
+    return tuple(map(undo, outputs)), (0,) * len(outputs)
 
 
 @implements("conv2d_backward")
@@ -62,7 +104,38 @@ class Conv2dBackward(BilinearBackward):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-        return vmap_by_loop(Conv2dBackward.call, info, in_dims, args)
+        """As `vmap_images`: which of the ways depends on the one of input and weight that a gradient is not of."""
+        grad_output, input, weight, input_size, weight_size, *window, groups, (want_input, *others) = args
+        by_grad_output, by_input, by_weight = in_dims[:3]
+        size = int(info.batch_size)
+        grads: list[MaybeTensor] = [None, None, None]
+        if want_input and by_weight is None:
+            g, batch = fold(batch_first(grad_output, by_grad_output, size)), (size, *input_size[:-3])
+            sizes = (math.prod(batch), *input_size[-3:]), weight_size
+            grad = Conv2dBackward.call(g, None, weight, *sizes, *window, groups, [True, False, False])[0]
+            grads[0] = unfold(grad, *batch)
+            want_input = False
+        mask = [want_input, *others]
+        if not any(mask):
+            return tuple(grads), dims_of(grads)
+
+        parts, x = groups, input
+        g, w = batch_first(grad_output, by_grad_output, size), batch_first(weight, by_weight, size)
+        if by_input is not None or want_input:
+            if has_many_images(input_size):
+                rest, _ = vmap_by_loop(Conv2dBackward.call, info, in_dims, (*args[:-1], mask))
+                grads = [a if b is None else b for a, b in zip(grads, rest, strict=True)]
+                return tuple(grads), dims_of(grads)
+            parts, groups = 1, size * groups
+            x = merge(batch_first(input, by_input, size), -3)
+            input_size = (*input_size[:-3], size * input_size[-3], *input_size[-2:])
+        weight_size = (size * weight_size[0], *weight_size[1:])
+        tensors = merge(g, -3, parts), x, merge(w, -4, parts) if want_input else None
+        rest = Conv2dBackward.call(*tensors, input_size, weight_size, *window, groups, mask)
+        if want_input:
+            grads[0] = split(rest[0], -3, size)
+        grads[1:] = split(rest[1], -4, size, parts), split(rest[2], -1, size, parts)
+        return tuple(grads), dims_of(grads)
 
     @staticmethod
     def fake(

@@ -10,7 +10,16 @@ from pyops.autograd.conv2d import Conv2d, Conv2dBackward, vmap_images
 from pyops.autograd.relu import ReLUBackward
 
 
-@composition("conv2d_relu_backward", lambda grad_output, output, *rest: Conv2dBackward.fake(grad_output, *rest))
+def _backward_vmap(info: Any, in_dims: Dims, grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> Any:
+    grad_conv, dim = ReLUBackward.vmap(info, in_dims[:2], grad_output, output)
+    return Conv2dBackward.vmap(info, (dim, *in_dims[2:]), grad_conv, *rest)
+
+
+def _backward_fake(grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
+    return Conv2dBackward.fake(grad_output, *rest)
+
+
+@composition("conv2d_relu_backward", _backward_fake, _backward_vmap)
 def conv2d_relu_backward(grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
     """``(grad_output, output, *as Conv2dBackward)`` -> the gradients of input, weight and bias."""
     return Conv2dBackward.call(ReLUBackward.call(grad_output, output), *rest)

@@ -17,7 +17,16 @@ def _backward_fake(grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any) 
     return Conv2dBackward.fake(grad_output, input, weight, input_size, weight_size, *options[:CONV_OPTIONS], mask)
 
 
-@composition("conv2d_relu_max_pool2d_backward", _backward_fake)
+def _backward_vmap(info: Any, in_dims: Dims, grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any) -> Any:
+    input, weight, input_size, weight_size, *options, mask = rest
+    conv, pool = options[:CONV_OPTIONS], options[CONV_OPTIONS:]
+    conv_size = output_size(input_size[-2:], weight_size[2:], *conv[:3])
+    grad_conv, dim = MaxPool2dBackward.vmap(info, in_dims[:2], grad_output, argmax, conv_size, *pool)
+    dims = (dim, *in_dims[2:4])
+    return Conv2dBackward.vmap(info, dims, grad_conv, input, weight, input_size, weight_size, *conv, mask)
+
+
+@composition("conv2d_relu_max_pool2d_backward", _backward_fake, _backward_vmap)
 def conv2d_relu_max_pool2d_backward(
     grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any
 ) -> tuple[MaybeTensor, ...]:

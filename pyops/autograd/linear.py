@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from pyops.autograd._bilinear import Bilinear, BilinearBackward, MaybeTensor
-from pyops.autograd._function import Dims, implements, vmap_by_loop
+from pyops.autograd._function import Dims, batch_first, dims_of, implements, merge, split
+from pyops.autograd.linear_batched import LinearBatched, LinearBatchedBackward
 
 
 @implements("linear_backward")
@@ -32,8 +33,26 @@ class LinearBackward(BilinearBackward):
         return LinearBackward.push_forward(ctx, *tangents)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-        return vmap_by_loop(LinearBackward.call, info, in_dims, args)
+    def vmap(
+        info: Any, in_dims: Dims, grad_output: torch.Tensor, input: MaybeTensor, weight: MaybeTensor, mask: list[bool]
+    ) -> tuple[Any, Any]:
+        """Vectors of a shared weight are rows of it, and a shared input's gradients by the weight are as many more
+        output features; else each sample is a product of its own."""
+        size, (by_grad_output, by_input, by_weight, _) = info.batch_size, in_dims
+        want_input, want_weight, want_bias = mask
+        grads: list[MaybeTensor] = [None, None, None]
+        g = batch_first(grad_output, by_grad_output, size)
+        if want_input and by_weight is None:
+            grads[0] = LinearBackward.call(g, None, weight, [True, False, False])[0]
+            want_input = False
+        if by_input is None and not want_input and (want_weight or want_bias):
+            _, *rest = LinearBackward.call(merge(g, -1), input, None, [False, want_weight, want_bias])
+            grads[1:] = split(rest[0], -2, size), split(rest[1], -1, size)
+        elif want_input or want_weight or want_bias:
+            x, w = batch_first(input, by_input, size), batch_first(weight, by_weight, size)
+            rest = LinearBatchedBackward.call(g, x, w, [want_input, want_weight, want_bias])
+            grads = [a if b is None else b for a, b in zip(grads, rest, strict=True)]
+        return tuple(grads), dims_of(grads)
 
     @staticmethod
     def fake(
@@ -81,11 +100,18 @@ class Linear(Bilinear):
         return Linear.push_forward(ctx, *tangents)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:
-        input, weight, bias = args
+    def vmap(
+        info: Any, in_dims: Dims, input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor
+    ) -> tuple[torch.Tensor, int]:
+        """An input that all samples share meets their weights as one with as many more output features; samples that
+        share the weight are rows of it."""
         if in_dims[1] is None and in_dims[2] is None:
             return Linear.call(input.movedim(in_dims[0], 0), weight, bias), 0
-        return vmap_by_loop(Linear.call, info, in_dims, args)
+        size, (by_input, *_) = info.batch_size, in_dims
+        w, b = (batch_first(t, d, size) for t, d in zip((weight, bias), in_dims[1:], strict=True))
+        if by_input is None:
+            return split(Linear.call(input, merge(w, -2), merge(b, -1)), -1, size), 0
+        return LinearBatched.call(input.movedim(by_input, 0), w, b), 0
 
     @staticmethod
     def fake(input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor = None) -> torch.Tensor:

@@ -10,7 +10,16 @@ from pyops.autograd.linear import Linear, LinearBackward
 from pyops.autograd.relu import ReLU, ReLUBackward
 
 
-@composition("linear_relu_backward", lambda grad_output, output, *rest: LinearBackward.fake(grad_output, *rest))
+def _backward_vmap(info: Any, in_dims: Dims, grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> Any:
+    grad_linear, dim = ReLUBackward.vmap(info, in_dims[:2], grad_output, output)
+    return LinearBackward.vmap(info, (dim, *in_dims[2:]), grad_linear, *rest)
+
+
+def _backward_fake(grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
+    return LinearBackward.fake(grad_output, *rest)
+
+
+@composition("linear_relu_backward", _backward_fake, _backward_vmap)
 def linear_relu_backward(grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
     """``(grad_output, output, input, weight, output_mask)`` -> the gradients of input, weight and bias."""
     return LinearBackward.call(ReLUBackward.call(grad_output, output), *rest)

@@ -33,11 +33,11 @@ def vmap_images(function: type[OpFunction], info: Any, in_dims: Dims, tensors: S
     """The batching rule of all these ops: the vmapped dimension is merged into the batch of images."""
     size = info.batch_size
     batched = [batch_first(t, d, size) for t, d in zip(tensors, in_dims, strict=False)]
-    images = batched[0].dim() - 1
-    outputs = function.call(*(fold(t, images) for t in batched), *rest)
+    batch = batched[0].shape[:-3]
+    outputs = function.call(*map(fold, batched), *rest)
     if isinstance(outputs, torch.Tensor):
-        return unfold(outputs, images, size), 0
-    return tuple(unfold(output, images, size) for output in outputs), (0,) * len(outputs)
+        return unfold(outputs, *batch), 0
+    return tuple(unfold(output, *batch) for output in outputs), (0,) * len(outputs)
 
 
 @implements("max_pool2d")
@@ -169,9 +169,8 @@ def _indices_fake(argmax: torch.Tensor, input_size: Sequence[int], *window: Any)
 
 
 def _indices_vmap(info: Any, in_dims: Dims, argmax: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, int]:
-    images = argmax.dim() - 1
-    folded = fold(argmax.movedim(in_dims[0], 0), images)
-    return unfold(torch.ops.pyops.max_pool2d_indices(folded, *rest), images, info.batch_size), 0
+    argmax = argmax.movedim(in_dims[0], 0)
+    return unfold(torch.ops.pyops.max_pool2d_indices(fold(argmax), *rest), *argmax.shape[:-3]), 0
 
 
 torch.library.register_fake("pyops::max_pool2d_indices", _indices_fake)
