@@ -39,13 +39,19 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
         cls.call = getattr(torch.ops.pyops, name).default
         cls.forward = staticmethod(below_this_level(cls.forward))
         cls.jvp = staticmethod(with_forward_mode(cls.jvp))
-        # apply() less its Python half, which costs 10 us: it fills in default arguments and unwraps dead functorch
-        # wrappers, and an operator has neither.
-        apply = super(torch.autograd.Function, cls).apply
-        register_op(name, apply, cls.fake, cls.vmap)
+        register_op(name, single_level(cls).apply, cls.fake, cls.vmap)
         return cls
 
     return register
+
+
+def single_level(cls: type[OpFunction]) -> type[torch.autograd.function._SingleLevelFunction]:
+    """`cls` without what `torch.autograd.Function.apply` does first: it fills in default arguments, unwraps dead
+    functorch wrappers and hands the call to the transforms, in Python until torch 2.13, which costs 10 us. An
+    operator's call has all its arguments, and comes here from each transform already."""
+    names = ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")
+    methods = {name: staticmethod(getattr(cls, name)) for name in names}
+    return type(cls.__name__, (torch.autograd.function._SingleLevelFunction,), methods)
 
 
 def composition(
