@@ -1,6 +1,7 @@
 """Whole networks on pyops' layers against the same on stock torch's: `python bench/lenet.py --help`."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from harness import FLOOR, Group, Work, main
-from torch import Tensor
+from torch import Tensor, func
 from torch.utils.flop_counter import FlopCounterMode
 
 import pyops
@@ -27,7 +28,7 @@ class Program:
     """One computation: the function that `build` makes of either library's layers."""
 
     name: str
-    build: Callable[[Library], Callable[[], Tensor]]
+    build: Callable[[Library], Callable[[], Tensor | tuple[Tensor, ...]]]
     gate: float = FLOOR
     dtype: torch.dtype = torch.float32
     limit_gate: float = 0
@@ -63,6 +64,27 @@ def lenet_training_pass(batch: int, library: Library) -> Callable[[], Tensor]:
 
 def lenet_forward(batch: int, library: Library) -> Callable[[], Tensor]:
     return torch.no_grad()(partial(library.LeNet(), torch.randn(batch, 1, 32, 32)))
+
+
+def lenet_gradients_of_each_sample(batch: int, library: Library) -> Callable[[], tuple[Tensor, ...]]:
+    net = library.LeNet()
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    images, labels = torch.randn(batch, 1, 32, 32), torch.randint(10, (batch,))
+
+    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(func.functional_call(net, parameters, (image,)), label)
+
+    gradients = func.vmap(func.grad(loss), in_dims=(None, 0, 0))
+    return lambda: tuple(gradients(parameters, images, labels).values())
+
+
+CALLS = 8
+
+
+def lenet_forward_in_python_threads(threads: int, library: Library) -> Callable[[], Tensor]:
+    forward, inputs = torch.no_grad()(library.LeNet()), torch.randn(CALLS, 64, 1, 32, 32)
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    return lambda: torch.cat(list(pool.map(forward, inputs)))
 
 
 def two_layer_net(library: Library) -> Callable[[], Tensor]:
@@ -133,6 +155,29 @@ GROUPS = [
                 fused=True,
             )
             for batch, gate in ((1, 3), (64, 6), (1024, 8))
+        ],
+    ),
+    Group(
+        "gradients of each sample of LeNet 5x5, by vmap(grad)",
+        [
+            Program(
+                f"LeNet{'(fused=True)' * fused} vmap(grad), batch {n}",
+                partial(lenet_gradients_of_each_sample, n),
+                fused=fused,
+            )
+            for n in (8, 64, 256)
+            for fused in (False, True)
+        ],
+    ),
+    # Whatever number of threads stands in their lines, each thread of Python computes on itself alone. How they scale
+    # is the time of the first line divided by that of the others.
+    Group(
+        "forward of LeNet 5x5 by several threads of Python at once",
+        [
+            Program(
+                f"{CALLS} of LeNet inference, batch 64, by {n} of Python", partial(lenet_forward_in_python_threads, n)
+            )
+            for n in (1, 2, 4)
         ],
     ),
     Group(

@@ -1,7 +1,8 @@
 """The whole benchmark, and the Markdown tables of the README made of it.
 
-`python bench/report.py --run NAME` times everything and writes bench/results/NAME-lenet.json and NAME-ops.json, with a
-plot of the ratios of each and a roofline; `python bench/report.py FILE.json ...` prints the tables of such files.
+`python bench/report.py --run NAME` times everything and writes bench/results/NAME-lenet.json, NAME-ops.json and
+NAME-compile.json, with a plot of the ratios of each and a roofline of the ops; `python bench/report.py FILE.json ...`
+prints the tables of such files.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 HERE = Path(__file__).parent
+SCRIPTS = ("lenet", "ops", "compile")
 
 
 def main() -> None:
@@ -32,12 +34,13 @@ def run(name: str) -> list[Path]:
     """Time everything, each script in a process of its own."""
     files = []
     (HERE / "results").mkdir(exist_ok=True)
-    for script in ("lenet", "ops"):
+    for script in SCRIPTS:
         file = HERE / "results" / f"{name}-{script}.json"
         outputs = ["--json", str(file), "--plot", str(file.with_suffix(".png"))]
         subprocess.run([sys.executable, str(HERE / f"{script}.py"), *outputs], check=True)
         files.append(file)
-    roofline(json.loads(files[-1].read_text()), HERE / "results" / f"{name}-roofline.png")
+    ops = files[SCRIPTS.index("ops")]
+    roofline(json.loads(ops.read_text()), HERE / "results" / f"{name}-roofline.png")
     return files
 
 
