@@ -56,6 +56,9 @@ def main() -> None:
     parameters = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if args.save and rank == 0:
         torch.save(parameters, args.save)
+    # Gloo's threads need the interpreter's lock to let go of a tensor, and their end is waited for with the lock held:
+    # they have to be done by then, or both wait for ever.
+    dist.barrier()
     dist.destroy_process_group()
 
 

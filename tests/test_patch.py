@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -50,6 +51,7 @@ def runs_ours() -> bool:
     return log.ours == {"relu"}
 
 
+@pytest.mark.composes("`pyops.patch()`")
 @pytest.mark.parametrize("call", CALLS)
 def test_every_function(call):
     """Results and gradients are stock's, the kernels ours."""
@@ -71,6 +73,7 @@ def test_every_function(call):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.composes("`pyops.patch()`")
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name):
     model = MODELS[name]().double()
@@ -93,6 +96,7 @@ def test_in_place_returns_its_argument():
     assert x.tolist() == [0.0, 2.0]
 
 
+@pytest.mark.composes("`pyops.patch()` nests, ends with an exception, holds for its thread")
 def test_ends_with_the_block_and_nests():
     assert not runs_ours()
     mode = pyops.patch()
@@ -107,6 +111,7 @@ def test_ends_with_the_block_and_nests():
     assert not runs_ours()
 
 
+@pytest.mark.composes("`pyops.patch()` nests, ends with an exception, holds for its thread")
 def test_ends_with_an_exception():
     with pytest.raises(ZeroDivisionError), pyops.patch():
         raise ZeroDivisionError
@@ -116,12 +121,14 @@ def test_ends_with_an_exception():
     assert not runs_ours()
 
 
+@pytest.mark.composes("`pyops.patch()` nests, ends with an exception, holds for its thread")
 def test_holds_for_its_thread_only():
     with pyops.patch():
         assert not in_thread(runs_ours)
         assert runs_ours()
 
 
+@pytest.mark.composes("`pyops.patch()` nests, ends with an exception, holds for its thread")
 def test_threads_do_not_disturb_each_other():
     """Eight threads enter and leave one and the same context out of step."""
     mode, barrier = pyops.patch(), threading.Barrier(8)
@@ -247,7 +254,8 @@ def test_compiled_code(backend):
 
 
 def test_scripted_code():
-    with pytest.warns(DeprecationWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # which not every version of torch gives
         scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
     x = torch.randn(4, 3)
     expected = scripted(x)
