@@ -13,6 +13,7 @@ import emulated
 import pytest
 import torch
 from hypothesis import is_hypothesis_test, settings
+from support_table import SupportTable
 
 from pyops import _load
 
@@ -35,6 +36,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--device", action="append", choices=DEVICES, help="run the tests of every device on this one only"
     )
+    parser.addoption("--write-support-table", action="store_true", help="write the table of docs/composing.md")
     parser.addoption("--every", type=int, default=1, metavar="N", help="run each N-th test and all hypothesis tests")
 
 
@@ -42,6 +44,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs gigabytes of memory or a minute; only with --slow")
     config.addinivalue_line("markers", "every_device: the tests run on each device")
     config.addinivalue_line("markers", "not_emulated: too much to emulate")
+    config.addinivalue_line("markers", "composes(feature): evidence for a line of the table of docs/composing.md")
+    config.addinivalue_line("markers", "runs_last: after all others")
+    config.pluginmanager.register(SupportTable(), "support_table")
 
 
 def pytest_generate_tests(metafunc):
@@ -57,6 +62,7 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     every = config.getoption("--every")
     items[:] = [item for i, item in enumerate(items) if i % every == 0 or is_hypothesis_test(item.obj)]
+    items.sort(key=lambda item: "runs_last" in item.keywords)
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from twins import TWINS
 
 import pyops
 
@@ -15,6 +16,7 @@ every_op = pytest.mark.parametrize(("op", "shapes", "options"), [(op, *case) for
 every_target = pytest.mark.parametrize("target", [torch.bfloat16, torch.float16], ids=str)
 
 
+@pytest.mark.composes("autocast to bfloat16 and float16")
 @every_op
 @every_target
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -30,6 +32,7 @@ def test_dtypes_are_those_of_stock(op, shapes, options, target, dtype):
     assert dtypes(ours) == dtypes(getattr(torch.nn.functional, op))
 
 
+@pytest.mark.composes("autocast to bfloat16 and float16")
 @every_op
 @every_target
 def test_values_are_those_of_a_cast(op, shapes, options, target):
@@ -40,6 +43,21 @@ def test_values_are_those_of_a_cast(op, shapes, options, target):
         cast = [t.to(target) for t in tensors] if op in ("linear", "conv2d") else tensors
         expected = function(*cast, **options)
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.composes("autocast to bfloat16 and float16")
+@every_target
+@pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
+def test_values_and_gradients_are_those_of_stock(twin, target):
+    """To the rounding of the lower precision, in the same dtypes; of fused functions too."""
+    leaves, results = [t.requires_grad_() for t in twin.tensors(torch.float32)], []
+    for function in (twin.ours, twin.stock):
+        with torch.autocast("cpu", target):
+            output = function(*leaves)
+        results.append([output, *torch.autograd.grad(output.float().pow(2).sum(), leaves)])
+    for actual, expected in zip(*results, strict=True):
+        assert actual.dtype == expected.dtype
+        assert (actual - expected).double().norm() <= 4 * torch.finfo(target).eps * expected.double().norm()
 
 
 @every_target
@@ -53,6 +71,7 @@ def test_mixed_dtypes_are_brought_together(target):
             assert pyops.functional.linear(input, input).dtype == torch.float32
 
 
+@pytest.mark.composes("autocast to bfloat16 and float16")
 @pytest.mark.parametrize("op", ["linear", "conv2d"])
 def test_gradients_are_those_of_a_cast(op):
     leaves = [torch.randn(s, requires_grad=True) for s in CASES[op][0]]

@@ -88,6 +88,7 @@ CASES = {
 every_case = pytest.mark.parametrize(("function", "inputs"), CASES.values(), ids=CASES)
 
 
+@pytest.mark.composes("`gradcheck`: reverse and forward mode, batched")
 @every_case
 def test_gradcheck(function, inputs):
     """Reverse mode, forward mode, both batched by vmap (which torch refuses for forward mode of in-place operators)."""
@@ -97,6 +98,7 @@ def test_gradcheck(function, inputs):
     )
 
 
+@pytest.mark.composes("`gradgradcheck`: reverse over reverse, forward over reverse, batched")
 @every_case
 def test_gradgradcheck(function, inputs):
     """Second derivatives, in reverse over reverse and forward over reverse mode."""
@@ -145,20 +147,7 @@ def test_gradcheck_of_backward_ops(op):
     assert gradgradcheck(seeded, inputs)
 
 
-def test_third_derivative():
-    x, w = leaf(3, 4), leaf(2, 4)
-    third = torch.randn(3, 4, dtype=torch.float64)
-
-    def derivative(linear):
-        y = linear(x, w).pow(4).sum()
-        for _ in range(3):
-            (g,) = torch.autograd.grad(y, x, create_graph=True)
-            y = (g * third).sum()
-        return torch.autograd.grad(y, w)[0]
-
-    torch.testing.assert_close(derivative(F.linear), derivative(torch.nn.functional.linear))
-
-
+@pytest.mark.composes("forward mode by dual numbers")
 @pytest.mark.parametrize("which", ["input", "weight", "bias"])
 @pytest.mark.parametrize(("op", "shapes"), SHAPES.items())
 def test_forward_mode_by_one_tensor(op, shapes, which):
@@ -415,6 +404,7 @@ def test_backward_twice_needs_retain_graph():
         y.sum().backward()
 
 
+@pytest.mark.composes("a change in place of what is saved raises", "relu", "linear_relu")
 def test_saved_output_that_is_overwritten_is_noticed():
     x = torch.randn(3, requires_grad=True)
     for function in (pyops.autograd.ReLU.apply, lambda x: F.linear_relu(x, torch.eye(3))):
@@ -444,23 +434,3 @@ def test_second_derivatives_are_zeros_as_stock_has_them(function):
         assert grad.requires_grad
         (second,) = torch.autograd.grad(grad.square().sum(), x, allow_unused=grad_requires_grad)
         assert (second is None and grad_requires_grad) or torch.equal(second, torch.zeros_like(x))
-
-
-def test_checkpoint():
-    x, w = leaf(3, 4), leaf(5, 4)
-    direct = torch.autograd.grad(F.relu(F.linear(x, w)).sum(), [x, w])
-    recomputed = torch.utils.checkpoint.checkpoint(lambda a, b: F.relu(F.linear(a, b)), x, w, use_reentrant=False)
-    for a, b in zip(direct, torch.autograd.grad(recomputed.sum(), [x, w]), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_operators_themselves_can_be_transformed():
-    """vmap, grad and jvp over torch.ops.pyops, without the functionals and with default arguments left out."""
-    ops = torch.ops.pyops
-    x, weight = torch.randn(3, 4), torch.randn(2, 4)
-    positive = (x > 0).float()
-    torch.testing.assert_close(torch.func.vmap(ops.relu)(x), x.relu())
-    torch.testing.assert_close(torch.func.vmap(lambda row: ops.linear(row, weight))(x), x @ weight.T)
-    torch.testing.assert_close(torch.func.grad(lambda t: ops.relu(t).sum())(x), positive)
-    torch.testing.assert_close(torch.func.vmap(torch.func.grad(lambda t: ops.relu(t).sum()))(x), positive)
-    torch.testing.assert_close(torch.func.jvp(ops.relu, (x,), (2 * x,))[1], 2 * x.relu())

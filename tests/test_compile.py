@@ -6,11 +6,13 @@ import shutil
 
 import pytest
 import torch
+from support_table import OPS
 from torch import func
 from torch._dynamo.testing import CompileCounterWithBackend
 from twins import TWINS, lenets, training_pass
 
 import pyops
+from pyops import _load
 
 every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
 both_lenets = pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
@@ -25,16 +27,64 @@ def forget_compiled_code():
 # ---- torch.compile ----
 
 
+@pytest.mark.composes("`torch.compile(fullgraph=True)`, static and dynamic, no recompilation")
 @every_twin
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_functions(twin, dynamic):
-    """Forward and backward in one graph, which AOTAutograd splits as the real kernels do."""
-    compiled = torch.compile(twin.ours, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    tensors, results = [t.requires_grad_() for t in twin.tensors()], []
-    for function in (compiled, twin.stock):
-        output = function(*tensors)
-        results.append([output, *torch.autograd.grad(output.pow(3).sum(), tensors)])
+    """Forward and backward in one graph, which AOTAutograd splits as the real kernels do; with dynamic shapes the same
+    one for every size of the first dimension."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(twin.ours, backend=counter, fullgraph=True, dynamic=dynamic)
+    input, *others = twin.tensors()
+    for size in (7, 11, 13) if dynamic else (2,):  # equal to no other size, which torch takes to be the same for ever
+        batch = torch.cat([input + i / 1e3 for i in range(size)]) if input.dim() > 1 else input.expand(size, -1)
+        tensors = [t.detach().requires_grad_() for t in (batch, *others)]
+        results = []
+        for function in (compiled, twin.stock):
+            output = function(*tensors)
+            results.append([output, *torch.autograd.grad(output.pow(3).sum(), tensors)])
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 1
+
+
+class AllFunctions(torch.nn.Module):
+    """Every function of the twins, on tensors of its own."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.side = side
+
+    def forward(self, *tensors):
+        outputs, rest = [], list(tensors)
+        for twin in TWINS.values():
+            own, rest = rest[: len(twin.shapes)], rest[len(twin.shapes) :]
+            outputs.append(getattr(twin, self.side)(*own))
+        return tuple(outputs)
+
+
+def tensors_for_all_functions():
+    return tuple(tensor for twin in TWINS.values() for tensor in twin.tensors())
+
+
+@pytest.mark.composes("`torch.compile` by inductor", *OPS)
+@needs_compiler
+def test_functions_by_inductor():
+    tensors, results = [t.requires_grad_() for t in tensors_for_all_functions()], []
+    for net in (torch.compile(AllFunctions("ours"), fullgraph=True), AllFunctions("stock")):
+        outputs = net(*tensors)
+        results.append([*outputs, *torch.autograd.grad(sum(each.pow(3).sum() for each in outputs), tensors)])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(not (_load.build_info.cuda and torch.cuda.is_available()), reason="needs a GPU")
+@both_lenets
+def test_reduced_overhead(fused):
+    """CUDA graphs of forward and backward."""
+    net, stock = (each.to("cuda", torch.float32) for each in lenets(fused))
+    compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
+    for _ in range(4):  # eagerly, recorded, replayed
+        x = torch.randn(3, 1, 32, 32, device="cuda")
+        torch.testing.assert_close(training_pass(compiled, net, x), training_pass(stock, stock, x))
 
 
 def test_options_that_are_symbols():
@@ -55,6 +105,7 @@ def test_options_that_are_symbols():
             torch.testing.assert_close(compiled(*options), run(torch.nn.functional, *options))
 
 
+@pytest.mark.composes("`torch.compile` by inductor")
 @needs_compiler
 @both_lenets
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -69,6 +120,7 @@ def test_networks_by_inductor(fused, dynamic):
     assert counter.frame_count == 1
 
 
+@pytest.mark.composes("`torch.compile` by inductor")
 @needs_compiler
 def test_layouts_by_inductor():
     """What inductor assumes of the strides of our results holds, also for channels-last ones."""
@@ -88,6 +140,7 @@ def test_layouts_by_inductor():
         assert actual[0].is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.composes("`torch.func` inside of compiled code")
 def test_a_training_step_in_one_graph():
     """Forward, loss, and the update of the parameters, whose gradients are computed by torch.func."""
     net, stock = lenets()
@@ -112,6 +165,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.composes("`torch.func` inside of compiled code")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["linear", "max_pool2d", "conv2d_relu"])
 def test_transforms_inside_of_compiled_code(name, transform):
@@ -122,6 +176,7 @@ def test_transforms_inside_of_compiled_code(name, transform):
     torch.testing.assert_close(compiled(*tensors), TRANSFORMS[transform](twin.stock)(*tensors))
 
 
+@pytest.mark.composes("`torch.func` inside of compiled code")
 @both_lenets
 def test_gradients_of_each_sample(fused):
     """vmap(grad) in one graph, with static and with dynamic shapes."""
@@ -142,6 +197,7 @@ def test_gradients_of_each_sample(fused):
         torch.testing.assert_close(compiled(images, labels), expected)
 
 
+@pytest.mark.composes("autocast to bfloat16 and float16")
 @both_lenets
 def test_autocast(fused):
     net, _ = lenets(fused, torch.float32)
@@ -161,6 +217,7 @@ def test_errors_are_those_of_eager():
 # ---- torch.export ----
 
 
+@pytest.mark.composes("`torch.export`, strict and not; saved, loaded, trained")
 @both_lenets
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(fused, strict):
@@ -185,6 +242,32 @@ def test_export(fused, strict):
             torch.testing.assert_close(training_pass(module, module, x), training_pass(stock, stock, x))
 
 
+class Calls(torch.nn.Module):
+    """A function as what can be exported."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *tensors):
+        return self.function(*tensors)
+
+
+@pytest.mark.composes("`torch.export`, strict and not; saved, loaded, trained")
+@every_twin
+@pytest.mark.parametrize("strict", [True, False])
+def test_export_of_functions(twin, strict):
+    tensors = tuple(twin.tensors())
+    program = torch.export.export(Calls(twin.ours), tensors, strict=strict)
+    results = []
+    for function in (program.module(), twin.stock):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        output = function(*leaves)
+        results.append([output, *torch.autograd.grad(output.pow(3).sum(), leaves)])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.composes("AOTInductor: a package, loaded and run")
 @needs_compiler
 @both_lenets
 def test_aot_inductor(fused, tmp_path):
@@ -198,3 +281,16 @@ def test_aot_inductor(fused, tmp_path):
         for batch in (3, 8):
             x = torch.randn(batch, 1, 32, 32)
             torch.testing.assert_close(run(x), stock(x))
+
+
+@pytest.mark.composes("AOTInductor: a package, loaded and run", *OPS)
+@needs_compiler
+def test_aot_inductor_of_functions(tmp_path):
+    """All in one package."""
+    tensors = tensors_for_all_functions()
+    with torch.no_grad():
+        program = torch.export.export(AllFunctions("ours"), tensors)
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "all.pt2"))
+        tensors = tensors_for_all_functions()
+        run = torch._inductor.aoti_load_package(package)
+        torch.testing.assert_close(tuple(run(*tensors)), AllFunctions("stock")(*tensors))

@@ -168,6 +168,7 @@ class Symmetric(nn.Module):
         return weight + weight.mT
 
 
+@pytest.mark.composes("parametrizations, weight and spectral norm, pruning")
 @pytest.mark.parametrize(
     "parametrized",
     [

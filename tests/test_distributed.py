@@ -41,8 +41,11 @@ def trained_by_one_process() -> dict[str, torch.Tensor]:
     return net.state_dict()
 
 
+@pytest.mark.composes("`DistributedDataParallel` and FSDP2 train as one process")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize(("strategy", "fused"), [("ddp", False), ("fsdp", True)])
+@pytest.mark.parametrize(
+    ("strategy", "fused"), [(strategy, fused) for strategy in ("ddp", "fsdp") for fused in (False, True)]
+)
 def test_two_processes_train_as_one(strategy, fused, tmp_path):
     """LeNet on halves of each batch ends at the parameters of one process on whole ones, on stock torch at that."""
     file = tmp_path / "parameters.pt"
@@ -82,6 +85,7 @@ class Features(torch.utils.data.Dataset):
             return self.net(self.images[i])
 
 
+@pytest.mark.composes("`DataLoader` workers, fork and spawn")
 @linux
 def test_workers_of_a_data_loader():
     """Forked from a process whose threads have run kernels already."""
@@ -108,6 +112,7 @@ sys.exit(status or not torch.equal(run(), expected))
 """
 
 
+@pytest.mark.composes("`DataLoader` workers, fork and spawn")
 @linux
 def test_fork_after_use():
     """In the child the same bits come out, and in the parent afterwards."""
@@ -122,6 +127,7 @@ def in_child(queue, threads):
     queue.put(training_pass(net, net, torch.randn(5, 1, 32, 32))[0].tolist())
 
 
+@pytest.mark.composes("`DataLoader` workers, fork and spawn")
 def test_spawned_processes():
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -137,6 +143,7 @@ def test_spawned_processes():
 # ---- threads of Python ----
 
 
+@pytest.mark.composes("calls from many Python threads")
 def test_many_threads_at_once():
     """Each trains a network of its own, eight at a time; all get what one gets alone, to the last bit."""
     torch.set_num_threads(2)
@@ -156,6 +163,7 @@ def test_many_threads_at_once():
                 torch.testing.assert_close(result, expected[i], rtol=0, atol=0)
 
 
+@pytest.mark.composes("calls from many Python threads")
 def test_transforms_in_many_threads():
     """torch.func keeps its levels per thread."""
     twin = TWINS["conv2d_relu"]
@@ -170,6 +178,7 @@ def test_transforms_in_many_threads():
         assert torch.equal(result, results[0])
 
 
+@pytest.mark.composes("calls from many Python threads")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_kernels_let_other_threads_run(grad):
     """While one computes, another goes on in Python: the interpreter's lock is not held, forward or backward."""

@@ -1,6 +1,5 @@
-"""The programs in README.md and docs/ run, and the tests that their table names are there."""
+"""The programs in README.md and docs/ run, and the links lead somewhere."""
 
-import ast
 import re
 import runpy
 from pathlib import Path
@@ -23,17 +22,6 @@ def test_programs(program, tmp_path):
     file.write_text(program)
     torch._dynamo.reset()
     runpy.run_path(str(file), run_name="__main__")
-
-
-def test_the_table_names_tests_that_are_there():
-    rows = re.findall(r"^\| .*\| (.*test_.*) \|$", (ROOT / "docs" / "composing.md").read_text(), re.M)
-    assert len(rows) > 20
-    for row in rows:
-        for cell in row.split("; "):
-            file, *tests = re.findall(r"`(test_\w+(?:\.py)?)`", cell)
-            tree = ast.parse((ROOT / "tests" / file).read_text())
-            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-            assert tests and set(tests) <= functions, cell
 
 
 def test_links_lead_somewhere():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from kernel_log import KernelLog
 from models import FUSED, MODELS
+from support_table import NETWORKS
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -56,6 +57,7 @@ def test_is_registered():
     assert "pyops" in torch._dynamo.list_backends()
 
 
+@pytest.mark.composes('`torch.compile(backend="pyops")`', "linear_relu", NETWORKS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", MODELS)
 def test_models(name, training, calls):
@@ -66,6 +68,7 @@ def test_models(name, training, calls):
     assert fused == FUSED[name]
 
 
+@pytest.mark.composes('`torch.compile(backend="pyops")`')
 @pytest.mark.parametrize("name", MODELS)
 def test_models_run_on_our_kernels(name):
     """And on none of stock's, forward and backward."""
@@ -89,6 +92,7 @@ def test_models_run_on_our_kernels(name):
     assert {"conv2d_backward", "conv2d_relu_max_pool2d_backward"} & log.ours
 
 
+@pytest.mark.composes('`torch.compile(backend="pyops")`')
 @pytest.mark.parametrize("name", MODELS)
 def test_training_steps(name):
     """Ten steps of SGD end at the same parameters."""
@@ -105,6 +109,7 @@ def test_training_steps(name):
     torch.testing.assert_close(twin.state_dict(), model.state_dict(), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.composes('`torch.compile(backend="pyops")`')
 def test_a_changed_batch_size_is_not_compiled_again_when_dynamic():
     model = MODELS["AlexNet"]().double().eval()
     counter = torch._dynamo.testing.CompileCounterWithBackend("pyops")
@@ -140,7 +145,7 @@ FORMS = {
     "F.relu": (F.relu, "relu"),
     "F.relu(inplace=True)": (in_place, "relu"),
     "torch.relu": (torch.relu, "relu"),
-    "Tensor.relu": (torch.Tensor.relu, "relu"),
+    "Tensor.relu": (lambda x: torch.Tensor.relu(x), "relu"),
     "x.relu": (lambda x: x.relu(), "relu"),
     "F.max_pool2d": (lambda x: F.max_pool2d(x, 2), "max_pool2d"),
     "F.max_pool2d by name": (lambda x: F.max_pool2d(input=x, kernel_size=(3, 2), stride=1, padding=1), "max_pool2d"),
@@ -150,6 +155,7 @@ FORMS = {
 }
 
 
+@pytest.mark.composes('`torch.compile(backend="pyops")`', "relu", "max_pool2d")
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(form, calls):
     function, name = FORMS[form]
@@ -167,6 +173,7 @@ WEIGHTED = {
 }
 
 
+@pytest.mark.composes('`torch.compile(backend="pyops")`', "linear", "conv2d")
 @pytest.mark.parametrize("form", WEIGHTED)
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_forms_with_a_weight(form, calls):
@@ -220,6 +227,7 @@ FUSIONS = {
 }
 
 
+@pytest.mark.composes('`torch.compile(backend="pyops")`', "conv2d_relu", "conv2d_relu_max_pool2d")
 @pytest.mark.parametrize("case", FUSIONS)
 def test_fusions(case, calls):
     function, expected = FUSIONS[case]
@@ -348,15 +356,16 @@ def test_transforms_inside():
 
 def test_hooks_see_what_they_see_in_eager():
     """A hook on a layer makes its result used by more than the next layer."""
-    seen = {}
-    for name in ("eager", "compiled"):
+
+    def seen(compiled):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double()
-        outputs = seen[name] = []
-        model[0].register_forward_hook(lambda _, args, output, outputs=outputs: outputs.append(output.detach().clone()))
-        net = torch.compile(model, backend="pyops") if name == "compiled" else model
-        outputs.append(net(torch.ones(2, 5, dtype=torch.float64)))
-    torch.testing.assert_close(seen["compiled"], seen["eager"])
+        model, outputs = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)).double(), []
+        model[0].register_forward_hook(lambda _, args, output: outputs.append(output.detach().clone()))
+        net = torch.compile(model, backend="pyops") if compiled else model
+        result = net(torch.ones(2, 5, dtype=torch.float64))
+        return [*outputs, result]
+
+    torch.testing.assert_close(seen(compiled=True), seen(compiled=False))
 
 
 def test_errors_are_raised():

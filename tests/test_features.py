@@ -57,6 +57,7 @@ def stock(layer, x):
 # ---- the graph and what is saved in it ----
 
 
+@pytest.mark.composes("`checkpoint`, reentrant and not")
 @every_twin
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(twin, use_reentrant):
@@ -65,6 +66,7 @@ def test_checkpoint(twin, use_reentrant):
     torch.testing.assert_close(gradients(function, tensors), gradients(twin.stock, tensors))
 
 
+@pytest.mark.composes("`checkpoint`, reentrant and not")
 def test_checkpoint_of_a_sequence():
     net = pyops.convert(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))).double()
     x = torch.randn(5, 3, dtype=torch.float64)
@@ -74,6 +76,7 @@ def test_checkpoint_of_a_sequence():
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.composes("saved tensors' hooks, `save_on_cpu`")
 @every_twin
 def test_saved_tensors_are_offloaded(twin):
     """By hooks that store them elsewhere; what comes back is another tensor."""
@@ -91,6 +94,7 @@ def test_saved_tensors_are_offloaded(twin):
         torch.testing.assert_close(gradients(twin.ours, tensors), gradients(twin.stock, tensors))
 
 
+@pytest.mark.composes("anomaly mode")
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @every_twin
 def test_anomaly_mode(twin):
@@ -104,6 +108,7 @@ def test_anomaly_mode(twin):
             output.backward(torch.full_like(output, float("nan")))
 
 
+@pytest.mark.composes("backward hooks of layers, tensors and nodes")
 @every_layer
 def test_backward_hooks(build, shape):
     """Of modules, tensors and graph nodes: called with what stock's are called with."""
@@ -126,6 +131,7 @@ def test_backward_hooks(build, shape):
         torch.testing.assert_close(tensors[0], expected[1] if name in ("leaf", "full") else grad_output)
 
 
+@pytest.mark.composes("`retain_graph`, `create_graph`")
 @every_twin
 def test_retain_graph_and_create_graph(twin):
     leaves = [t.requires_grad_() for t in twin.tensors()]
@@ -141,6 +147,7 @@ def test_retain_graph_and_create_graph(twin):
         torch.autograd.grad(output, leaves)
 
 
+@pytest.mark.composes("a change in place of what is saved raises")
 @pytest.mark.parametrize("name", ["linear", "conv2d", "linear_relu", "conv2d_relu", "conv2d_relu_max_pool2d"])
 @pytest.mark.parametrize("which", [0, 1], ids=["input", "weight"])
 def test_changing_what_is_saved_raises(name, which):
@@ -155,6 +162,7 @@ def test_changing_what_is_saved_raises(name, which):
             output.sum().backward()
 
 
+@pytest.mark.composes("`use_deterministic_algorithms(True)`")
 @every_twin
 def test_deterministic_algorithms(twin):
     """Are all there are: nothing is refused, and nothing changes."""
@@ -168,6 +176,7 @@ def test_deterministic_algorithms(twin):
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
+@pytest.mark.composes("`no_grad`, `inference_mode`")
 @every_twin
 def test_without_gradients(twin):
     tensors = [t.requires_grad_() for t in twin.tensors()]
@@ -202,6 +211,7 @@ REPARAMETRIZATIONS = {
 }
 
 
+@pytest.mark.composes("parametrizations, weight and spectral norm, pruning")
 @every_weighted_layer
 @pytest.mark.parametrize("method", REPARAMETRIZATIONS)
 def test_weights_that_are_computed(build, shape, method):
@@ -214,6 +224,7 @@ def test_weights_that_are_computed(build, shape, method):
     torch.testing.assert_close(actual, training_pass(lambda x: stock(layer, x), layer, x))
 
 
+@pytest.mark.composes("lazy layers, by `convert` after their first call")
 def test_lazy_layers():
     """Become stock's layers when they first see their input, and ours by a conversion afterwards."""
     net = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
@@ -227,24 +238,56 @@ def test_lazy_layers():
     assert log.ours == {"conv2d", "relu_with_mask", "linear"} and log.stock == set()
 
 
+def saved_and_loaded(module):
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda net: pickle.loads(pickle.dumps(net)), "save": saved_and_loaded}
+every_way = pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+
+
+@pytest.mark.composes("`deepcopy`, pickle, `torch.save` of whole modules")
 @both_lenets
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
-def test_copies(fused, way):
+@every_way
+def test_copies(fused, duplicate):
     """Also of a network that is in the middle of training."""
     net, stock = lenets(fused)
     x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
     training_pass(net, net, x)
-    if way == "torch.save":
-        file = io.BytesIO()
-        torch.save(net, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    else:
-        twin = copy.deepcopy(net) if way == "deepcopy" else pickle.loads(pickle.dumps(net))
+    twin = duplicate(net)
     assert type(twin) is type(net)
     torch.testing.assert_close(training_pass(twin, twin, x), training_pass(stock, stock, x))
 
 
+@pytest.mark.composes("`deepcopy`, pickle, `torch.save` of whole modules")
+@every_layer
+@every_way
+def test_copies_of_layers(build, shape, duplicate):
+    layer = build(pyops.nn).double()
+    x = pyops.testing.gradcheck_input(*shape).detach()
+    expected = [t.clone() for t in training_pass(partial(stock, layer), layer, x)]
+    twin = duplicate(layer)
+    assert type(twin) is type(layer)
+    torch.testing.assert_close(training_pass(twin, twin, x), expected)
+
+
+@pytest.mark.composes("`state_dict` by `weights_only=True`")
+@every_weighted_layer
+def test_state_dict_of_layers(build, shape):
+    """Loaded by stock's layer, or the one that a fused one begins with."""
+    layer = build(pyops.nn)
+    twin = nn.Linear(3, 4) if isinstance(layer, nn.Linear) else nn.Conv2d(3, 4, 3)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    twin.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(twin.weight, layer.weight) and torch.equal(twin.bias, layer.bias)
+
+
+@pytest.mark.composes("`state_dict` by `weights_only=True`")
 @both_lenets
 def test_state_dict_is_loaded_safely(fused):
     """By weights_only=True, the default, and into stock's network too."""
@@ -259,6 +302,31 @@ def test_state_dict_is_loaded_safely(fused):
     torch.testing.assert_close(net(x), stock(x))
 
 
+@pytest.mark.composes("`half()`, `bfloat16()`, `double()`")
+@every_layer
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_layers_in_other_dtypes(build, shape, dtype):
+    layer = build(pyops.nn).to(dtype)
+    exact = copy.deepcopy(layer).double()
+    x = pyops.testing.gradcheck_input(*shape).detach().to(dtype)
+    actual = training_pass(layer, layer, x)
+    assert {t.dtype for t in actual} == {dtype}
+    for ours, stocks in zip(actual, training_pass(partial(stock, exact), exact, x.double()), strict=True):
+        assert (ours.double() - stocks).norm() <= max(torch.finfo(dtype).eps, 1e-12) * stocks.norm()
+
+
+@pytest.mark.composes("`to(memory_format=torch.channels_last)`")
+@every_layer
+def test_layers_in_channels_last(build, shape):
+    layer = build(pyops.nn).double().to(memory_format=torch.channels_last)
+    x = pyops.testing.gradcheck_input(*shape).detach()
+    if x.dim() == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(training_pass(layer, layer, x), training_pass(partial(stock, layer), layer, x))
+
+
+@pytest.mark.composes("`half()`, `bfloat16()`, `double()`")
 @both_lenets
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_networks_in_other_dtypes(fused, dtype):
@@ -274,6 +342,7 @@ def test_networks_in_other_dtypes(fused, dtype):
         assert (ours.double() - exact).norm() <= max(tolerance, 1e-12) * 4 * exact.norm()
 
 
+@pytest.mark.composes("`to(memory_format=torch.channels_last)`")
 @both_lenets
 def test_channels_last(fused):
     net, stock = lenets(fused)
@@ -285,6 +354,7 @@ def test_channels_last(fused):
     assert F.conv2d(x, net.conv1.weight).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.composes("autocast to bfloat16 and float16")
 @both_lenets
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(fused, target):
@@ -299,10 +369,13 @@ def test_autocast(fused, target):
         assert (ours - stocks).double().norm() <= 16 * torch.finfo(target).eps * stocks.double().norm()
 
 
-def test_onnx_is_refused_by_name():
-    """There is no such operator in ONNX; a reverted network exports."""
-    with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="pyops::conv2d"), pytest.warns():
-        torch.onnx.export(pyops.LeNet(), (torch.ones(1, 1, 32, 32),), io.BytesIO(), dynamo=False)
+@pytest.mark.composes("ONNX: refused, naming the operator")
+@every_layer
+def test_onnx_is_refused_by_name(build, shape):
+    """There are no such operators in ONNX; a reverted network exports."""
+    layer = build(pyops.nn)
+    with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="pyops::"), pytest.warns():
+        torch.onnx.export(layer, (torch.ones(shape),), io.BytesIO(), dynamo=False)
 
 
 def test_onnx_of_a_traced_program_is_refused_by_name():

@@ -196,27 +196,3 @@ def test_saved_bytes_of_the_convolutional_part_of_lenet():
     assert stock > 45e6
     assert drop_in <= 0.77 * stock
     assert fused <= 13e6
-
-
-def test_vmap_over_weights_and_grad():
-    x, w = torch.randn(3, 2, 2, 8, 8, dtype=torch.float64), torch.randn(3, 4, 2, 3, 3, dtype=torch.float64)
-    for pool in (None, {"pool_kernel_size": 2}):
-        expected = torch.stack([fused(a, b, pool=pool) for a, b in zip(x, w, strict=True)])
-        torch.testing.assert_close(torch.func.vmap(lambda a, b: fused(a, b, pool=pool))(x, w), expected)  # noqa: B023
-        by_sample = torch.func.vmap(torch.func.grad(lambda b, a: fused(a, b, pool=pool).sum()), (None, 0))(w[0], x)  # noqa: B023
-        loop = torch.stack([torch.func.grad(lambda b, a: fused(a, b, pool=pool).sum())(w[0], a) for a in x])  # noqa: B023
-        torch.testing.assert_close(by_sample, loop)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(dynamic):
-    net = pyops.LeNet(fused=True)
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    x = torch.randn(3, 1, 32, 32)
-    results = []
-    for module in (net, compiled):
-        net.zero_grad()
-        output = module(x)
-        output.sum().backward()
-        results.append([output.detach(), *(p.grad.clone() for p in net.parameters())])
-    torch.testing.assert_close(*results)

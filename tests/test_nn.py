@@ -95,6 +95,7 @@ def test_looks_like_stock(name, options, shape):
     assert vars(ours).keys() == vars(stock).keys()
 
 
+@pytest.mark.composes("`state_dict` by `weights_only=True`")
 @every_case
 def test_same_initial_parameters_and_checkpoints_both_ways(name, options, shape):
     stock, ours = build(name, options)
@@ -104,6 +105,7 @@ def test_same_initial_parameters_and_checkpoints_both_ways(name, options, shape)
     assert str(ours.load_state_dict(stock.state_dict())) == "<All keys matched successfully>"
 
 
+@pytest.mark.composes("`deepcopy`, pickle, `torch.save` of whole modules")
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 @every_case
 def test_copies(name, options, shape, duplicate):

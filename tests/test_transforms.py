@@ -33,6 +33,7 @@ def tangents(tensors):
 # ---- vmap ----
 
 
+@pytest.mark.composes("`vmap` over inputs, weights and any of them")
 @every_twin
 @pytest.mark.parametrize("inner", ["itself", "grad", "jvp"])
 def test_vmap_over_every_choice_of_tensors(twin, inner):
@@ -71,6 +72,7 @@ CONVOLUTIONS = {  # shapes of input and weight, options
 }
 
 
+@pytest.mark.composes("`vmap` over inputs, weights and any of them")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"])
 @pytest.mark.parametrize("case", CONVOLUTIONS)
@@ -114,6 +116,7 @@ def test_vmap_over_nothing():
     assert func.vmap(f.conv2d, (0, 0, None))(empty, weights, bias).shape == (6, 2, 0, 3, 3)
 
 
+@pytest.mark.composes("nested `vmap`")
 @every_twin
 def test_nested_vmap(twin):
     tensors = twin.tensors(torch.float64, 2, 3)
@@ -122,6 +125,7 @@ def test_nested_vmap(twin):
     torch.testing.assert_close(by_chunks, func.vmap(func.vmap(twin.stock))(*tensors))
 
 
+@pytest.mark.composes("nested `vmap`")
 @every_twin
 def test_grad_of_vmap(twin):
     tensors = twin.tensors(torch.float64, 3)
@@ -148,6 +152,7 @@ def first_order(function, tensors):
     }
 
 
+@pytest.mark.composes("`grad`, `vjp`, `jvp`, `linearize`, `jacrev`, `jacfwd`, `functionalize`")
 @every_twin
 def test_first_derivatives(twin):
     tensors = twin.tensors()
@@ -157,6 +162,7 @@ def test_first_derivatives(twin):
 MODES = {"reverse": func.jacrev, "forward": func.jacfwd}
 
 
+@pytest.mark.composes("`hessian`: each mode over each")
 @every_twin
 @pytest.mark.parametrize("outer", MODES)
 @pytest.mark.parametrize("inner", MODES)
@@ -172,6 +178,7 @@ def test_second_derivatives(twin, inner, outer):
     torch.testing.assert_close(ours, stock)
 
 
+@pytest.mark.composes("third derivatives, in every order of the modes")
 @every_twin
 @pytest.mark.parametrize("modes", ["".join(modes) for modes in itertools.product("rf", repeat=3)])
 def test_third_derivatives(twin, modes):
@@ -248,6 +255,7 @@ def test_functions_are_transformed_by_apply_too(twin):
 # ---- forward mode by dual numbers ----
 
 
+@pytest.mark.composes("forward mode by dual numbers")
 @every_twin
 def test_dual_numbers(twin):
     """Also where a gradient is wanted of the tangent."""
@@ -270,6 +278,7 @@ def loss(net, parameters, image, label):
     return torch.nn.functional.cross_entropy(scores, label)
 
 
+@pytest.mark.composes("`vmap(grad)`: each sample's gradients, at once")
 @both_lenets
 def test_gradients_of_each_sample(fused):
     """vmap(grad) of LeNet, equal to a loop over the samples and to stock's."""
@@ -297,6 +306,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.composes("`vmap(grad)`: each sample's gradients, at once")
 @both_lenets
 def test_gradients_of_each_sample_are_computed_at_once(fused):
     """As many calls for eight samples as for two."""
@@ -310,6 +320,7 @@ def test_gradients_of_each_sample_are_computed_at_once(fused):
     assert counts[0] == counts[1] and sum(counts[0].values()) < 40
 
 
+@pytest.mark.composes("`functional_call`, ensembles of `stack_module_state`")
 @both_lenets
 def test_ensemble(fused):
     """stack_module_state: networks with parameters of their own, run as one."""
@@ -324,6 +335,7 @@ def test_ensemble(fused):
     torch.testing.assert_close(run(ours), run(stock))
 
 
+@pytest.mark.composes("`grad`, `vjp`, `jvp`, `linearize`, `jacrev`, `jacfwd`, `functionalize`")
 @both_lenets
 def test_jacobian_of_a_network(fused):
     ours, stock = lenets(fused)
@@ -334,6 +346,7 @@ def test_jacobian_of_a_network(fused):
     torch.testing.assert_close(func.jvp(ours, (image,), (direction,)), func.jvp(stock, (image,), (direction,)))
 
 
+@pytest.mark.composes("`hessian`: each mode over each")
 @both_lenets
 def test_hessian_vector_product_of_a_network(fused):
     """Forward over reverse, by the parameters."""
