@@ -36,7 +36,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void*
 template <class T>
 __device__ __forceinline__ void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #ifdef PYOPS_EMULATED
-  emulator::multiply_matrices<T>(sums, a, b0, b1, [](T value) { return widen(value); });
+  emulator::multiply_16_bit<T>(sums, a, {b0, b1}, [](T value) { return widen(value); });
 #else
   if constexpr (std::is_same_v<T, __half>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "

@@ -8,25 +8,30 @@ import pytest
 
 pytestmark = emulated.needed
 
-# The checks are listed in the program; which there are is read from its source, as it is built only if a test runs.
-CASES = re.findall(r'^    \{"(\w+)"', (emulated.FOLDER / "check_emulator.cpp").read_text(), re.MULTILINE)
+# The checks are listed in the programs; which there are is read from their sources, as they are built only if a test
+# runs.
+PROGRAMS = ["check_emulator", "check_ptx"]
+CASES = [
+    (name, case)
+    for name in PROGRAMS
+    for case in re.findall(r'^    \{"(\w+)"', (emulated.FOLDER / f"{name}.cpp").read_text(), re.MULTILINE)
+]
 
 
-@pytest.fixture(scope="module")
-def program():
-    return emulated.build_program("check_emulator")
+def listed(program):
+    return dict(line.split(";") for line in subprocess.check_output([program], text=True).splitlines())
 
 
-def test_every_check_is_run(program):
-    listed = subprocess.check_output([program], text=True).splitlines()
-    assert [line.split(";")[0] for line in listed] == CASES
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_check_is_run(name):
+    assert list(listed(emulated.build_program(name))) == [case for program, case in CASES if program == name]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_emulator(program, case):
-    expected = dict(line.split(";") for line in subprocess.check_output([program], text=True).splitlines())
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_emulator(name, case):
+    program = emulated.build_program(name)
     result = subprocess.run([program, case], capture_output=True, text=True)
-    if message := expected[case]:
+    if message := listed(program)[case]:
         assert result.returncode < 0, "this misuse must abort"
         assert message in result.stderr and "(block " in result.stderr
     else:

@@ -1,33 +1,9 @@
-// The emulator's own tests: `check_emulator NAME` runs one; without NAME it lists them. A name that begins with
-// "refuses" is of a misuse that must abort; test_emulator.py looks for the message that stands beside it.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-
-#include <limits>
-#include <string>
+// The emulator's own tests of threads, barriers and warps (check.h).
+#include "check.h"
 
 namespace {
 
 using emulator::Order;
-
-void expect(bool condition, const char* text, int line) {
-  if (condition) return;
-  std::printf("line %d: not true: %s\n", line, text);
-  std::exit(1);
-}
-#define EXPECT(condition) expect(condition, #condition, __LINE__)
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 threads, size_t shared, Arguments... arguments) {
-  const cudaLaunchConfig_t config{grid, threads, shared, nullptr, nullptr, 0};
-  return cudaLaunchKernelEx(&config, kernel, arguments...);
-}
-
-template <class T>
-T* shared() {
-  return reinterpret_cast<T*>(emulator::block.shared);
-}
 
 __global__ void number_threads(int* numbers) {
   const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
@@ -187,82 +163,6 @@ void small_floats_convert() {
   EXPECT(half(65519) == 65504 && __half2float({0x0001}) == 0x1p-24f);
 }
 
-// What a fragment holds, by the tables of the PTX manual: one lane and element at a time.
-__global__ void load_rows(const uint16_t* matrices, uint32_t* plain, uint32_t* transposed) {
-  uint16_t* tile = shared<uint16_t>();
-  const int lane = threadIdx.x;
-  for (int i = 0; i < 8; ++i) tile[lane * 8 + i] = matrices[lane * 8 + i];
-  __syncthreads();
-  uint32_t result[4];
-  emulator::load_matrices(result, tile + lane * 8, false, "plain");
-  for (int i = 0; i < 4; ++i) plain[lane * 4 + i] = result[i];
-  emulator::load_matrices(result, tile + lane * 8, true, "transposed");
-  for (int i = 0; i < 4; ++i) transposed[lane * 4 + i] = result[i];
-}
-
-void matrices_load_as_fragments() {
-  std::vector<uint16_t> matrices(256);
-  std::iota(matrices.begin(), matrices.end(), 0);
-  std::vector<uint32_t> plain(128), transposed(128);
-  EXPECT(launch(load_rows, 1, 32, 512, matrices.data(), plain.data(), transposed.data()) == cudaSuccess);
-  // Lane 5 holds row 1, columns 2 and 3; transposed: column 1, rows 2 and 3.
-  EXPECT(plain[5 * 4] == (10u | 11u << 16) && transposed[5 * 4] == (17u | 25u << 16));
-  EXPECT(plain[0] == (0u | 1u << 16) && transposed[0] == (0u | 8u << 16));
-  EXPECT(plain[31 * 4 + 3] == (254u | 255u << 16) && transposed[31 * 4 + 3] == (247u | 255u << 16));
-}
-
-template <class T>
-__global__ void multiply(const T* a, const T* b, float* c) {
-  const int lane = threadIdx.x, row = lane / 4, k = lane % 4 * 2;
-  const auto pair = [](T low, T high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; };
-  uint32_t of_a[4];
-  for (int i = 0; i < 4; ++i) {
-    const T* p = a + (row + i % 2 * 8) * 16 + k + i / 2 * 8;
-    of_a[i] = pair(p[0], p[1]);
-  }
-  const T* p = b + k * 8 + row;  // b[k][column]
-  float sums[4] = {1, 1, 1, 1};
-  const auto widen = [](T value) {
-    if constexpr (std::is_same_v<T, __half>) {
-      return __half2float(value);
-    } else {
-      return __bfloat162float(value);
-    }
-  };
-  emulator::multiply_matrices<T>(sums, of_a, pair(p[0], p[8]), pair(p[64], p[72]), widen);
-  for (int i = 0; i < 4; ++i) c[(row + i / 2 * 8) * 8 + k + i % 2] = sums[i];
-}
-
-template <class T, class Narrow>
-void check_product(const Narrow& narrow) {
-  std::vector<T> a(256), b(128);
-  for (int i = 0; i < 256; ++i) a[i] = narrow(static_cast<float>(i * 7 % 11 - 5));
-  for (int i = 0; i < 128; ++i) b[i] = narrow(static_cast<float>(i * 5 % 13 - 6));
-  std::vector<float> c(128);
-  EXPECT(launch(multiply<T>, 1, 32, 0, a.data(), b.data(), c.data()) == cudaSuccess);
-  for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 8; ++column) {
-      int sum = 1;
-      for (int k = 0; k < 16; ++k) sum += ((row * 16 + k) * 7 % 11 - 5) * ((k * 8 + column) * 5 % 13 - 6);
-      EXPECT(c[row * 8 + column] == static_cast<float>(sum));
-    }
-  }
-}
-
-void matrices_multiply() {
-  check_product<__half>(__float2half_rn);
-  check_product<__nv_bfloat16>(__float2bfloat16_rn);
-}
-
-__global__ void misaligned_row() {
-  uint32_t result[4];
-  emulator::load_matrices(result, shared<unsigned char>() + 8, false, "here");
-}
-__global__ void row_outside() {
-  uint32_t result[4];
-  emulator::load_matrices(result, shared<unsigned char>() + 1024, false, "here");
-}
-
 __global__ void different_barriers() {
   if (threadIdx.x < 32) {
     __syncthreads();
@@ -301,23 +201,10 @@ __global__ void shuffle_from_outside() {
   if (threadIdx.x < 16) __shfl_down_sync(0x0000ffffu, 1, 8);
 }
 
-template <void (*kernel)()>
-void run() {
-  launch(kernel, 1, 64, 0);
-}
-template <void (*kernel)()>
-void run_with_shared() {
-  launch(kernel, 1, 64, 1024);
-}
 void run_small() {
   launch(lane_that_is_not_there, 1, 48, 0);
 }
 
-struct Case {
-  const char* name;
-  void (*run)();
-  const char* message = nullptr;
-};
 const char* mixed = "lanes of a warp wait at different operations";
 const Case cases[] = {
     {"every_thread_runs_once", every_thread_runs_once},
@@ -329,10 +216,6 @@ const Case cases[] = {
     {"unwritten_shared_memory_is_nan", unwritten_shared_memory_is_nan},
     {"impossible_launches_fail", impossible_launches_fail},
     {"small_floats_convert", small_floats_convert},
-    {"matrices_load_as_fragments", matrices_load_as_fragments},
-    {"matrices_multiply", matrices_multiply},
-    {"refuses_a_misaligned_row", run_with_shared<misaligned_row>, "ldmatrix: a row that is not aligned"},
-    {"refuses_a_row_outside_of_shared_memory", run_with_shared<row_outside>, "ldmatrix: a row outside of shared"},
     {"refuses_different_barriers", run<different_barriers>, "threads of a block met at different barriers"},
     {"refuses_a_barrier_in_half_a_warp", run<warp_and_barrier>, mixed},
     {"refuses_an_ended_lane", run<ended_lane>, mixed},
@@ -346,11 +229,5 @@ const Case cases[] = {
 }  // namespace
 
 int main(int count, char** arguments) {
-  for (const Case& one : cases) {
-    if (count < 2) {
-      std::printf("%s;%s\n", one.name, one.message ? one.message : "");
-    } else if (std::string(arguments[1]) == one.name) {
-      one.run();
-    }
-  }
+  return run_cases(cases, count, arguments);
 }

@@ -10,8 +10,8 @@
 //   - a barrier that some thread of the block never reaches, and threads that meet at different barriers;
 //   - lanes of a warp that wait for each other at different operations, with different masks, or for an ended lane;
 //   - reads of shared memory that nobody wrote, as they are NaN (0xff bytes);
-//   - rows of ldmatrix that are misaligned or not in shared memory (other vector accesses: UndefinedBehaviorSanitizer).
-// Not modelled: time, bank conflicts, caches, asynchronous copies, and how tensor cores round their sums.
+//   - misuse of the PTX instructions of ptx.h (vector accesses of C++ that are misaligned: UndefinedBehaviorSanitizer).
+// Not modelled: time, bank conflicts and caches.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -56,10 +56,20 @@ inline int64_t largest_32_bit_offset = 20000;  // of the kernels' offsets
 // What a thread is doing; `site` tells barriers and warp operations in the source apart.
 enum class State { fresh, ready, at_barrier, in_warp, done };
 
+// A cp.async on its way: `bytes` from `source`, then zeros.
+struct Copy {
+  unsigned char* target;
+  const void* source;
+  size_t bytes, zeros;
+};
+
 struct Thread {
   State state = State::fresh;
   const char* site = nullptr;
-  unsigned mask = 0;  // of the warp operation
+  unsigned mask = 0;           // of the warp operation
+  std::vector<Copy> copies;    // not arrived, in their order
+  std::vector<size_t> groups;  // of committed copies: how many there are in each
+  size_t open_copies = 0;      // not committed yet
   uint3 index;
   int number, parity;
   void* stack_pointer;
@@ -102,6 +112,7 @@ inline void leave() {
 
 inline void run_thread() {
   (*block.body)();
+  if (!block.current->copies.empty()) fail("a thread ends with copies of cp.async that it has not waited for");
   block.current->state = State::done;
   leave();
   std::abort();  // nobody resumes it
@@ -158,6 +169,7 @@ inline void run_block(const std::vector<int>& thread_order) {
     thread.index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
     thread.number = i;
     thread.parity = 0;
+    thread.groups.clear();
   }
   for (bool any_left = true; any_left;) {
     bool any_ran = any_left = false;
@@ -211,8 +223,10 @@ inline void barrier(const char* site) {
   leave();
 }
 
-// Waits for the lanes of the mask, which must come to the same operation with the same mask.
-inline void meet(unsigned mask, const char* site) {
+// Waits for the lanes of the mask, which must come to the same operation with the same mask. The last one calls `last`,
+// while the others wait.
+template <class Last>
+void meet(unsigned mask, const char* site, const Last& last) {
   Thread& self = *block.current;
   const int first = self.number / warp_size * warp_size, lane = self.number - first;
   if ((mask >> lane & 1) == 0) fail("a lane's mask does not name the lane itself");
@@ -225,8 +239,12 @@ inline void meet(unsigned mask, const char* site) {
     complete = other.state == State::in_warp && other.site == site && other.mask == mask;
   }
   if (!complete) return leave();
+  last();
   for (int i = 0; i < warp_size; ++i)
     if (mask >> i & 1) block.threads[first + i].state = State::ready;
+}
+inline void meet(unsigned mask, const char* site) {
+  meet(mask, site, [] {});
 }
 
 // What the lanes of the mask gave to the same call, by lane. Its memory is good until the warp's next call but one.
@@ -271,55 +289,6 @@ inline unsigned ballot(unsigned mask, bool vote, const char* site) {
   return result;
 }
 
-// ldmatrix.x4: four matrices of 8 rows of 16 bytes. PTX cannot be told apart by its place: `site` is its name.
-inline void load_matrices(uint32_t (&result)[4], const void* row, bool transposed, const char* site) {
-  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("ldmatrix: a row that is not aligned to 16 bytes");
-  const auto* memory = static_cast<const unsigned char*>(row);
-  if (memory < block.shared || memory + 16 > block.shared + block.shared_bytes)
-    fail("ldmatrix: a row outside of shared memory");
-  struct Row {
-    uint16_t elements[8];
-  };
-  Row mine;
-  std::memcpy(&mine, row, sizeof(mine));
-  const Exchange<Row> rows(0xffffffffu, mine, site);
-  const int l = lane();
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    uint32_t pair = 0;
-    for (int i = 0; i < 2; ++i) {
-      const int r = transposed ? 2 * (l % 4) + i : l / 4, c = transposed ? l / 4 : 2 * (l % 4) + i;
-      pair |= static_cast<uint32_t>(rows[matrix * 8 + r].elements[c]) << (16 * i);
-    }
-    result[matrix] = pair;
-  }
-}
-
-// mma.m16n8k16 of 16-bit elements and float sums.
-template <class T, class Widen>
-void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Widen& widen) {
-  struct Fragment {
-    uint32_t a[4], b[2];
-  };
-  const Exchange<Fragment> all(0xffffffffu, {{a[0], a[1], a[2], a[3]}, {b0, b1}}, "mma");
-  const auto element = [&](uint32_t pair, int which) {
-    const auto bits = static_cast<uint16_t>(pair >> (16 * which));
-    T value;
-    std::memcpy(&value, &bits, sizeof(bits));
-    return widen(value);
-  };
-  const int l = lane();
-  for (int s = 0; s < 4; ++s) {
-    const int row = l / 4 + s / 2 * 8, column = 2 * (l % 4) + s % 2;
-    float sum = sums[s];
-    for (int k = 0; k < 16; ++k) {
-      const int holder = k % 8 / 2;  // among the four lanes of a row or column
-      sum = std::fma(element(all[row % 8 * 4 + holder].a[row / 8 + k / 8 * 2], k % 2),
-                     element(all[column * 4 + holder].b[k / 8], k % 2), sum);
-    }
-    sums[s] = sum;
-  }
-}
-
 }  // namespace emulator
 
 // A string that tells two places in the source apart.
@@ -353,3 +322,5 @@ inline unsigned __umulhi(unsigned a, unsigned b) {
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
+
+#include "ptx.h"
