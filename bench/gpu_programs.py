@@ -224,7 +224,30 @@ def large(device: str) -> None:
     assert out[-1].tolist() == [3] * 3 and out[0].tolist() == [2] * 3 and out.count_nonzero() == 6
 
 
-PROGRAMS = {function.__name__: function for function in (every_op, same_bits, graph, stream, threads, batches, large)}
+def tf32(device: str) -> None:
+    """Products of float32 are those of TF32 where torch's flag for the op allows them, and nowhere else."""
+    backends = {"linear": torch.backends.cuda.matmul, "conv2d": torch.backends.cudnn}
+    before = {name: backend.allow_tf32 for name, backend in backends.items()}
+    sizes = {"linear": [(70, 300), (80, 300)], "conv2d": [(2, 40, 9, 9), (70, 40, 3, 3)]}
+    try:
+        for allowed in backends:
+            for name, backend in backends.items():
+                backend.allow_tf32 = name == allowed
+            for name, shapes in sizes.items():
+                tensors = operands(*shapes, dtype=torch.float32)
+                expected = results(getattr(torch.nn.functional, name), [tensor.double() for tensor in tensors])
+                actual = results(getattr(functional, name), [tensor.to(device) for tensor in tensors])
+                for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+                    error = ((a.cpu().double() - e).abs().max() / e.abs().max()).item()
+                    right = 2e-5 < error < 5e-3 if name == allowed else error < 2e-6
+                    assert right, f"{name}, TF32 for {allowed}, result {i}: error {error:.2e}"
+    finally:
+        for name, backend in backends.items():
+            backend.allow_tf32 = before[name]
+
+
+ALL = (every_op, same_bits, tf32, graph, stream, threads, batches, large)
+PROGRAMS = {function.__name__: function for function in ALL}
 
 
 def main() -> None:
@@ -233,6 +256,7 @@ def main() -> None:
     names = parser.parse_args().name or list(PROGRAMS)
     if not torch.cuda.is_available():
         sys.exit("there is no GPU")
+    torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
     if len(names) == 1:
         PROGRAMS[names[0]]("cuda")
         torch.cuda.synchronize()

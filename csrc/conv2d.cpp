@@ -1,4 +1,5 @@
 // conv2d on tensors: checks, output geometry, memory format and allocation.
+#include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -23,6 +24,12 @@ struct Window {
   int64_t top, left, bottom, right;
   int64_t groups;
 };
+
+// torch.backends.cudnn.allow_tf32, or what fp32_precision says in its place; stock sets it by default.
+bool allows_tf32(const Tensor& tensor) {
+  return tensor.is_cuda() && tensor.scalar_type() == at::kFloat &&
+         at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);
+}
 
 void check_list(const char* op, const char* name, IntArrayRef values, bool four_allowed = false) {
   TORCH_CHECK(values.size() == 1 || values.size() == 2 || (four_allowed && values.size() == 4), op, ": expected ", name,
@@ -114,7 +121,7 @@ CheckedConv2d checked_conv2d(const char* op, const Tensor& input, const Tensor& 
   const Tensor images = to_batch(input);
   shape.weight_channels_last = is_channels_last(weight) && kernels(input)->reads_channels_last_weight;
   shape.channels_last = shape.N > 0 && (is_channels_last(images) || is_channels_last(weight));  // as stock
-  CheckedConv2d checked{{dtype, shape, nullptr, nullptr, nullptr, nullptr, false},
+  CheckedConv2d checked{{dtype, shape, nullptr, nullptr, nullptr, nullptr, false, allows_tf32(input)},
                         images.contiguous(memory_format(shape.channels_last)),
                         weight.contiguous(memory_format(shape.weight_channels_last)),
                         bias.has_value() ? bias->contiguous() : Tensor(),
@@ -157,6 +164,7 @@ Conv2dGradients checked_conv2d_backward(const char* op, const Tensor& grad, cons
   }
   Conv2dGradients checked{};
   checked.args.dtype = floating_dtype(op, grad);
+  checked.args.tf32 = allows_tf32(grad);
   Conv2dShape& shape = checked.args.shape = make_shape(op, input_size, weight_size, window);
   checked.batched = input_size.size() == 4;
   const bool weight_channels_last = weight.has_value() && is_channels_last(*weight);

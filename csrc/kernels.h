@@ -44,7 +44,8 @@ struct ReluMaskBackwardArgs {
   void* grad_input;
 };
 
-// output[M, N] = input[M, K] weight[N, K]^T + bias[N], all row-major; with `relu`, rectified as above.
+// output[M, N] = input[M, K] weight[N, K]^T + bias[N], all row-major; with `relu`, rectified as above. `tf32`: torch's
+// flag for the op lets products of float32 be of operands rounded to TF32; set for CUDA alone.
 struct LinearArgs {
   DType dtype;
   int64_t M, N, K;
@@ -53,6 +54,7 @@ struct LinearArgs {
   const void* bias;  // null: none
   void* output;
   bool relu;
+  bool tf32;
 };
 
 // grad_input[M, K] = grad_output weight; grad_weight[N, K] = grad_output^T input; grad_bias[N] = column sums of
@@ -66,6 +68,7 @@ struct LinearBackwardArgs {
   void* grad_input;
   void* grad_weight;
   void* grad_bias;
+  bool tf32;
 };
 
 struct Conv2dShape {
@@ -82,7 +85,7 @@ struct Conv2dShape {
 // output[n, o, y, x] = bias[o] + sum over c, i, j of
 //   weight[o, c, i, j] * input[n, g C/groups + c, y stride_h - padding_top + i dilation_h, x stride_w - ...]
 // over the taps that lie inside the input only (so an infinite weight over the border gives no NaN).
-// With `relu`, rectified as above.
+// With `relu`, rectified, and with `tf32`, rounded as above.
 struct Conv2dArgs {
   DType dtype;
   Conv2dShape shape;
@@ -91,6 +94,7 @@ struct Conv2dArgs {
   const void* bias;  // null: none
   void* output;
   bool relu;
+  bool tf32;
 };
 
 struct Conv2dBackwardArgs {
@@ -102,6 +106,7 @@ struct Conv2dBackwardArgs {
   void* grad_input;
   void* grad_weight;
   void* grad_bias;
+  bool tf32;
 };
 
 struct MaxPool2dShape {

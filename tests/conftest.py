@@ -77,6 +77,7 @@ def pytest_report_header():
 def device(request):
     """The test's device: "emulated" is the CPU, as far as torch can see, and new tensors are on it or on "cuda"."""
     name = getattr(request, "param", "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # the tests hold float32 against float64
     with emulated.kernels() if name == "emulated" else torch.device("cuda") if name == "cuda" else nullcontext():
         yield name
 

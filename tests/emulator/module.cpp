@@ -16,11 +16,33 @@ struct PoisonedWorkspace final : pyops::cuda::Workspace {
   }
 };
 
+// What torch's flags would say of CUDA tensors.
+bool tf32 = false;
+template <class Args>
+void allow_tf32(Args&) {}
+void allow_tf32(pyops::LinearArgs& args) {
+  args.tf32 = tf32;
+}
+void allow_tf32(pyops::LinearBackwardArgs& args) {
+  args.tf32 = tf32;
+}
+void allow_tf32(pyops::Conv2dArgs& args) {
+  args.tf32 = tf32;
+}
+void allow_tf32(pyops::Conv2dBackwardArgs& args) {
+  args.tf32 = tf32;
+}
+void allow_tf32(pyops::Conv2dReluMaxPool2dArgs& args) {
+  args.conv.tf32 = tf32;
+}
+
 template <auto launcher>
 struct Run;
 template <class Args, cudaError_t (*launcher)(const Args&, pyops::cuda::Workspace&, cudaStream_t)>
 struct Run<launcher> {
-  static void run(const Args& args) {
+  static void run(const Args& given) {
+    Args args = given;
+    allow_tf32(args);
     PoisonedWorkspace workspace;
     if (launcher(args, workspace, nullptr) != cudaSuccess) emulator::fail("a launcher returned an error");
   }
@@ -38,9 +60,15 @@ PyObject* set_largest_32_bit_offset(PyObject*, PyObject* number) {
   Py_RETURN_NONE;
 }
 
+PyObject* set_tf32(PyObject*, PyObject* allowed) {
+  tf32 = PyObject_IsTrue(allowed);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"set_order", set_order, METH_O, "0: threads and blocks forward, 1: reverse, 2: shuffled, 3: by turns"},
     {"set_largest_32_bit_offset", set_largest_32_bit_offset, METH_O, "Larger ones are computed in 64 bits"},
+    {"set_tf32", set_tf32, METH_O, "whether products of float32 may be of TF32"},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef definition = {
