@@ -1,183 +1,26 @@
 // conv2d and its gradients as products of matrices (gemm.h) that are never in memory: their elements are found where
-// they lie in the images. Without groups:
+// they lie in the images (conv2d_windows.h). Without groups:
 //
-//   output[pixel, o]       = sum over taps        windows(pixel, tap) weight(o, tap)
-//   grad_input[element, c] = sum over o and tap   meetings(element, (o, tap)) weight(c, (o, tap))
-//   grad_weight[o, tap]    = sum over pixels      grad_output(o, pixel) windows(pixel, tap)
+//   output[pixel, o]      = sum over taps        windows(pixel, tap) weight(o, tap)
+//   grad_input[pixel, c]  = sum over o and taps  windows of grad_output(pixel, (o, tap)) weight(c, (o, tap))
+//   grad_weight[o, tap]   = sum over pixels      grad_output(o, pixel) windows(pixel, tap)
 //
-// where a tap is c, i, j. What is summed over runs in the order in which images lie in memory, so that neighbouring
-// threads read neighbours: channels outermost for N C H W, innermost for N H W C.
+// where a tap is c, i, j. The gradient of the input is computed by phases: pixels whose rows and columns leave the same
+// rests by the strides met the output through the same taps, every (stride / gcd(stride, dilation))th, and from pixel
+// to pixel of a phase the outputs they met lie side by side: so each phase is a convolution of grad_output with stride
+// 1 by its part of the weight, and no product is with a tap that no output has. A phase without taps is zeros.
 //
-// Taps outside the image are read as 0. Times an infinity that is NaN, where a sum over the taps inside has no such
-// term; so a NaN is summed again by the generic way, which asks for each tap.
-// Registers (sm_90): 128 at most for float, 166 for double, 198 on tensor cores; shared memory as in gemm.h.
+// Of images N H W C all three read 16 bytes at a time along the channels, if their number allows it. Of N C H W they
+// read elements one by one, neighbouring threads neighbours; but 16 bytes along the pixels where those lie side by
+// side, which are kernels of 1x1 with stride 1 and grad_output in the gradient of the weight.
 #pragma once
 
-#include "conv2d_generic.h"
-#include "gemm.h"
+#include <numeric>
+#include <optional>
+
+#include "conv2d_windows.h"
 
 namespace pyops::cuda {
-
-// What a sum runs over: a channel and the position of a tap.
-template <class Index, bool channels_last>
-struct Depth {
-  Divider<Index> channels, kernel_h, kernel_w;
-  struct Term {
-    Index channel, i, j;
-  };
-  __device__ __forceinline__ Term operator()(Index k) const {
-    Term term;
-    if constexpr (channels_last) term.channel = take_digit(k, channels);
-    term.j = take_digit(k, kernel_w);
-    if constexpr (channels_last) {
-      term.i = k;
-    } else {
-      term.i = take_digit(k, kernel_h);
-      term.channel = k;
-    }
-    return term;
-  }
-};
-
-// Element (output pixel, tap): the input that the tap meets.
-template <class T, class Index, bool channels_last>
-struct WindowMatrix {
-  static constexpr bool along_k = channels_last, has_packs = channels_last;
-  Conv<Index> conv;
-  Depth<Index, channels_last> taps;
-  const T* input;
-  bool packs;
-  __device__ __forceinline__ T operator()(Index row, Index k) const { return load<T>(row, k); }
-  __device__ __forceinline__ Pack<T> pack(Index row, Index k) const { return load<Pack<T>>(row, k); }
-
- private:
-  template <class Loaded>
-  __device__ __forceinline__ Loaded load(Index row, Index k) const {
-    const auto pixel = conv.output.pixel(row);
-    const auto tap = taps(k);
-    const Index h = conv.input_h(pixel.h, tap.i), w = conv.input_w(pixel.w, tap.j);
-    if (h < 0 || w < 0 || h >= conv.input.height() || w >= conv.input.width()) return Loaded{};
-    return *reinterpret_cast<const Loaded*>(input + conv.input.offset(pixel.n, tap.channel, h, w));
-  }
-};
-
-// Element (input pixel, output channel and tap): the gradient of the output that met the input through the tap.
-template <class T, class Index, bool channels_last>
-struct MeetingMatrix {
-  static constexpr bool along_k = channels_last, has_packs = channels_last;
-  Conv<Index> conv;
-  Depth<Index, channels_last> taps;
-  const T* grad_output;
-  bool packs;
-  __device__ __forceinline__ T operator()(Index row, Index k) const { return load<T>(row, k); }
-  __device__ __forceinline__ Pack<T> pack(Index row, Index k) const { return load<Pack<T>>(row, k); }
-
- private:
-  template <class Loaded>
-  __device__ __forceinline__ Loaded load(Index row, Index k) const {
-    const auto pixel = conv.input.pixel(row);
-    const auto tap = taps(k);
-    Index y = pixel.h + conv.padding_h - tap.i * conv.dilation_h;
-    Index x = pixel.w + conv.padding_w - tap.j * conv.dilation_w;
-    if (y < 0 || x < 0 || take_digit(y, conv.stride_h) != 0 || take_digit(x, conv.stride_w) != 0) return Loaded{};
-    if (y >= conv.output.height() || x >= conv.output.width()) return Loaded{};
-    return *reinterpret_cast<const Loaded*>(grad_output + conv.output.offset(pixel.n, tap.channel, y, x));
-  }
-};
-
-// The weight in the order of a product, [row][k]: rows are output channels and k goes over input channels and taps, or
-// the other way round, by their strides in the weight.
-template <class T, class Index, bool channels_last>
-__global__ void __launch_bounds__(block_threads, 1)
-    order_weight(Depth<Index, channels_last> taps, Divider<Index> depth, const T* weight, Index row_stride,
-                 Index channel_stride, int64_t count, T* ordered) {
-  const int64_t number = thread_number();
-  if (number >= count) return;
-  auto row = static_cast<Index>(number);
-  const auto tap = taps(take_digit(row, depth));
-  ordered[number] = weight[row * row_stride + tap.channel * channel_stride + tap.i * taps.kernel_w.value() + tap.j];
-}
-
-// Element (channel, pixel) of images N C H W.
-template <class T, class Index>
-struct ChannelMatrix {
-  static constexpr bool along_k = true, has_packs = false;
-  Images<Index> images;
-  const T* data;
-  __device__ __forceinline__ T operator()(Index row, Index k) const {
-    const auto pixel = images.pixel(k);
-    return data[images.offset(pixel.n, row, pixel.h, pixel.w)];
-  }
-};
-
-// The same of images in either layout.
-template <bool channels_last, class Index, class T>
-auto channel_matrix(const Images<Index>& images, const T* data) {
-  if constexpr (channels_last) {
-    return Matrix<T, Index, false>(data, images.C.value());
-  } else {
-    return ChannelMatrix<T, Index>{images, data};
-  }
-}
-
-template <class Matrix>
-struct Transposed {
-  static constexpr bool along_k = !Matrix::along_k, has_packs = Matrix::has_packs;
-  Matrix matrix;
-  bool packs = matrix.packs;
-  template <class Index>
-  __device__ __forceinline__ auto operator()(Index row, Index k) const {
-    return matrix(k, row);
-  }
-  template <class Index>
-  __device__ __forceinline__ auto pack(Index row, Index k) const {
-    return matrix.pack(k, row);
-  }
-};
-
-template <class T, class Index, bool channels_last>
-struct StoreOutput {
-  Conv<Index> conv;
-  const T *input, *weight, *bias;
-  T* output;
-  bool relu, has_border;
-  __device__ __forceinline__ void operator()(Index row, Index column, Compute<T> sum) const {
-    const auto pixel = conv.output.pixel(channels_last ? row : column);
-    const Position<Index> at{pixel.n, channels_last ? column : row, pixel.h, pixel.w};
-    if (has_border && sum != sum) sum = convolve(conv, input, weight, at);
-    const T value = finish_conv(sum, bias, at.c);
-    output[conv.output.offset(at.n, at.c, at.h, at.w)] = relu ? narrow<T>(rectified(widen(value))) : value;
-  }
-};
-
-template <class T, class Index, bool channels_last>
-struct StoreGradInput {
-  Conv<Index> conv;
-  const T *grad_output, *weight;
-  T* grad_input;
-  __device__ __forceinline__ void operator()(Index row, Index column, Compute<T> sum) const {
-    const auto pixel = conv.input.pixel(channels_last ? row : column);
-    const Position<Index> at{pixel.n, channels_last ? column : row, pixel.h, pixel.w};
-    if (sum != sum) sum = gradient_of_input(conv, grad_output, weight, at);
-    grad_input[conv.input.offset(at.n, at.c, at.h, at.w)] = narrow<T>(sum);
-  }
-};
-
-template <class T, class Index, bool channels_last>
-struct StoreGradWeight {
-  Conv<Index> conv;
-  Depth<Index, channels_last> taps;
-  const T *grad_output, *input;
-  T* grad_weight;
-  Index pixels;
-  bool has_border;
-  __device__ __forceinline__ void operator()(Index row, Index column, Compute<T> sum) const {
-    const auto tap = taps(column);
-    const Index offset = conv.weight_offset(row, tap.channel, tap.i, tap.j);
-    if (has_border && sum != sum) sum = gradient_of_weight<T, Index>(conv, grad_output, input, offset, 0, 1, pixels);
-    grad_weight[offset] = narrow<T>(sum);
-  }
-};
 
 // f(std::bool_constant<channels_last>).
 template <class F>
@@ -192,34 +35,23 @@ inline bool has_border(const Conv2dShape& s) {
 }
 
 // The product of pixels by channels, stored in whichever orientation writes neighbours by neighbouring threads.
-template <bool channels_last, class T, class Index, class Pixels, class Channels, class Store>
+template <bool channels_last, class Mma, class Pixels, class Channels, class Store>
 cudaError_t pixel_product(int64_t pixels, int64_t channels, int64_t depth, const Pixels& pixel_matrix,
                           const Channels& channel_matrix, const Store& store, Workspace& workspace,
                           cudaStream_t stream) {
   if constexpr (channels_last) {
-    return gemm<T, Index>(pixels, channels, depth, pixel_matrix, channel_matrix, store, workspace, stream);
+    return gemm<Mma>(pixels, channels, depth, pixel_matrix, channel_matrix, store, workspace, stream);
   } else {
-    return gemm<T, Index>(channels, pixels, depth, channel_matrix, pixel_matrix, store, workspace, stream);
+    return gemm<Mma>(channels, pixels, depth, channel_matrix, pixel_matrix, store, workspace, stream);
   }
 }
 
-// Whether the channels of a tap can be read by 16 bytes where they lie side by side.
-template <class T>
-bool reads_packs(int64_t channels, const T* images) {
-  return channels % Pack<T>::size == 0 && aligned_to_packs(images);
-}
-
-// Makes `ordered` a copy of the weight in the order of a product, whose rows are output or input channels.
-template <class T, bool channels_last>
-cudaError_t ordered_weight(const Depth<int32_t, channels_last>& taps, bool row_is_output, const Conv2dShape& s,
-                           const T* weight, const T*& ordered, Workspace& workspace, cudaStream_t stream) {
-  const int64_t size = s.kernel_h * s.kernel_w, count = s.O * s.C * size;
-  const auto of_output = static_cast<int32_t>(s.C * size), of_input = static_cast<int32_t>(size);
-  T* copy = workspace.array<T>(count);
-  ordered = copy;
-  return launch_for(order_weight<T, int32_t, channels_last>, count, stream, taps,
-                    Divider<int32_t>((row_is_output ? s.C : s.O) * size), weight, row_is_output ? of_output : of_input,
-                    row_is_output ? of_input : of_output, count, copy);
+// The windows of the output on the input.
+template <class T, class Index, bool channels_last>
+WindowMatrix<T, Index, channels_last> output_windows(const Conv<Index>& conv, const Conv2dShape& s, const T* input) {
+  const Axis<Index> h{conv.stride_h.value(), -conv.padding_h, conv.dilation_h};
+  const Axis<Index> w{conv.stride_w.value(), -conv.padding_w, conv.dilation_w};
+  return {conv.input, s.OH, s.OW, h, w, {s.C, s.kernel_h, s.kernel_w}, input};
 }
 
 template <class T>
@@ -229,19 +61,42 @@ cudaError_t product_forward(const Conv2dArgs& x, Workspace& workspace, cudaStrea
     using Index = int32_t;
     const Conv2dShape& s = x.shape;
     const Conv<Index> conv(s);
-    const Depth<Index, channels_last> taps{Divider<Index>(s.C), Divider<Index>(s.kernel_h), Divider<Index>(s.kernel_w)};
+    const int64_t window = s.kernel_h * s.kernel_w, depth = s.C * window;
     const auto *input = static_cast<const T*>(x.input), *weight = static_cast<const T*>(x.weight);
-    const WindowMatrix<T, Index, channels_last> windows{conv, taps, input, reads_packs<T>(s.C, input)};
-    const T* ordered = weight;  // N C H W: as it is
-    if (channels_last)
-      PYOPS_RETURN_ON_ERROR((ordered_weight<T>(taps, /*row_is_output=*/true, s, weight, ordered, workspace, stream)));
-    const Matrix<T, Index, true> weights(ordered, s.C * s.kernel_h * s.kernel_w);
+    const auto windows = output_windows<T, Index, channels_last>(conv, s, input);
+    std::optional<Matrix<T, true>> weights;
+    if constexpr (channels_last) {
+      const WeightOrder<Index, true> order{
+          windows.taps, 0, 1, 0, 1, static_cast<Index>(depth), static_cast<Index>(window), conv.kernel_w.value()};
+      PYOPS_RETURN_ON_ERROR(ordered_weight(order, s.O, depth, weight, weights, workspace, stream));
+    } else {
+      weights.emplace(weight, depth);
+    }
     const StoreOutput<T, Index, channels_last> store{
         conv, input, weight, static_cast<const T*>(x.bias), static_cast<T*>(x.output), x.relu, has_border(s)};
-    return pixel_product<channels_last, T, Index>(s.N * s.OH * s.OW, s.O, s.C * s.kernel_h * s.kernel_w, windows,
-                                                  weights, store, workspace, stream);
+    return dispatch_mma<T>(x.tf32, [&](auto mma) {
+      return pixel_product<channels_last, decltype(mma)>(s.N * s.OH * s.OW, s.O, depth, windows, *weights, store,
+                                                         workspace, stream);
+    });
   });
 }
+
+// In one dimension, the pixels number, number + stride, ... of the input, and the taps through which they met outputs:
+// first_tap, first_tap + tap_step, ...; tap t of these met, with the p'th of the pixels, output p + offset + t * step.
+struct Phase {
+  int64_t pixels, first_tap, tap_step, taps, offset, step;
+
+  Phase(int64_t number, int64_t size, int64_t kernel, int64_t stride, int64_t dilation, int64_t padding)
+      : pixels(ceil_div(size - number, stride)), first_tap(0) {
+    const int64_t common = std::gcd(stride, dilation);
+    tap_step = stride / common;
+    step = -dilation / common;
+    const auto is_met = [&](int64_t tap) { return (number + padding - tap * dilation) % stride == 0; };
+    while (first_tap < std::min(kernel, tap_step) && !is_met(first_tap)) ++first_tap;
+    taps = first_tap < std::min(kernel, tap_step) ? ceil_div(kernel - first_tap, tap_step) : 0;
+    offset = (number + padding - first_tap * dilation) / stride;
+  }
+};
 
 template <class T>
 cudaError_t product_backward_input(const Conv2dBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
@@ -250,15 +105,35 @@ cudaError_t product_backward_input(const Conv2dBackwardArgs& x, Workspace& works
     using Index = int32_t;
     const Conv2dShape& s = x.shape;
     const Conv<Index> conv(s);
-    const Depth<Index, channels_last> taps{Divider<Index>(s.O), Divider<Index>(s.kernel_h), Divider<Index>(s.kernel_w)};
     const auto *grad_output = static_cast<const T*>(x.grad_output), *weight = static_cast<const T*>(x.weight);
-    const MeetingMatrix<T, Index, channels_last> meetings{conv, taps, grad_output, reads_packs<T>(s.O, grad_output)};
-    const T* ordered = nullptr;
-    PYOPS_RETURN_ON_ERROR((ordered_weight<T>(taps, /*row_is_output=*/false, s, weight, ordered, workspace, stream)));
-    const Matrix<T, Index, true> weights(ordered, s.O * s.kernel_h * s.kernel_w);
-    const StoreGradInput<T, Index, channels_last> store{conv, grad_output, weight, static_cast<T*>(x.grad_input)};
-    return pixel_product<channels_last, T, Index>(s.N * s.H * s.W, s.C, s.O * s.kernel_h * s.kernel_w, meetings,
-                                                  weights, store, workspace, stream);
+    const auto one_phase = [&](int64_t first_h, const Phase& h, int64_t first_w, const Phase& w) {
+      const auto index = [](int64_t number) { return static_cast<Index>(number); };
+      const int64_t depth = s.O * h.taps * w.taps, window = s.kernel_h * s.kernel_w;
+      const Depth<Index, channels_last> taps(s.O, std::max(h.taps, int64_t{1}), std::max(w.taps, int64_t{1}));
+      const WindowMatrix<T, Index, channels_last> windows(conv.output, h.pixels, w.pixels,
+                                                          {1, index(h.offset), index(h.step)},
+                                                          {1, index(w.offset), index(w.step)}, taps, grad_output);
+      const WeightOrder<Index, channels_last> order{
+          taps,          index(h.first_tap),  index(h.tap_step), index(w.first_tap), index(w.tap_step),
+          index(window), index(s.C * window), index(s.kernel_w)};
+      std::optional<Matrix<T, true>> weights;
+      PYOPS_RETURN_ON_ERROR(ordered_weight(order, s.C, depth, weight, weights, workspace, stream));
+      const StoreGradInput<T, Index, channels_last> store{
+          conv,   Divider<Index>(h.pixels),     Divider<Index>(w.pixels), index(first_h), index(first_w), grad_output,
+          weight, static_cast<T*>(x.grad_input)};
+      return dispatch_mma<T>(x.tf32, [&](auto mma) {
+        return pixel_product<channels_last, decltype(mma)>(s.N * h.pixels * w.pixels, s.C, depth, windows, *weights,
+                                                           store, workspace, stream);
+      });
+    };
+    for (int64_t i = 0; i < std::min(s.stride_h, s.H); ++i) {
+      const Phase h(i, s.H, s.kernel_h, s.stride_h, s.dilation_h, s.padding_top);
+      for (int64_t j = 0; j < std::min(s.stride_w, s.W); ++j) {
+        const Phase w(j, s.W, s.kernel_w, s.stride_w, s.dilation_w, s.padding_left);
+        PYOPS_RETURN_ON_ERROR(one_phase(i, h, j, w));
+      }
+    }
+    return cudaSuccess;
   });
 }
 
@@ -269,14 +144,28 @@ cudaError_t product_backward_weight(const Conv2dBackwardArgs& x, Workspace& work
     using Index = int32_t;
     const Conv2dShape& s = x.shape;
     const Conv<Index> conv(s);
-    const Depth<Index, channels_last> taps{Divider<Index>(s.C), Divider<Index>(s.kernel_h), Divider<Index>(s.kernel_w)};
     const auto *grad_output = static_cast<const T*>(x.grad_output), *input = static_cast<const T*>(x.input);
     const int64_t pixels = s.N * s.OH * s.OW;
-    const auto gradients = channel_matrix<channels_last, Index>(conv.output, grad_output);
-    const Transposed<WindowMatrix<T, Index, channels_last>> windows{{conv, taps, input, reads_packs<T>(s.C, input)}};
-    const StoreGradWeight<T, Index, channels_last> store{
-        conv, taps, grad_output, input, static_cast<T*>(x.grad_weight), static_cast<Index>(pixels), has_border(s)};
-    return gemm<T, Index>(s.O, s.C * s.kernel_h * s.kernel_w, pixels, gradients, windows, store, workspace, stream);
+    using Windows = WindowMatrix<T, Index, channels_last>;
+    const Transposed<Windows> windows{output_windows<T, Index, channels_last>(conv, s, input)};
+    const auto gradients = [&] {
+      if constexpr (channels_last) {
+        return Matrix<T, false>(grad_output, s.O);
+      } else {
+        return ChannelMatrix<T, Index>{conv.output, grad_output};
+      }
+    }();
+    const StoreGradWeight<T, Index, channels_last> store{conv,
+                                                         windows.matrix.taps,
+                                                         grad_output,
+                                                         input,
+                                                         static_cast<T*>(x.grad_weight),
+                                                         static_cast<Index>(pixels),
+                                                         has_border(s)};
+    return dispatch_mma<T>(x.tf32, [&](auto mma) {
+      return gemm<decltype(mma)>(s.O, s.C * s.kernel_h * s.kernel_w, pixels, gradients, windows, store, workspace,
+                                 stream);
+    });
   });
 }
 

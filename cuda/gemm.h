@@ -1,236 +1,245 @@
-// product(row, column) = sum over k of a(row, k) b(column, k), for operands that are found by functors.
+// product(row, column) = sum over k of a(row, k) b(column, k), on tensor cores, for operands that find their elements
+// themselves (gemm_copy.h) and each type of elements (mma.h).
 //
-// A block of 256 threads computes a tile of the product, in steps of 16 along k: the elements of both operands for a
-// step go to shared memory once and are read from there by all threads, each of which keeps a square of the tile in
-// registers: of 2, 4 or 8, for tiles of 32, 64 and 128. The elements of the next step are on their way from memory
-// meanwhile. Each sum is one chain of fused multiply-adds in the order of k.
+// A block computes a tile of the product, each warp a part of it in registers, in steps of 64 bytes along k. Three
+// stages of shared memory hold the tiles of both operands for a step each: while one is multiplied, the next one has
+// arrived or is about to, and the one after it is on its way, so that nothing waits for memory but the first step. One
+// barrier a step is enough: it tells that the stage of this step has arrived for all threads, and that the stage of the
+// step before, which is filled next, has been read by all.
 //
 // Where the tiles are too few for a GPU, or k is long, k is split into parts whose products go to the workspace and are
-// added in their order, in double. Tile and parts depend on the shape only.
-// Registers (sm_90) of linear: at most 128 for float, 142 for double, 183 on tensor cores, 226 with the largest tiles
-// and offsets of 64 bits. Shared memory: 17 KB at most, 40 on tensor cores (gemm_mma.h).
+// added in their order, in double. Tile and parts depend on the shape only, and so do the bits of the result. NaN and
+// infinities come out as of plain sums; of float, mma.h says how.
+//
+// Registers of linear and conv2d on sm_80 and sm_90, none spilled, and shared memory:
+//
+//              large tiles (256 threads)   small (128 threads)    flat (128 threads)
+//   16-bit     168 to 185, 60 KB           120 to 221, 30 KB      110 to 210, 34 KB
+//   TF32       130 to 174, 60 KB           106 to 148, 30 KB      111 to 168, 34 KB
+//   float      192 to 254, 60 KB           136 to 178, 30 KB      120 to 170, 34 KB
+//   double     186 to 254, 72 KB           128 to 200, 36 KB      108 to 168, 41 KB
+//
+// The occupancy meant is 8 warps on a multiprocessor at the least: what hides latencies are the stages and the many
+// independent products of a warp rather than many warps.
 #pragma once
 
 #include <algorithm>
 
-#include "common.h"
+#include "gemm_copy.h"
+#include "mma.h"
 
 namespace pyops::cuda {
 
-constexpr int gemm_depth = 16;  // of a step along k
-
-// An operand gives its elements (row, k), in its own type. `along_k` tells in which dimension neighbours lie side by
-// side; if it has packs and `packs` is true, pack() gives 16 bytes of them whose first one's number is a multiple.
-
-// Element (row, k) of a matrix of any two strides.
-template <class T, class Index, bool contiguous_k>
-struct Matrix {
-  static constexpr bool along_k = contiguous_k, has_packs = true;
-  const T* data;
-  Index stride;  // of the dimension that is not contiguous
-  bool packs;
-
-  Matrix(const void* pointer, int64_t stride)
-      : data(static_cast<const T*>(pointer)),
-        stride(static_cast<Index>(stride)),
-        packs(aligned_to_packs(data) && stride % Pack<T>::size == 0) {}
-  __device__ __forceinline__ const T* address(Index row, Index k) const {
-    return data + (contiguous_k ? row * stride + k : k * stride + row);
-  }
-  __device__ __forceinline__ T operator()(Index row, Index k) const { return *address(row, k); }
-  __device__ __forceinline__ Pack<T> pack(Index row, Index k) const {
-    return *reinterpret_cast<const Pack<T>*>(address(row, k));
-  }
-};
-
 // What becomes of a finished sum: bias, rounding, rectification.
-template <class T, class Index>
+template <class T>
 struct StoreRows {
   T* output;      // [rows, columns]
   const T* bias;  // [columns], or null
-  Index columns;
+  int64_t columns;
   bool relu;
-  __device__ __forceinline__ void operator()(Index row, Index column, Compute<T> sum) const {
+  __device__ __forceinline__ void operator()(int64_t row, int64_t column, Compute<T> sum) const {
     if (bias != nullptr) sum += widen(bias[column]);
     const T rounded = narrow<T>(sum);
     output[row * columns + column] = relu ? narrow<T>(rectified(widen(rounded))) : rounded;
   }
 };
 
-template <class Index>
 struct GemmShape {
-  Index rows, columns, depth, depth_per_part;
-  Divider<Index> row_tiles, column_tiles;
+  int64_t rows, columns, depth, depth_per_part;
+  Divider<int64_t> row_tiles, column_tiles;
 };
+
+// Rows and columns of a block's tile and of a warp's part of it.
+template <int block_rows, int block_columns, int of_warp_rows, int of_warp_columns>
+struct GemmTile {
+  static constexpr int rows = block_rows, columns = block_columns;
+  static constexpr int warp_rows = of_warp_rows, warp_columns = of_warp_columns;
+  static constexpr int threads = rows / warp_rows * (columns / warp_columns) * 32;
+  static constexpr int blocks = 256 / threads;  // at a time on a multiprocessor: 8 warps with up to 255 registers
+};
+using LargeTile = GemmTile<128, 128, 64, 32>;
+using SmallTile = GemmTile<64, 64, 32, 32>;
+using FlatTile = GemmTile<16, 128, 16, 32>;
+
+constexpr int gemm_stages = 3;
+
+template <class Tile, class A, class B>
+struct GemmStage {
+  using T = typename A::T;
+  static constexpr int of_a = TileLayout<T, A::along_k, Tile::rows>::elements;
+  static constexpr int elements = of_a + TileLayout<T, B::along_k, Tile::columns>::elements;
+  static constexpr size_t all_bytes = gemm_stages * elements * sizeof(T);
+};
+
+// Four registers of 16 rows and a product's depth: of rows 0 and 8 the first half of k, then the second one; or, for
+// `k_first`, of row 0 both halves, then of row 8.
+template <class Mma, class Layout, bool along_k, bool k_first>
+__device__ __forceinline__ typename Mma::Operand load_operand(const typename Mma::Element* tile, int row, int k) {
+  using T = typename Mma::Element;
+  typename Mma::Register values[4];
+  const int lane = threadIdx.x % 32;
+  const auto block_row = [&](int block) { return row + (k_first ? block / 2 : block % 2) * 8; };
+  const auto block_k = [&](int block) { return k + (k_first ? block % 2 : block / 2) * (Mma::depth / 2); };
+  if constexpr (sizeof(T) == 2 || (sizeof(T) == 4 && along_k)) {
+    uint32_t loaded[4];
+    const int r = block_row(lane / 8), first = block_k(lane / 8);
+    load_matrices<!along_k>(loaded,
+                            tile + (along_k ? Layout::at(r + lane % 8, first) : Layout::at(r, first + lane % 8)));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(T) == 2) {
+        values[i] = loaded[i];
+      } else {
+        values[i] = __uint_as_float(loaded[i]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[i] = tile[Layout::at(block_row(i) + lane / 4, block_k(i) + lane % 4)];
+  }
+  return Mma::prepare(values);
+}
 
 // Partial sums go to partials[part][row][column]; without partials there is one part, which goes to `store`.
-template <class Store, class C, class Index>
-__device__ __forceinline__ void store_sum(const Store& store, C* partials, Index part, const GemmShape<Index>& shape,
-                                          Index row, Index column, C sum) {
-  if (row >= shape.rows || column >= shape.columns) return;
-  if (partials == nullptr) {
-    store(row, column, sum);
-  } else {
-    partials[(static_cast<int64_t>(part) * shape.rows + row) * shape.columns + column] = sum;
-  }
-}
-
-// One operand's elements for a step, on their way from memory to shared memory.
-template <class C, int tile, bool along_k>
-struct Staged {
-  static constexpr int count = tile * gemm_depth / block_threads;
-  C values[count];
-
-  static __device__ __forceinline__ int row(int i) {
-    const int n = i * block_threads + threadIdx.x;
-    return along_k ? n / gemm_depth : n % tile;
-  }
-  static __device__ __forceinline__ int k(int i) {
-    const int n = i * block_threads + threadIdx.x;
-    return along_k ? n % gemm_depth : n / tile;
-  }
-
-  template <class Operand, class Index>
-  __device__ __forceinline__ void load(const Operand& operand, Index first_row, Index rows, Index first_k,
-                                       Index end_k) {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const Index at_row = first_row + row(i), at_k = first_k + k(i);
-      values[i] = at_row < rows && at_k < end_k ? C(widen(operand(at_row, at_k))) : C(0);
-    }
-  }
-  template <int pitch>
-  __device__ __forceinline__ void store(C* shared) const {
-#pragma unroll
-    for (int i = 0; i < count; ++i) shared[k(i) * pitch + row(i)] = values[i];
-  }
-};
-
-template <int tile, class C, class Index, class A, class B, class Store>
-__global__ void __launch_bounds__(block_threads, 1)
+template <class Mma, class Tile, class A, class B, class Store>
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     gemm_kernel(const __grid_constant__ A a, const __grid_constant__ B b, const __grid_constant__ Store store,
-                const __grid_constant__ GemmShape<Index> shape, C* partials) {
-  constexpr int side = 16, square = tile / side, pitch = tile + 4;
-  C* a_shared = shared_memory<C>();
-  C* b_shared = a_shared + gemm_depth * pitch;
-  auto part = static_cast<Index>(blockIdx.x);
-  const Index first_column = take_digit(part, shape.column_tiles) * tile;
-  const Index first_row = take_digit(part, shape.row_tiles) * tile;
-  const Index first_k = part * shape.depth_per_part;
-  const Index end_k = min(shape.depth, first_k + shape.depth_per_part);
-  // A thread's rows, and columns, are runs of at most four, side by side with other threads' runs.
-  constexpr int run = square < 4 ? square : 4;
-  const auto mine = [](int thread, int i) { return i / run * (side * run) + thread * run + i % run; };
-  const int thread_row = threadIdx.x / side, thread_column = threadIdx.x % side;
+                const __grid_constant__ GemmShape shape, typename Mma::Sum* partials) {
+  using T = typename Mma::Element;
+  using Stage = GemmStage<Tile, A, B>;
+  using LayoutA = TileLayout<T, A::along_k, Tile::rows>;
+  using LayoutB = TileLayout<T, B::along_k, Tile::columns>;
+  constexpr int depth = LayoutA::depth, row_fragments = Tile::warp_rows / 16, column_pairs = Tile::warp_columns / 16;
+  T* shared = shared_memory<T>();
+  int64_t part = blockIdx.x;
+  const int64_t first_column = take_digit(part, shape.column_tiles) * Tile::columns;
+  const int64_t first_row = take_digit(part, shape.row_tiles) * Tile::rows;
+  const int64_t first_k = part * shape.depth_per_part;
+  const int64_t end_k = min(shape.depth, first_k + shape.depth_per_part);
+  const int steps = static_cast<int>(ceil_div(end_k - first_k, depth));
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  constexpr int warps_in_row = Tile::columns / Tile::warp_columns;
+  const int warp_row = warp / warps_in_row * Tile::warp_rows, warp_column = warp % warps_in_row * Tile::warp_columns;
 
-  C sums[square][square] = {};
-  Staged<C, tile, A::along_k> next_a;
-  Staged<C, tile, B::along_k> next_b;
-  next_a.load(a, first_row, shape.rows, first_k, end_k);
-  next_b.load(b, first_column, shape.columns, first_k, end_k);
-  for (Index k = first_k; k < end_k; k += gemm_depth) {
-    __syncthreads();  // the step before has been read
-    next_a.template store<pitch>(a_shared);
-    next_b.template store<pitch>(b_shared);
+  TileCopy<A, Tile::rows, Tile::threads> copy_a(a, first_row, shape.rows);
+  TileCopy<B, Tile::columns, Tile::threads> copy_b(b, first_column, shape.columns);
+  const auto stage_of = [&](int step) { return shared + step % gemm_stages * Stage::elements; };
+  const auto start = [&](int step) {
+    if (step < steps) {
+      copy_a.start(stage_of(step), first_k + int64_t{step} * depth, end_k);
+      copy_b.start(stage_of(step) + Stage::of_a, first_k + int64_t{step} * depth, end_k);
+    }
+    commit_copies();  // of an empty group too, so that there are as many groups as steps
+  };
+  const auto finish = [&](int step) {
+    if (step >= steps) return;
+    copy_a.finish(stage_of(step));
+    copy_b.finish(stage_of(step) + Stage::of_a);
+  };
+
+  typename Mma::Sum sums[row_fragments][2 * column_pairs][4] = {};
+  for (int step = 0; step < gemm_stages - 1; ++step) {
+    start(step);
+    finish(step);
+  }
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<gemm_stages - 2>();
     __syncthreads();
-    next_a.load(a, first_row, shape.rows, k + gemm_depth, end_k);
-    next_b.load(b, first_column, shape.columns, k + gemm_depth, end_k);
+    start(step + gemm_stages - 1);
+    const T* tile_a = stage_of(step);
+    const T* tile_b = tile_a + Stage::of_a;
+#pragma unroll Mma::unroll
+    for (int k = 0; k < depth; k += Mma::depth) {
+      typename Mma::Operand of_b[column_pairs];
 #pragma unroll
-    for (int step = 0; step < gemm_depth; ++step) {
-      C a_values[square], b_values[square];
+      for (int j = 0; j < column_pairs; ++j)
+        of_b[j] = load_operand<Mma, LayoutB, B::along_k, true>(tile_b, warp_column + j * 16, k);
 #pragma unroll
-      for (int i = 0; i < square; ++i) {
-        a_values[i] = a_shared[step * pitch + mine(thread_row, i)];
-        b_values[i] = b_shared[step * pitch + mine(thread_column, i)];
+      for (int i = 0; i < row_fragments; ++i) {
+        const auto of_a = load_operand<Mma, LayoutA, A::along_k, false>(tile_a, warp_row + i * 16, k);
+#pragma unroll
+        for (int j = 0; j < column_pairs; ++j) {
+          Mma::multiply(sums[i][2 * j], of_a, of_b[j], 0);
+          Mma::multiply(sums[i][2 * j + 1], of_a, of_b[j], 2);
+        }
       }
+    }
+    finish(step + gemm_stages - 1);
+  }
+  wait_copies<0>();
+
 #pragma unroll
-      for (int i = 0; i < square; ++i)
+  for (int i = 0; i < row_fragments; ++i) {
 #pragma unroll
-        for (int j = 0; j < square; ++j) sums[i][j] = multiply_add(a_values[i], b_values[j], sums[i][j]);
+    for (int j = 0; j < 2 * column_pairs; ++j) {
+#pragma unroll
+      for (int s = 0; s < 4; ++s) {
+        const int64_t row = first_row + warp_row + i * 16 + lane / 4 + s / 2 * 8;
+        const int64_t column = first_column + warp_column + j * 8 + lane % 4 * 2 + s % 2;
+        if (row >= shape.rows || column >= shape.columns) continue;
+        if (partials == nullptr) {
+          store(row, column, sums[i][j][s]);
+        } else {
+          partials[(part * shape.rows + row) * shape.columns + column] = sums[i][j][s];
+        }
+      }
     }
   }
-
-#pragma unroll
-  for (int i = 0; i < square; ++i)
-#pragma unroll
-    for (int j = 0; j < square; ++j)
-      store_sum(store, partials, part, shape, first_row + mine(thread_row, i), first_column + mine(thread_column, j),
-                sums[i][j]);
 }
 
-template <class C, class Index, class Store>
+template <class C, class Store>
 __global__ void __launch_bounds__(block_threads, 1)
-    finish_gemm(const C* partials, int64_t parts, Divider<Index> columns, int64_t count,
+    finish_gemm(const C* partials, int64_t parts, Divider<int64_t> columns, int64_t count,
                 const __grid_constant__ Store store) {
   const int64_t number = thread_number();
   if (number >= count) return;
   double sum = 0;
   for (int64_t part = 0; part < parts; ++part) sum += partials[part * count + number];
-  auto row = static_cast<Index>(number);
-  const Index column = take_digit(row, columns);
+  int64_t row = number;
+  const int64_t column = take_digit(row, columns);
   store(row, column, static_cast<C>(sum));
 }
 
-}  // namespace pyops::cuda
+// The product in tiles of one size. Store is called with each sum once.
+template <class Tile, class Mma, class A, class B, class Store>
+cudaError_t gemm_by_tiles(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const Store& store,
+                          Workspace& workspace, cudaStream_t stream) {
+  using Sum = typename Mma::Sum;
+  constexpr int64_t step = TileLayout<typename Mma::Element, true, Tile::rows>::depth;
+  // Parts of k: so many that a large GPU has a block of 256 threads for each multiprocessor, but none so short that
+  // its first step and its partial sums cost more than its products, nor so long that its chains of sums lose digits.
+  constexpr int64_t enough_blocks = 32768 / Tile::threads, shortest = 8 * step, longest = 32768;
+  const int64_t row_tiles = ceil_div(rows, Tile::rows), column_tiles = ceil_div(columns, Tile::columns);
+  const int64_t wanted = std::min(ceil_div(enough_blocks, row_tiles * column_tiles), ceil_div(depth, shortest));
+  const int64_t most_parts = std::max({wanted, ceil_div(depth, longest), int64_t{1}});
+  const int64_t per_part = std::max(ceil_div(ceil_div(depth, most_parts), step), int64_t{1}) * step;
+  const int64_t parts = std::max(ceil_div(depth, per_part), int64_t{1});
 
-#include "gemm_mma.h"
-
-namespace pyops::cuda {
-
-// How the product is cut: into tiles, and along k into parts.
-struct GemmParts {
-  int64_t row_tiles, column_tiles, parts, per_part;
-
-  GemmParts(int64_t rows, int64_t columns, int64_t depth, int64_t tile, int64_t step)
-      : row_tiles(ceil_div(rows, tile)), column_tiles(ceil_div(columns, tile)) {
-    constexpr int64_t enough_blocks = 128, longest_chain = 4096;
-    const int64_t tiles = row_tiles * column_tiles;
-    const int64_t wanted = std::min(ceil_div(enough_blocks, tiles), ceil_div(depth, 8 * step));
-    const int64_t most_parts = std::max({wanted, ceil_div(depth, longest_chain), int64_t{1}});
-    per_part = std::max(ceil_div(ceil_div(depth, most_parts), step), int64_t{1}) * step;
-    parts = std::max(ceil_div(depth, per_part), int64_t{1});
-  }
-};
-
-// `kernel` computes tiles; Store is called with each sum once.
-template <class C, class Index, class Kernel, class A, class B, class Store>
-cudaError_t launch_gemm(Kernel kernel, const GemmParts& cut, size_t shared_bytes, int64_t rows, int64_t columns,
-                        int64_t depth, const A& a, const B& b, const Store& store, Workspace& workspace,
-                        cudaStream_t stream) {
-  C* partials = cut.parts == 1 ? nullptr : workspace.array<C>(cut.parts * rows * columns);
-  const GemmShape<Index> shape{static_cast<Index>(rows),      static_cast<Index>(columns),
-                               static_cast<Index>(depth),     static_cast<Index>(cut.per_part),
-                               Divider<Index>(cut.row_tiles), Divider<Index>(cut.column_tiles)};
-  PYOPS_RETURN_ON_ERROR(launch(kernel, cut.row_tiles * cut.column_tiles * cut.parts, block_threads, shared_bytes,
-                               stream, a, b, store, shape, partials));
+  Sum* partials = parts == 1 ? nullptr : workspace.array<Sum>(parts * rows * columns);
+  const GemmShape shape{rows, columns, depth, per_part, Divider<int64_t>(row_tiles), Divider<int64_t>(column_tiles)};
+  PYOPS_RETURN_ON_ERROR(launch(gemm_kernel<Mma, Tile, A, B, Store>, row_tiles * column_tiles * parts, Tile::threads,
+                               GemmStage<Tile, A, B>::all_bytes, stream, a, b, store, shape, partials));
   if (partials == nullptr) return cudaSuccess;
-  return launch_for(finish_gemm<C, Index, Store>, rows * columns, stream, static_cast<const C*>(partials), cut.parts,
-                    Divider<Index>(columns), rows * columns, store);
+  return launch_for(finish_gemm<Sum, Store>, rows * columns, stream, static_cast<const Sum*>(partials), parts,
+                    Divider<int64_t>(columns), rows * columns, store);
 }
 
-// The product of operands of T, by tensor cores if T has 16 bits and the product is not too small for their tiles.
-template <class T, class Index, class A, class B, class Store>
+// The product, in tiles that its shape chooses:
+//   few rows     a batch of 16 or less, or few channels: such a product takes the time of reading the other operand,
+//                for which a tile of 128 of its rows has enough copies on their way.
+//   large ones   the larger the tile, the fewer reads of memory and shared memory for a product; but there must be a
+//                block for each multiprocessor of a large GPU, if need be by splitting k into parts of 1024.
+//   small ones   in between.
+template <class Mma, class A, class B, class Store>
 cudaError_t gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const Store& store,
                  Workspace& workspace, cudaStream_t stream) {
-  using C = Compute<T>;
-  if constexpr (is_reduced<T>) {
-    if (rows >= 32 && columns >= 32 && depth >= 16) {
-      const GemmParts cut(rows, columns, depth, mma_tile, mma_depth);
-      return launch_gemm<C, Index>(mma_kernel<T, Index, A, B, Store>, cut, mma_shared_bytes, rows, columns, depth, a, b,
-                                   store, workspace, stream);
-    }
-  }
-  const auto run = [&](auto tile) {
-    constexpr int size = decltype(tile)::value;
-    const GemmParts cut(rows, columns, depth, size, gemm_depth);
-    return launch_gemm<C, Index>(gemm_kernel<size, C, Index, A, B, Store>, cut, 2 * gemm_depth * (size + 4) * sizeof(C),
-                                 rows, columns, depth, a, b, store, workspace, stream);
+  const auto in_tiles_of = [&](auto tile) {
+    return gemm_by_tiles<decltype(tile), Mma>(rows, columns, depth, a, b, store, workspace, stream);
   };
-  // The largest tiles of which there are enough for a GPU; the larger, the fewer reads of shared memory for a sum.
-  const auto tiles = [&](int64_t size) { return ceil_div(rows, size) * ceil_div(columns, size); };
-  if constexpr (std::is_same_v<T, float>)
-    if (tiles(128) >= 128) return run(std::integral_constant<int, 128>());
-  return tiles(64) >= 64 ? run(std::integral_constant<int, 64>()) : run(std::integral_constant<int, 32>());
+  if (rows <= FlatTile::rows) return in_tiles_of(FlatTile());
+  const int64_t large = ceil_div(rows, LargeTile::rows) * ceil_div(columns, LargeTile::columns);
+  if (large * ceil_div(depth, 1024) >= 128) return in_tiles_of(LargeTile());
+  return in_tiles_of(SmallTile());
 }
 
 }  // namespace pyops::cuda

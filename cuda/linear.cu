@@ -10,39 +10,34 @@ namespace pyops::cuda {
 
 cudaError_t linear(const LinearArgs& x, Workspace& workspace, cudaStream_t stream) {
   return dispatch_floating(x.dtype, [&](auto t) {
-    return dispatch_index(x.M * x.K + x.N * x.K + x.M * x.N, [&](auto index) {
-      using T = decltype(t);
-      using Index = decltype(index);
-      const Matrix<T, Index, true> input(x.input, x.K);
-      const Matrix<T, Index, true> weight(x.weight, x.K);
-      const StoreRows<T, Index> store{static_cast<T*>(x.output), static_cast<const T*>(x.bias), static_cast<Index>(x.N),
-                                      x.relu};
-      return gemm<T, Index>(x.M, x.N, x.K, input, weight, store, workspace, stream);
+    using T = decltype(t);
+    return dispatch_mma<T>(x.tf32, [&](auto mma) {
+      const Matrix<T, true> input(x.input, x.K), weight(x.weight, x.K);
+      const StoreRows<T> store{static_cast<T*>(x.output), static_cast<const T*>(x.bias), x.N, x.relu};
+      return gemm<decltype(mma)>(x.M, x.N, x.K, input, weight, store, workspace, stream);
     });
   });
 }
 
 cudaError_t linear_backward(const LinearBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
   return dispatch_floating(x.dtype, [&](auto t) {
-    return dispatch_index(x.M * x.K + x.N * x.K + x.M * x.N, [&](auto index) {
-      using T = decltype(t);
-      using Index = decltype(index);
-      const auto* grad = static_cast<const T*>(x.grad_output);
-      const auto K = static_cast<Index>(x.K);
+    using T = decltype(t);
+    const auto* grad = static_cast<const T*>(x.grad_output);
+    PYOPS_RETURN_ON_ERROR(dispatch_mma<T>(x.tf32, [&](auto mma) {
+      using Mma = decltype(mma);
       if (x.grad_input != nullptr) {
-        const Matrix<T, Index, true> rows(grad, x.N);
-        const Matrix<T, Index, false> columns(x.weight, x.K);
-        const StoreRows<T, Index> store{static_cast<T*>(x.grad_input), nullptr, K, false};
-        PYOPS_RETURN_ON_ERROR((gemm<T, Index>(x.M, x.K, x.N, rows, columns, store, workspace, stream)));
+        const Matrix<T, true> rows(grad, x.N);
+        const Matrix<T, false> columns(x.weight, x.K);
+        const StoreRows<T> store{static_cast<T*>(x.grad_input), nullptr, x.K, false};
+        PYOPS_RETURN_ON_ERROR(gemm<Mma>(x.M, x.K, x.N, rows, columns, store, workspace, stream));
       }
-      if (x.grad_weight != nullptr) {
-        const Matrix<T, Index, false> rows(grad, x.N), columns(x.input, x.K);
-        const StoreRows<T, Index> store{static_cast<T*>(x.grad_weight), nullptr, K, false};
-        PYOPS_RETURN_ON_ERROR((gemm<T, Index>(x.N, x.K, x.M, rows, columns, store, workspace, stream)));
-      }
-      if (x.grad_bias == nullptr) return cudaSuccess;
-      return sum_columns(grad, x.M, x.N, static_cast<T*>(x.grad_bias), workspace, stream);
-    });
+      if (x.grad_weight == nullptr) return cudaSuccess;
+      const Matrix<T, false> rows(grad, x.N), columns(x.input, x.K);
+      const StoreRows<T> store{static_cast<T*>(x.grad_weight), nullptr, x.K, false};
+      return gemm<Mma>(x.N, x.K, x.M, rows, columns, store, workspace, stream);
+    }));
+    if (x.grad_bias == nullptr) return cudaSuccess;
+    return sum_columns(grad, x.M, x.N, static_cast<T*>(x.grad_bias), workspace, stream);
   });
 }
 

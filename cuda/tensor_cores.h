@@ -1,4 +1,5 @@
-// The tensor core instructions that the kernels use, on a GPU in PTX, in the tests as the emulator has them.
+// The instructions of Ampere and later that the matrix product uses, on a GPU in PTX, in the tests as the emulator has
+// them: copies to shared memory that run beside the computing, loads of fragments, and products on tensor cores.
 #pragma once
 
 #include "common.h"
@@ -9,8 +10,46 @@
 
 namespace pyops::cuda {
 
-// Four 8x8 matrices of 16-bit elements from shared memory: lane l gives the address of row l % 8 of matrix l / 8, and
-// gets of each matrix elements (l / 4, 2 (l % 4)) and the next, or of the transposed matrix.
+// Copies the first `count` of `bytes` (4, 8 or 16, to which both addresses are aligned) to shared memory, and zeros to
+// the rest; if count is 0, nothing is read. Copies of 16 bytes go past the L1 cache.
+template <int bytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* source, int count) {
+  static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+#ifdef PYOPS_EMULATED
+  emulator::copy_async(shared, source, bytes, static_cast<size_t>(count));
+#else
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const auto from = __cvta_generic_to_global(source);
+  if constexpr (bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(count) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(bytes), "r"(count)
+                 : "memory");
+  }
+#endif
+}
+
+// Ends a group of this thread's copies.
+__device__ __forceinline__ void commit_copies() {
+#ifdef PYOPS_EMULATED
+  emulator::commit_copies();
+#else
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until all but the `pending` latest groups of this thread have arrived.
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+#ifdef PYOPS_EMULATED
+  emulator::wait_copies(pending);
+#else
+  asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+#endif
+}
+
+// Four matrices of 8 rows of 16 bytes from shared memory: lane l gives the address of row l % 8 of matrix l / 8, and
+// gets of row l / 4 of each matrix the 4 bytes number l % 4; or, of 16-bit elements, the same of the transposed matrix.
 template <bool transposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void* row) {
 #ifdef PYOPS_EMULATED
@@ -31,24 +70,65 @@ __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void*
 #endif
 }
 
-// sums[16, 8] += a[16, 16] b[16, 8] of a warp. Lane l holds of sums rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
-// next; of a the matrices (rows 0, k 0), (8, 0), (0, 8), (8, 8); of b those of k 0 and 8, columns as rows.
-template <class T>
-__device__ __forceinline__ void multiply_matrices(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// The bits of a float rounded to TF32: to 10 bits after the point, the 13 below them 0.
+__device__ __forceinline__ uint32_t to_tf32(float value) {
 #ifdef PYOPS_EMULATED
-  emulator::multiply_16_bit<T>(sums, a, {b0, b1}, [](T value) { return widen(value); });
+  return emulator::to_tf32(value);
+#else
+  uint32_t result;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(value));
+  return result;
+#endif
+}
+
+// sums[16, 8] += a[16, K] b[K, 8] of a warp. Lane l holds of sums rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
+// next; of a the blocks (rows 0, first half of K), (8, first), (0, second), (8, second); of b those of the first and
+// second half of K. Of each block of 8 by K / 2 it holds row (or column) l / 4, and of that the (l % 4)th 4 bytes.
+
+// K = 16, of 16-bit elements.
+template <class T>
+__device__ __forceinline__ void multiply_16_bit(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef PYOPS_EMULATED
+  emulator::multiply_16_bit<T>(sums, a, b, [](T value) { return widen(value); });
 #else
   if constexpr (std::is_same_v<T, __half>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+#endif
+}
+
+// K = 8, of TF32.
+__device__ __forceinline__ void multiply_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifdef PYOPS_EMULATED
+  emulator::multiply_tf32(sums, a, b);
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+// sums[8, 8] += a[8, 4] b[4, 8] of doubles: lane l holds of sums row l / 4, columns 2 (l % 4) and the next, of a row
+// l / 4, of b column l / 4, and of both k = l % 4.
+__device__ __forceinline__ void multiply_double(double& sum0, double& sum1, double a, double b) {
+#ifdef PYOPS_EMULATED
+  double sums[2] = {sum0, sum1};
+  emulator::multiply_double(sums, a, b);
+  sum0 = sums[0];
+  sum1 = sums[1];
+#else
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+d"(sum0), "+d"(sum1)
+      : "d"(a), "d"(b));
 #endif
 }
 

@@ -161,23 +161,6 @@ def test_few_channels_of_any_size(data):
         oracle.check("conv2d", [*tensors, random((outputs,), dtype)], {"padding": padding}, where)
 
 
-@pytest.mark.parametrize("size", [(32, 16, 32), (129, 40, 257), (64, 72, 33), (33, 17, 130), (40, 1500, 35)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_products_on_tensor_cores(dtype, size):
-    """Full tiles and others, k in parts, and operands that can be read by 16 bytes or not."""
-    m, k, n = size
-    for offset in (0, 1):
-        tensors = [random((m * k + offset,), dtype)[offset:].view(m, k), random((n, k), dtype), random((n,), dtype)]
-        with emulated.kernels():
-            oracle.check("linear", tensors)
-
-
-def test_large_product_of_floats():
-    """Large enough for the largest tiles, the last ones partly filled."""
-    with emulated.kernels():
-        oracle.check("linear", [random((1450, 17)), random((1500, 17)), random((1500,))])
-
-
 # Shapes of which the kernels take 16 bytes or two elements at a time, and others.
 POOLINGS = {
     "side by side": ((2, 16, 6, 16), {"kernel_size": 2}),
