@@ -31,6 +31,10 @@
 #include <random>
 #include <vector>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 struct uint3 {
   unsigned x, y, z;
 };
@@ -123,6 +127,9 @@ inline void resume(Thread& thread) {
     if (block.stacks.empty()) block.stacks.emplace_back(new char[stack_bytes]);
     thread.stack = std::move(block.stacks.back());
     block.stacks.pop_back();
+#ifdef __SANITIZE_ADDRESS__
+    __asan_unpoison_memory_region(thread.stack.get(), stack_bytes);  // of a frame of run_thread, which never returned
+#endif
     const auto top = reinterpret_cast<uintptr_t>(thread.stack.get() + stack_bytes) & ~uintptr_t{15};
     void** stack = reinterpret_cast<void**>(top);
     *--stack = nullptr;  // where run_thread would return to
