@@ -88,9 +88,7 @@ def load() -> ModuleType:
 
 
 @contextmanager
-def kernels(
-    order: int = ALTERNATING, largest_32_bit_offset: int = 20_000, tf32: bool = False
-) -> Iterator[None]:
+def kernels(order: int = ALTERNATING, largest_32_bit_offset: int = 20_000, tf32: bool = False) -> Iterator[None]:
     """CPU tensors are computed on by the CUDA kernels meanwhile, threads and blocks in that order.
 
     Offsets of 64 bits are taken from so low a limit on that tests reach both. `tf32` stands for torch's flags, which
