@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -198,16 +199,21 @@ def error(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float,
     return largest, rms
 
 
+def cudnn_benchmark(wanted: bool) -> AbstractContextManager[None]:
+    """Whether cuDNN times its algorithms and takes the fastest; its other flags stay what they are."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(cudnn.enabled, wanted, cudnn.benchmark_limit, cudnn.deterministic, cudnn.allow_tf32)
+
+
 def measure(case: Case, device: str = "cuda", least: float = 0.05) -> Result:
     """A way that fails is named with its message; the others are measured all the same."""
     seconds, errors, failed = {}, {}, {}
     for way in WAYS:
-        torch.backends.cudnn.benchmark = way == "stock, tuned"
         try:
-            seconds[way] = seconds_per_call(calls_of(case, way, device), device, least)
+            with cudnn_benchmark(way == "stock, tuned"):
+                seconds[way] = seconds_per_call(calls_of(case, way, device), device, least)
         except Exception as problem:  # whatever it is, it is the finding
             failed[way] = f"{type(problem).__name__}: {problem}".splitlines()[0]
-    torch.backends.cudnn.benchmark = False
     try:
         if case.exact:
             exact = tensors_of(case.prepare(Setting(False, device, torch.float64)))

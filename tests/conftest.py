@@ -47,6 +47,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "composes(feature): evidence for a line of the table of docs/composing.md")
     config.addinivalue_line("markers", "runs_last: after all others")
     config.pluginmanager.register(SupportTable(), "support_table")
+    torch.backends.cudnn.allow_tf32 = False  # the tests hold float32 against float64
 
 
 def pytest_generate_tests(metafunc):
@@ -77,7 +78,6 @@ def pytest_report_header():
 def device(request):
     """The test's device: "emulated" is the CPU, as far as torch can see, and new tensors are on it or on "cuda"."""
     name = getattr(request, "param", "cpu")
-    torch.backends.cudnn.allow_tf32 = False  # the tests hold float32 against float64
     with emulated.kernels() if name == "emulated" else torch.device("cuda") if name == "cuda" else nullcontext():
         yield name
 
