@@ -20,11 +20,6 @@ int64_t rows(const Tensor& tensor) {
   return c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
 }
 
-// torch.backends.cuda.matmul.allow_tf32, or what fp32_precision says in its place.
-bool allows_tf32(const Tensor& tensor) {
-  return tensor.is_cuda() && tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
-}
-
 void check_matrices(const char* op, const Tensor& input, const Tensor& weight) {
   TORCH_CHECK(input.dim() >= 1 && weight.dim() >= 1, op,
               ": both arguments to linear need to be at least 1D, but they are ", input.dim(), "D and ", weight.dim(),
@@ -37,6 +32,10 @@ void check_matrices(const char* op, const Tensor& input, const Tensor& weight) {
 }
 
 }  // namespace
+
+bool linear_allows_tf32(const Tensor& tensor) {
+  return tensor.is_cuda() && tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
+}
 
 Tensor linear(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias, bool relu) {
   check_matrices(op, input, weight);
@@ -54,7 +53,7 @@ Tensor linear(const char* op, const Tensor& input, const Tensor& weight, const O
   const Tensor x = input.contiguous(), w = weight.contiguous();
   const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
   kernels(input)->linear({dtype, rows(input), N, weight.size(1), x.const_data_ptr(), w.const_data_ptr(),
-                          data_or_null(b), output.mutable_data_ptr(), relu, allows_tf32(input)});
+                          data_or_null(b), output.mutable_data_ptr(), relu, linear_allows_tf32(input)});
   return output;
 }
 
@@ -99,7 +98,7 @@ Gradients linear_backward(const char* op, const Tensor& grad_output, const Optio
   const Tensor g = grad_output.contiguous();
   kernels(grad_output)
       ->linear_backward({dtype, M, N, K, g.const_data_ptr(), data_or_null(x), data_or_null(w), target(grad_input),
-                         target(grad_weight), target(grad_bias), allows_tf32(grad_output)});
+                         target(grad_weight), target(grad_bias), linear_allows_tf32(grad_output)});
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -71,8 +71,9 @@ Tensor linear_batched(const Tensor& input, const Tensor& weight, const OptionalT
   if (output.numel() == 0) return output;
   const Tensor x = input.contiguous(), w = weight.contiguous(), b = bias.has_value() ? bias->contiguous() : Tensor();
   const DeviceKernels device = kernels(input);
+  const bool tf32 = linear_allows_tf32(input);
   for_each_sample(input, samples, M * N * K, [&](int64_t i) {
-    device->linear({dtype, M, N, K, part(x, i), part(w, i), part(b, i), mutable_part(output, i), /*relu=*/false});
+    device->linear({dtype, M, N, K, part(x, i), part(w, i), part(b, i), mutable_part(output, i), /*relu=*/false, tf32});
   });
   return output;
 }
@@ -117,9 +118,10 @@ Gradients linear_batched_backward(const Tensor& grad_output, const OptionalTenso
   if (want_bias) grad_bias = fresh(at::empty({samples, N}, grad_output.options()));
   const Tensor g = grad_output.contiguous();
   const DeviceKernels device = kernels(grad_output);
+  const bool tf32 = linear_allows_tf32(grad_output);
   for_each_sample(grad_output, samples, M * N * K, [&](int64_t i) {
     device->linear_backward({dtype, M, N, K, part(g, i), part(x, i), part(w, i), mutable_part(grad_input, i),
-                             mutable_part(grad_weight, i), mutable_part(grad_bias, i)});
+                             mutable_part(grad_weight, i), mutable_part(grad_bias, i), tf32});
   });
   return {grad_input, grad_weight, grad_bias};
 }

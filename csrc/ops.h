@@ -1,5 +1,5 @@
-// What the fused ops (csrc/linear_relu.cpp, conv2d_relu.cpp, conv2d_relu_max_pool2d.cpp) take from the ops they are
-// made of: the same checks, geometry and allocation, with the name that an error shall have.
+// What the ops made of others (csrc/linear_batched.cpp, linear_relu.cpp, conv2d_relu.cpp, conv2d_relu_max_pool2d.cpp)
+// take from the ops they are made of: the same checks, geometry and allocation, with the name that an error shall have.
 #pragma once
 
 #include <array>
@@ -17,6 +17,9 @@ at::Tensor linear(const char* op, const at::Tensor& input, const at::Tensor& wei
                   bool relu);
 Gradients linear_backward(const char* op, const at::Tensor& grad_output, const OptionalTensor& input,
                           const OptionalTensor& weight, std::array<bool, 3> output_mask);
+
+// torch.backends.cuda.matmul.allow_tf32, or what fp32_precision says in its place, for products of this tensor.
+bool linear_allows_tf32(const at::Tensor& tensor);
 
 // The arguments of a convolution besides its tensors.
 struct Conv2dOptions {
