@@ -5,6 +5,8 @@
 """
 
 import argparse
+import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -56,10 +58,12 @@ def main() -> None:
     parameters = get_model_state_dict(net, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if args.save and rank == 0:
         torch.save(parameters, args.save)
-    # Gloo's threads need the interpreter's lock to let go of a tensor, and their end is waited for with the lock held:
-    # they have to be done by then, or both wait for ever.
+    # Gloo's threads may still need the interpreter's lock, to let go of a tensor. DistributedDataParallel waits for
+    # them with that lock held when it is taken apart, for ever; and while the interpreter ends they make the process
+    # abort. So once all processes are done, this one ends with nothing taken apart.
     dist.barrier()
-    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
