@@ -217,11 +217,17 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
+    """The commit, and whether there are changes to it besides results, which a run of several scripts writes itself."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
         return subprocess.run(
             command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or an unpacked archive
         return None
 
