@@ -47,6 +47,9 @@ inline void prefetch_ahead(const void* now, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(static_cast<const char*>(now) + ahead + i);
 }
 
+// F(T) for every floating type: what the templates of one source that others call are instantiated for.
+#define FOR_EACH_FLOATING(F) F(float) F(double) F(c10::BFloat16) F(c10::Half)
+
 // f(T{}) for the floating type that dtype names: dispatch_floating(dtype, [&](auto t) { using T = decltype(t); ... }).
 template <class F>
 void dispatch_floating(DType dtype, F&& f) {

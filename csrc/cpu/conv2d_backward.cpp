@@ -73,10 +73,7 @@ std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBack
 
 #define INSTANTIATE(T) \
   template std::pair<const Correlation<T>*, int64_t> input_gradient_phases<T>(const Conv2dBackwardArgs&);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
 void conv2d_backward(const Conv2dBackwardArgs& x) {

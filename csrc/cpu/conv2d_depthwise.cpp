@@ -312,10 +312,7 @@ void weight_gradient_depthwise(const Conv2dShape& s, const Source<T>& source, co
 #define INSTANTIATE(T)                                                \
   template void correlate_depthwise(const Correlation<T>&, const T*); \
   template void weight_gradient_depthwise(const Conv2dShape&, const Source<T>&, const T*, T*);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace pyops::cpu

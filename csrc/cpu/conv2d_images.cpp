@@ -307,10 +307,7 @@ void backward_of_blocks(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) {
   template void correlate_images(const Correlation<T>&);             \
   template bool backward_along_images<T>(const Conv2dBackwardArgs&); \
   template void backward_of_blocks<T>(const Conv2dBackwardArgs&, GradBlock<T>);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace pyops::cpu

@@ -385,10 +385,7 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
 #define INSTANTIATE(T)                                                                                     \
   template void sum_weight_parts(const Conv2dShape&, T*, Compute<T>*, int64_t parts, int64_t part_stride); \
   template void weight_gradient<T>(const Conv2dBackwardArgs&);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace pyops::cpu

@@ -179,10 +179,7 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
   template void pack_filters(Compute<T>*, const Correlation<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, \
                              int64_t);                                                                        \
   template void multiply_along_channels(const Task<T>&, int64_t);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace pyops::cpu

@@ -82,10 +82,7 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
 }
 
 #define INSTANTIATE(T) template void multiply_along_x(const Task<T>&, int64_t);
-INSTANTIATE(float)
-INSTANTIATE(double)
-INSTANTIATE(c10::BFloat16)
-INSTANTIATE(c10::Half)
+FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace pyops::cpu
