@@ -152,8 +152,7 @@ Conv2dGradients checked_conv2d_backward(const char* op, const Tensor& grad, cons
                                         std::array<bool, 3> output_mask) {
   const auto [want_input, want_weight, want_bias] = output_mask;
   const Window window = make_window(op, options);
-  TORCH_CHECK(!want_input || weight.has_value(), op, ": the gradient of input needs weight, but got None");
-  TORCH_CHECK(!want_weight || input.has_value(), op, ": the gradient of weight needs input, but got None");
+  check_saved(op, input, weight, output_mask);
   if (input.has_value()) {
     check_same_kind(op, "input", *input, "grad_output", grad);
     check_shape(op, "input", *input, input_size);

@@ -33,6 +33,20 @@ void check_matrices(const char* op, const Tensor& input, const Tensor& weight) {
 
 }  // namespace
 
+void check_saved(const char* op, const OptionalTensor& input, const OptionalTensor& weight,
+                 std::array<bool, 3> output_mask) {
+  TORCH_CHECK(!output_mask[0] || weight.has_value(), op, ": the gradient of input needs weight, but got None");
+  TORCH_CHECK(!output_mask[1] || input.has_value(), op, ": the gradient of weight needs input, but got None");
+}
+
+void check_saved_input(const char* op, const Tensor& grad_output, const Tensor& input) {
+  check_same_kind(op, "grad_output", grad_output, "input", input);
+  TORCH_CHECK(input.dim() == grad_output.dim() &&
+                  input.sizes().slice(0, input.dim() - 1) == grad_output.sizes().slice(0, grad_output.dim() - 1),
+              op, ": expected input with the leading dimensions of grad_output ", grad_output.sizes(), ", but got ",
+              input.sizes());
+}
+
 bool linear_allows_tf32(const Tensor& tensor) {
   return tensor.is_cuda() && tensor.scalar_type() == at::kFloat && at::globalContext().allowTF32CuBLAS();
 }
@@ -62,21 +76,14 @@ Gradients linear_backward(const char* op, const Tensor& grad_output, const Optio
   const auto [want_input, want_weight, want_bias] = output_mask;
   TORCH_CHECK(grad_output.dim() >= 1, op, ": expected grad_output of at least 1 dimension, but got ",
               grad_output.sizes());
-  TORCH_CHECK(!want_input || weight.has_value(), op, ": the gradient of input needs weight, but got None");
-  TORCH_CHECK(!want_weight || input.has_value(), op, ": the gradient of weight needs input, but got None");
+  check_saved(op, input, weight, output_mask);
   const int64_t M = rows(grad_output), N = grad_output.size(-1);
   if (want_input) {
     check_same_kind(op, "grad_output", grad_output, "weight", *weight);
     TORCH_CHECK(weight->dim() == 2 && weight->size(0) == N, op, ": expected weight of shape [", N,
                 ", in_features] for grad_output of shape ", grad_output.sizes(), ", but got ", weight->sizes());
   }
-  if (want_weight) {
-    check_same_kind(op, "grad_output", grad_output, "input", *input);
-    TORCH_CHECK(input->dim() == grad_output.dim() &&
-                    input->sizes().slice(0, input->dim() - 1) == grad_output.sizes().slice(0, grad_output.dim() - 1),
-                op, ": expected input with the leading dimensions of grad_output ", grad_output.sizes(), ", but got ",
-                input->sizes());
-  }
+  if (want_weight) check_saved_input(op, grad_output, *input);
   if (want_input && want_weight) check_matrices(op, *input, *weight);
   const DType dtype = floating_dtype(op, grad_output);
   const int64_t K = want_input ? weight->size(1) : want_weight ? input->size(-1) : 0;

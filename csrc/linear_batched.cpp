@@ -84,21 +84,14 @@ Gradients linear_batched_backward(const Tensor& grad_output, const OptionalTenso
   const auto [want_input, want_weight, want_bias] = output_mask;
   TORCH_CHECK(grad_output.dim() >= 2, op, ": expected grad_output of at least 2 dimensions, but got ",
               grad_output.sizes());
-  TORCH_CHECK(!want_input || weight.has_value(), op, ": the gradient of input needs weight, but got None");
-  TORCH_CHECK(!want_weight || input.has_value(), op, ": the gradient of weight needs input, but got None");
+  check_saved(op, input, weight, output_mask);
   const int64_t samples = grad_output.size(0), M = rows(grad_output), N = grad_output.size(-1);
   if (want_input) {
     check_samples(op, "grad_output", grad_output, "weight", *weight);
     TORCH_CHECK(weight->size(1) == N, op, ": expected weight of shape [", samples, ", ", N,
                 ", in_features] for grad_output of shape ", grad_output.sizes(), ", but got ", weight->sizes());
   }
-  if (want_weight) {
-    check_same_kind(op, "grad_output", grad_output, "input", *input);
-    TORCH_CHECK(input->dim() == grad_output.dim() &&
-                    input->sizes().slice(0, input->dim() - 1) == grad_output.sizes().slice(0, grad_output.dim() - 1),
-                op, ": expected input with the leading dimensions of grad_output ", grad_output.sizes(), ", but got ",
-                input->sizes());
-  }
+  if (want_weight) check_saved_input(op, grad_output, *input);
   const DType dtype = floating_dtype(op, grad_output);
   const int64_t K = want_input ? weight->size(2) : want_weight ? input->size(-1) : 0;
   TORCH_CHECK(!want_weight || input->size(-1) == K, op, ": expected input of ", K, " features as weight has, but got ",

@@ -18,6 +18,11 @@ at::Tensor linear(const char* op, const at::Tensor& input, const at::Tensor& wei
 Gradients linear_backward(const char* op, const at::Tensor& grad_output, const OptionalTensor& input,
                           const OptionalTensor& weight, std::array<bool, 3> output_mask);
 
+// Of a backward: that what the gradients asked for need is there; of linear, that input fits grad_output.
+void check_saved(const char* op, const OptionalTensor& input, const OptionalTensor& weight,
+                 std::array<bool, 3> output_mask);
+void check_saved_input(const char* op, const at::Tensor& grad_output, const at::Tensor& input);
+
 // torch.backends.cuda.matmul.allow_tf32, or what fp32_precision says in its place, for products of this tensor.
 bool linear_allows_tf32(const at::Tensor& tensor);
 
