@@ -4,7 +4,8 @@
 // C is cut into blocks of at most MC x NC, the tasks. In a block, K is cut into chunks of at most KC, over which
 // multiply() of tile.h keeps a register tile at a time. A matrix of the compute type (float, or double for double) is
 // multiplied where it lies as long as that is as fast; else the part that a chunk needs is copied, converted and, for
-// B, transposed into panels as wide as a register tile.
+// B, transposed into panels as wide as a register tile. Matrices of bfloat16 are multiplied in pairs where the CPU does
+// that (factors.h), by steps of two terms and so twice as many in a chunk.
 //
 // Every element of C is (((s0 + s1) + s2) ...) + bias, where s_i is the sum of chunk i in order of k. This depends on K
 // alone: not on the thread count, nor on M, N or the element's place, so that a sample's result is the same in any
@@ -13,8 +14,8 @@
 
 #include <algorithm>
 
-#include "output.h"
 #include "scratch.h"
+#include "steps.h"
 #include "tile.h"
 
 namespace pyops::cpu {
@@ -25,10 +26,10 @@ constexpr int64_t MC = 192;  // a block of A, MC x KC floats = 144 KB, and
 constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 288 KB, share an L2 cache of 1 MB or more
 
 // f(k, kc, first, last) for each chunk of [begin, end); once, with kc = 0, where that is empty. Chunks are about even,
-// and of a size that the squares of transpose.h divide.
+// of at most `most` terms, and of a size that the squares of transpose.h divide.
 template <class F>
-void for_each_chunk(int64_t begin, int64_t end, const F& f) {
-  const int64_t chunks = std::max(ceil_div(end - begin, KC), int64_t{1});
+void for_each_chunk(int64_t begin, int64_t end, int64_t most, const F& f) {
+  const int64_t chunks = std::max(ceil_div(end - begin, most), int64_t{1});
   const int64_t size = ceil_div(ceil_div(end - begin, chunks), 16) * 16;
   for (int64_t k = begin, i = 0; i < chunks; ++i, k += size)
     f(k, std::clamp(end - k, int64_t{0}, size), i == 0, i == chunks - 1);
@@ -68,7 +69,8 @@ struct Matrix {
   const In* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-template <class In, class Out>
+// F: the factors that are multiplied.
+template <class In, class Out, class F>
 struct GemmArgs {
   Matrix<In> a, b;
   Output<Out> out;
@@ -79,49 +81,51 @@ struct GemmArgs {
 constexpr int64_t in_place_bytes = 1 << 20;
 
 // Rows m.. of A, columns k.. of it; all of A has `elements`.
-template <class In>
-Rows<Compute<In>> rows_of(const Matrix<In>& a, int64_t elements, int64_t m, int64_t mc, int64_t k, int64_t kc) {
-  using T = Compute<In>;
-  if constexpr (std::is_same_v<In, T>) {
-    if (a.column_stride == 1 || elements * int64_t{sizeof(T)} <= in_place_bytes)
-      return {a.at(m, k), multiples(Scratch::a_offsets, mc, a.row_stride),
-              multiples(Scratch::a_steps, kc, a.column_stride)};
-  }
-  T* copy = scratch<T>(Scratch::a, mc * kc);
+template <class F, class In>
+Rows<F> rows_of(const Matrix<In>& a, int64_t elements, int64_t m, int64_t mc, int64_t k, int64_t kc) {
+  const int64_t steps = ceil_div(kc, terms<F>);
+  if (are_factors<F, In>(a.column_stride, kc, a.row_stride) &&
+      (a.column_stride == 1 || elements * int64_t{sizeof(In)} <= in_place_bytes))
+    return {reinterpret_cast<const F*>(a.at(m, k)), multiples(Scratch::a_offsets, mc, a.row_stride / terms<F>),
+            multiples(Scratch::a_steps, steps, a.column_stride)};
+  F* copy = scratch<F>(Scratch::a, mc * steps);
   if (a.row_stride == 1) {
     // Stored by columns, and copied so: a broadcast takes its value from anywhere.
-    for (int64_t i = 0; i < kc; ++i) copy_values(copy + i * mc, a.at(m, k + i), mc, 1);
-    return {copy, multiples(Scratch::a_offsets, mc, 1), multiples(Scratch::a_steps, kc, mc)};
+    for (int64_t i = 0; i < steps; ++i)
+      copy_factors(copy + i * mc, a.at(m, k + i * terms<F>), mc, 1, a.column_stride, kc - i * terms<F>);
+    return {copy, multiples(Scratch::a_offsets, mc, 1), multiples(Scratch::a_steps, steps, mc)};
   }
-  for (int64_t i = 0; i < mc; ++i) copy_values(copy + i * kc, a.at(m + i, k), kc, a.column_stride);
-  return {copy, multiples(Scratch::a_offsets, mc, kc), multiples(Scratch::a_steps, kc, 1)};
+  for (int64_t i = 0; i < mc; ++i) copy_terms(copy + i * steps, a.at(m + i, k), kc, a.column_stride);
+  return {copy, multiples(Scratch::a_offsets, mc, steps), multiples(Scratch::a_steps, steps, 1)};
 }
 
-// Copies B[k .., n ..], kc x nc, into panels of panel_width columns, zeros past nc. Panel p begins at p * kc *
+// Copies B[k .., n ..], kc x nc, into panels of panel_width columns, zeros past nc. Panel p begins at p * steps *
 // panel_width.
-template <class T, class In>
-void pack_panels(T* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t n, int64_t nc, int64_t panel_width) {
-  for (int64_t c = 0; c < nc; c += panel_width, panels += kc * panel_width) {
+template <class F, class In>
+void pack_panels(F* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t n, int64_t nc, int64_t panel_width) {
+  const int64_t steps = ceil_div(kc, terms<F>);
+  for (int64_t c = 0; c < nc; c += panel_width, panels += steps * panel_width) {
     const int64_t columns = std::min(panel_width, nc - c);
     if (b.row_stride == 1 && b.column_stride != 1) {
-      transpose(panels, panel_width, b.at(k, n + c), b.column_stride, columns, kc);
+      transpose_terms(panels, panel_width, b.at(k, n + c), b.column_stride, columns, kc);
     } else {
-      for (int64_t i = 0; i < kc; ++i)
-        copy_values(panels + i * panel_width, b.at(k + i, n + c), columns, b.column_stride);
+      for (int64_t i = 0; i < steps; ++i)
+        copy_factors(panels + i * panel_width, b.at(k + i * terms<F>, n + c), columns, b.column_stride, b.row_stride,
+                     kc - i * terms<F>);
     }
     if (columns < panel_width)
-      for (int64_t i = 0; i < kc; ++i)
-        std::fill(panels + i * panel_width + columns, panels + (i + 1) * panel_width, T(0));
+      for (int64_t i = 0; i < steps; ++i)
+        std::fill(panels + i * panel_width + columns, panels + (i + 1) * panel_width, F{});
   }
 }
 
-// The offsets of the vectors in panels of kc rows each.
-template <class T>
-const int64_t* panel_offsets(Scratch use, int64_t vectors, int64_t kc, int64_t panel_width) {
-  constexpr int64_t lanes = Vec<T>::size();
+// The offsets of the vectors in panels of so many steps each.
+template <class F>
+const int64_t* panel_offsets(Scratch use, int64_t vectors, int64_t steps, int64_t panel_width) {
+  constexpr int64_t lanes = Factors<F>::size();
   int64_t* offsets = scratch<int64_t>(use, vectors);
   for (int64_t j = 0; j < vectors; ++j)
-    offsets[j] = j * lanes / panel_width * kc * panel_width + j * lanes % panel_width;
+    offsets[j] = j * lanes / panel_width * steps * panel_width + j * lanes % panel_width;
   return offsets;
 }
 
@@ -133,19 +137,19 @@ int64_t panel_width(int64_t columns) {
 }
 
 // Rows k.. of B, columns n.. of it.
-template <class In>
-Vectors<Compute<In>> vectors_of(const Matrix<In>& b, bool in_place, int64_t k, int64_t kc, int64_t n, int64_t nc) {
-  using T = Compute<In>;
-  constexpr int64_t lanes = Vec<T>::size();
-  const int64_t vectors = ceil_div(nc, lanes);
-  if constexpr (std::is_same_v<In, T>) {
+template <class F, class In>
+Vectors<F> vectors_of(const Matrix<In>& b, bool in_place, int64_t k, int64_t kc, int64_t n, int64_t nc) {
+  constexpr int64_t lanes = Factors<F>::size();
+  const int64_t vectors = ceil_div(nc, lanes), steps = ceil_div(kc, terms<F>);
+  if constexpr (std::is_same_v<In, F>) {
     if (in_place && b.column_stride == 1 && nc % lanes == 0)
       return {b.at(k, n), multiples(Scratch::b_offsets, vectors, lanes), multiples(Scratch::b_steps, kc, b.row_stride)};
   }
-  const int64_t width = panel_width<T>(nc);
-  T* panels = scratch<T>(Scratch::b, ceil_div(nc, width) * width * kc);
+  const int64_t width = panel_width<Sum<F>>(nc);
+  F* panels = scratch<F>(Scratch::b, ceil_div(nc, width) * width * steps);
   pack_panels(panels, b, k, kc, n, nc, width);
-  return {panels, panel_offsets<T>(Scratch::b_offsets, vectors, kc, width), multiples(Scratch::b_steps, kc, width)};
+  return {panels, panel_offsets<F>(Scratch::b_offsets, vectors, steps, width),
+          multiples(Scratch::b_steps, steps, width)};
 }
 
 // How many vectors of a block of nc columns exist in each register tile's vector; null: all.
@@ -162,25 +166,30 @@ const int32_t* column_lanes(int64_t nc) {
 // sums[nc] (+)= A[1, kc] B[kc, nc], for a B that is read just once: some rows of it at a time, each from beginning to
 // end. A register tile would go down its columns, a page for every row. 1x4096 * 4096x4096, one core: 3.4 ms, in tiles
 // 6.4, stock torch 3.4.
-template <class In>
+template <class F, class In>
 void multiply_row(int64_t kc, const Matrix<In>& a, const Matrix<In>& b, int64_t k, int64_t n, int64_t nc,
-                  Compute<In>* sums) {
-  using V = Vec<Compute<In>>;
-  constexpr int64_t lanes = V::size(), rows_at_once = 8;
-  for (int64_t i = 0; i < kc; i += rows_at_once) {
-    const int64_t rows = std::min(rows_at_once, kc - i);
-    const In* row[rows_at_once];
-    V value[rows_at_once];
-    for (int64_t r = 0; r < rows; ++r)
-      row[r] = b.at(k + i + r, n), value[r] = V(static_cast<Compute<In>>(*a.at(0, k + i + r)));
+                  Sum<F>* sums) {
+  using V = Factors<F>;
+  constexpr int64_t lanes = V::size(), steps_at_once = 8 / terms<F>, terms_at_once = 8;
+  for (int64_t i = 0; i < kc; i += terms_at_once) {
+    const int64_t left = kc - i, steps = std::min(steps_at_once, ceil_div(left, terms<F>));
+    const In* row[steps_at_once];
+    V value[steps_at_once];
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t term = i + s * terms<F>;
+      row[s] = b.at(k + term, n);
+      value[s] = broadcast_factor<F>(a.at(0, k + term), a.column_stride, kc - term);
+    }
     for (int64_t j = 0; j < nc; j += lanes) {
       const int64_t count = std::min(lanes, nc - j);
       V sum = i == 0 ? V(0) : V::loadu(sums + j, count);
-      if (rows == rows_at_once && count == lanes) {
+      if (left >= terms_at_once && count == lanes) {
 #pragma GCC unroll 8
-        for (int64_t r = 0; r < rows_at_once; ++r) sum = at::vec::fmadd(value[r], load(row[r] + j, lanes), sum);
+        for (int64_t s = 0; s < steps_at_once; ++s)
+          sum = multiply_add<F>(value[s], load_factors<F>(row[s] + j, b.row_stride, terms<F>, lanes), sum);
       } else {
-        for (int64_t r = 0; r < rows; ++r) sum = at::vec::fmadd(value[r], load(row[r] + j, count), sum);
+        for (int64_t s = 0; s < steps; ++s)
+          sum = multiply_add<F>(value[s], load_factors<F>(row[s] + j, b.row_stride, left - s * terms<F>, count), sum);
       }
       sum.store(sums + j, count);
     }
@@ -188,13 +197,13 @@ void multiply_row(int64_t kc, const Matrix<In>& a, const Matrix<In>& b, int64_t 
 }
 
 // The columns n .. n + nc of a C of one row.
-template <class In, class Out>
-void multiply_row_by_rows(const GemmArgs<In, Out>& x, int64_t n, int64_t nc) {
-  using T = Compute<In>;
+template <class In, class Out, class F>
+void multiply_row_by_rows(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
+  using T = Sum<F>;
   constexpr int64_t lanes = Vec<T>::size();
   T *total = scratch<T>(Scratch::sums, 2 * nc), *sums = total + nc;
-  for_each_chunk(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool) {
-    multiply_row(kc, x.a, x.b, k, n, nc, first ? total : sums);
+  for_each_chunk(x.k_begin, x.k_end, KC * terms<F>, [&](int64_t k, int64_t kc, bool first, bool) {
+    multiply_row<F>(kc, x.a, x.b, k, n, nc, first ? total : sums);
     for (int64_t j = 0; j < nc && !first; j += lanes) {
       const int64_t count = std::min(lanes, nc - j);
       (load(total + j, count) + load(sums + j, count)).store(total + j, count);
@@ -206,25 +215,28 @@ void multiply_row_by_rows(const GemmArgs<In, Out>& x, int64_t n, int64_t nc) {
 #if defined(CPU_CAPABILITY_AVX512)
 // The columns n .. n + nc of a C of one row, where B is stored by columns: squares of B are transposed in registers and
 // multiplied there, so that B is read once and written nowhere. The sums are those of every other way.
-template <class In, class Out>
-void multiply_row_by_squares(const GemmArgs<In, Out>& x, int64_t n, int64_t nc) {
+template <class In, class Out, class F>
+void multiply_row_by_squares(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
   using V = Vec<float>;
+  using Word = std::conditional_t<is_pair<F>, float, In>;  // pairs are moved as if they were floats
   for (int64_t end = n + nc; n < end; n += V::size()) {
     const int64_t count = std::min<int64_t>(V::size(), end - n);
     V total(0);
-    for_each_chunk(x.k_begin, x.k_end, [&](int64_t chunk, int64_t kc, bool first, bool) {
+    for_each_chunk(x.k_begin, x.k_end, KC * terms<F>, [&](int64_t chunk, int64_t kc, bool first, bool) {
       V sum(0);
-      for (int64_t k = chunk; k < chunk + kc; k += square_columns) {
-        const int64_t terms = std::min(square_columns, chunk + kc - k);
+      for (int64_t k = chunk; k < chunk + kc; k += square_columns * terms<F>) {
+        const int64_t steps = std::min(square_columns, (chunk + kc - k) / terms<F>);
         __m512 square[square_columns];
-        load_square(square, x.b.at(k, n), x.b.column_stride, count, terms);
-        if (terms == square_columns) {
+        load_square(square, reinterpret_cast<const Word*>(x.b.at(k, n)), x.b.column_stride / terms<F>, count, steps);
+        const auto add = [&](int64_t i) {
+          const auto value = broadcast_factor<F>(x.a.at(0, k + i * terms<F>), x.a.column_stride, terms<F>);
+          sum = multiply_add<F>(value, V(square[i]), sum);
+        };
+        if (steps == square_columns) {
 #pragma GCC unroll 16
-          for (int64_t i = 0; i < square_columns; ++i)
-            sum = at::vec::fmadd(V(static_cast<float>(*x.a.at(0, k + i))), V(square[i]), sum);
+          for (int64_t i = 0; i < square_columns; ++i) add(i);
         } else {
-          for (int64_t i = 0; i < terms; ++i)
-            sum = at::vec::fmadd(V(static_cast<float>(*x.a.at(0, k + i))), V(square[i]), sum);
+          for (int64_t i = 0; i < steps; ++i) add(i);
         }
       }
       total = first ? sum : total + sum;
@@ -235,18 +247,22 @@ void multiply_row_by_squares(const GemmArgs<In, Out>& x, int64_t n, int64_t nc) 
     store(out.data + n, total, count);
   }
 }
+
+template <class In, class Out, class F>
+bool should_multiply_row_by_squares(const GemmArgs<In, Out, F>& x, int64_t M) {
+  return M == 1 && x.b.row_stride == 1 && x.out.columns.x_stride == 1 && x.out.columns.pixels == Axis::endless &&
+         x.out.row_bias == nullptr && (!is_pair<F> || are_factors<F, In>(1, x.k_end - x.k_begin, x.b.column_stride));
+}
 #endif
 
 // The block of C from (m, n) on, of mc x nc.
-template <class In, class Out>
-void gemm_block(const GemmArgs<In, Out>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
-  using T = Compute<In>;
+template <class In, class Out, class F>
+void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
+  using T = Sum<F>;
   constexpr int64_t lanes = Vec<T>::size();
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (is_squared<In>) {
-    if (M == 1 && x.b.row_stride == 1 && x.out.columns.x_stride == 1 && x.out.columns.pixels == Axis::endless &&
-        x.out.row_bias == nullptr)
-      return multiply_row_by_squares(x, n, nc);
+    if (should_multiply_row_by_squares(x, M)) return multiply_row_by_squares(x, n, nc);
   }
 #endif
   if (M == 1 && x.b.column_stride == 1 && x.k_end > x.k_begin) return multiply_row_by_rows(x, n, nc);
@@ -270,10 +286,10 @@ void gemm_block(const GemmArgs<In, Out>& x, int64_t M, int64_t N, int64_t m, int
     target.data = scratch<T>(Scratch::sums, mc * sums_stride);
     target.rows = multiples(Scratch::target_rows, mc, sums_stride);
   }
-  for_each_chunk(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
-    const Rows<T> a = rows_of(x.a, M * K, m, mc, k, kc);
-    const Vectors<T> b = vectors_of(x.b, b_in_place, k, kc, n, nc);
-    multiply<T>(mc, vectors, kc, a, b, target, !first, last && direct);
+  for_each_chunk(x.k_begin, x.k_end, KC * terms<F>, [&](int64_t k, int64_t kc, bool first, bool last) {
+    const Rows<F> a = rows_of<F>(x.a, M * K, m, mc, k, kc);
+    const Vectors<F> b = vectors_of<F>(x.b, b_in_place, k, kc, n, nc);
+    multiply<F>(mc, vectors, ceil_div(kc, terms<F>), a, b, target, !first, last && direct);
     if (last && !direct) write(x.out, target.data, sums_stride, m, mc, n, nc);
   });
 }

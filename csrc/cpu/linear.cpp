@@ -6,25 +6,27 @@
 //
 // Only the forward has to transpose an operand, the weight, which it does in registers while it lays out the panels.
 // 64x400 -> 120 on one core with AVX-512: 52 us, 15 of which lay out the weight; stock torch 51.
+// In bfloat16, by pairs, on another: 17 us, in float32 34, stock 30; 1024x4096 -> 4096 72 ms, in float32 147, stock 71.
 // All matrices are row-major. Guarantees: those of gemm.h; a row of output is the same whatever the other rows hold.
 #include "sums.h"
 
 namespace pyops::cpu {
 namespace {
 
-template <class T>
+template <class T, class F>
 void forward(const LinearArgs& x) {
   const T *input = static_cast<const T*>(x.input), *weight = static_cast<const T*>(x.weight);
   const Output<T> out{
       static_cast<T*>(x.output), Axis::plain(x.N), Axis::plain(1), nullptr, static_cast<const T*>(x.bias), x.relu};
-  gemm(1, x.M, x.N, x.K, [&](int64_t) { return GemmArgs<T, T>{{input, x.K, 1}, {weight, 1, x.K}, out, 0, x.K}; });
+  gemm(1, x.M, x.N, x.K, [&](int64_t) { return GemmArgs<T, T, F>{{input, x.K, 1}, {weight, 1, x.K}, out, 0, x.K}; });
 }
 
-template <class T>
+template <class T, class F>
 void input_gradient(const LinearBackwardArgs& x) {
   const T *grad_output = static_cast<const T*>(x.grad_output), *weight = static_cast<const T*>(x.weight);
   const Output<T> out{static_cast<T*>(x.grad_input), Axis::plain(x.K), Axis::plain(1)};
-  gemm(1, x.M, x.K, x.N, [&](int64_t) { return GemmArgs<T, T>{{grad_output, x.N, 1}, {weight, x.K, 1}, out, 0, x.N}; });
+  gemm(1, x.M, x.K, x.N,
+       [&](int64_t) { return GemmArgs<T, T, F>{{grad_output, x.N, 1}, {weight, x.K, 1}, out, 0, x.N}; });
 }
 
 // One sample's: an outer product, all of whose work is to write it.
@@ -44,7 +46,7 @@ void weight_gradient_of_one(const LinearBackwardArgs& x) {
 
 // A small weight has too few blocks for the threads: then the batch is cut too, into a number of parts that depends on
 // the shape only, and their sums are added in order.
-template <class T>
+template <class T, class F>
 void weight_gradient(const LinearBackwardArgs& x) {
   using C = Compute<T>;
   if (x.M == 1) return weight_gradient_of_one<T>(x);
@@ -53,13 +55,13 @@ void weight_gradient(const LinearBackwardArgs& x) {
   const Output<T> out{static_cast<T*>(x.grad_weight), Axis::plain(x.K), Axis::plain(1)};
   const int64_t blocks = ceil_div(x.N, MC) * ceil_div(x.K, NC), chunks = ceil_div(x.M, KC);
   const int64_t parts = std::min(ceil_div(enough_tasks, blocks), chunks);
-  if (parts <= 1) return gemm(1, x.N, x.K, x.M, [&](int64_t) { return GemmArgs<T, T>{a, b, out, 0, x.M}; });
+  if (parts <= 1) return gemm(1, x.N, x.K, x.M, [&](int64_t) { return GemmArgs<T, T, F>{a, b, out, 0, x.M}; });
 
   const int64_t part = ceil_div(chunks, parts) * KC;
   C* sums = scratch<C>(Scratch::partial_sums, parts * x.N * x.K);
   gemm(parts, x.N, x.K, part, [&](int64_t i) {
     const Output<C> partial{sums + i * x.N * x.K, Axis::plain(x.K), Axis::plain(1)};
-    return GemmArgs<T, C>{a, b, partial, std::min(i * part, x.M), std::min((i + 1) * part, x.M)};
+    return GemmArgs<T, C, F>{a, b, partial, std::min(i * part, x.M), std::min((i + 1) * part, x.M)};
   });
   sum_parts(out, sums, parts, x.N * x.K, x.N, x.K);
 }
@@ -67,14 +69,20 @@ void weight_gradient(const LinearBackwardArgs& x) {
 }  // namespace
 
 void linear(const LinearArgs& x) {
-  dispatch_floating(x.dtype, [&](auto zero) { forward<decltype(zero)>(x); });
+  dispatch_floating(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    dispatch_factor<T>([&](auto factor) { forward<T, decltype(factor)>(x); });
+  });
 }
 
 void linear_backward(const LinearBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (x.grad_input) input_gradient<T>(x);
-    if (x.grad_weight) weight_gradient<T>(x);
+    dispatch_factor<T>([&](auto factor) {
+      using F = decltype(factor);
+      if (x.grad_input) input_gradient<T, F>(x);
+      if (x.grad_weight) weight_gradient<T, F>(x);
+    });
     if (x.grad_bias) sum_rows(static_cast<T*>(x.grad_bias), static_cast<const T*>(x.grad_output), x.M, x.N);
   });
 }

@@ -16,15 +16,15 @@ struct TileArgs {
   int64_t kc;
   Rows<T> a;     // steps in bytes: a load takes base and step as they are, and every instruction that is not a
   Vectors<T> b;  // multiply-add is felt
-  Target<T> target;
+  Target<Sum<T>> target;
   bool accumulate, last;
 };
 
 // Stores one vector of sums in a way that the plain cases need not pay for.
 template <class T>
-C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, T* to, Vec<T> sum) {
-  using V = Vec<T>;
-  const Target<T>& target = x.target;
+C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Sum<T>* to, Vec<Sum<T>> sum) {
+  using V = Vec<Sum<T>>;
+  const Target<Sum<T>>& target = x.target;
   const int lanes = target.lanes ? target.lanes[j] : static_cast<int>(V::size());
   if (x.accumulate) sum = V::loadu(to, lanes) + sum;
   if (x.last) {
@@ -39,7 +39,7 @@ C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, T* to, Vec<T> 
 // to each other, in B and in the target, which leaves enough registers for all pointers and is worth 15 % of speed.
 template <class T, int rows, int vectors, bool adjacent>
 void tile(const TileArgs<T>& x) {
-  using V = Vec<T>;
+  using V = Vec<Sum<T>>;
   constexpr int64_t lanes = V::size();
   const char* a[rows];
   const char* b[adjacent ? 1 : vectors];
@@ -60,26 +60,26 @@ void tile(const TileArgs<T>& x) {
       b_row[j] = adjacent ? V::loadu(b[0] + b_step + j * lanes * sizeof(T)) : V::loadu(b[j] + b_step);
 #pragma GCC unroll 32
     for (int i = 0; i < rows; ++i) {
-      const V a_value(*reinterpret_cast<const T*>(a[i] + a_step));
+      const V a_value = broadcast<T>(a[i] + a_step);
 #pragma GCC unroll 32
-      for (int j = 0; j < vectors; ++j) sum[i][j] = at::vec::fmadd(a_value, b_row[j], sum[i][j]);
+      for (int j = 0; j < vectors; ++j) sum[i][j] = multiply_add<T>(a_value, b_row[j], sum[i][j]);
     }
   }
-  const Target<T>& target = x.target;
+  const Target<Sum<T>>& target = x.target;
   const auto for_each_sum = [&](const auto& f) {
 #pragma GCC unroll 32
     for (int i = 0; i < rows; ++i) {
-      T* const row = target.data + target.rows[i] + (adjacent ? target.vectors[0] : 0);
+      Sum<T>* const row = target.data + target.rows[i] + (adjacent ? target.vectors[0] : 0);
 #pragma GCC unroll 32
       for (int j = 0; j < vectors; ++j) f(i, j, adjacent ? row + j * lanes : row + target.vectors[j], sum[i][j]);
     }
   };
   if (target.lanes != nullptr || x.last) {
-    for_each_sum([&](int i, int j, T* to, V value) { finish(x, i, j, to, value); });
+    for_each_sum([&](int i, int j, Sum<T>* to, V value) { finish(x, i, j, to, value); });
   } else if (x.accumulate) {
-    for_each_sum([](int, int, T* to, V value) { (V::loadu(to) + value).store(to); });
+    for_each_sum([](int, int, Sum<T>* to, V value) { (V::loadu(to) + value).store(to); });
   } else {
-    for_each_sum([](int, int, T* to, V value) { value.store(to); });
+    for_each_sum([](int, int, Sum<T>* to, V value) { value.store(to); });
   }
 }
 
@@ -103,13 +103,13 @@ constexpr auto tiles = all_tiles<T, adjacent>(std::make_integer_sequence<int, mo
 template <class T>
 bool are_adjacent(const int64_t* offsets, int64_t vectors) {
   bool adjacent = true;
-  for (int64_t j = 1; j < vectors; ++j) adjacent &= offsets[j] - offsets[j - 1] == Vec<T>::size();
+  for (int64_t j = 1; j < vectors; ++j) adjacent &= offsets[j] - offsets[j - 1] == Factors<T>::size();
   return adjacent;
 }
 
 template <class T>
 bool are_full(const int32_t* lanes, int64_t vectors) {
-  return std::all_of(lanes, lanes + vectors, [](int32_t count) { return count == Vec<T>::size(); });
+  return std::all_of(lanes, lanes + vectors, [](int32_t count) { return count == Factors<T>::size(); });
 }
 
 // The share of the next of `parts` parts of `count`, as even as they can be: 13 in 4 parts is 4, 3, 3, 3.
@@ -129,7 +129,7 @@ void fetch_ahead(const Rows<T>& a, int64_t begin, int64_t end) {
 }  // namespace
 
 template <class T>
-void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a, Vectors<T> b, Target<T> target,
+void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a, Vectors<T> b, Target<Sum<T>> target,
               bool accumulate, bool last) {
   const int64_t widest = run_count == 1 && runs[0].rows == 1 ? most_vectors : max_vectors;
   for (int64_t panels = (vectors + widest - 1) / widest; panels > 0; --panels) {
@@ -155,32 +155,31 @@ void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a,
     b.offsets += width;
     target.vectors += width;
     if (target.lanes) target.lanes += width;
-    if (target.column_bias) target.column_bias += width * Vec<T>::size();
+    if (target.column_bias) target.column_bias += width * Factors<T>::size();
     vectors -= width;
   }
 }
 
 template <class T>
-void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Target<T> target, bool accumulate,
-              bool last) {
+void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Target<Sum<T>> target,
+              bool accumulate, bool last) {
   int64_t steps[2 * KC];
   const RowRun run = run_of<T>(rows, a.steps, b.steps, kc, steps, [](int64_t) { return true; });
   multiply(&run, 1, vectors, a, b, target, accumulate, last);
 }
 
 template <class T>
-void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums, int64_t sums_stride,
+void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Sum<T>* sums, int64_t sums_stride,
               bool accumulate) {
-  const Target<T> target{sums, multiples(Scratch::target_rows, rows, sums_stride),
-                         multiples(Scratch::target_vectors, vectors, Vec<T>::size())};
+  const Target<Sum<T>> target{sums, multiples(Scratch::target_rows, rows, sums_stride),
+                              multiples(Scratch::target_vectors, vectors, Factors<T>::size())};
   multiply(rows, vectors, kc, a, b, target, accumulate, /*last=*/false);
 }
 
-template void multiply(const RowRun*, int64_t, int64_t, Rows<float>, Vectors<float>, Target<float>, bool, bool);
-template void multiply(const RowRun*, int64_t, int64_t, Rows<double>, Vectors<double>, Target<double>, bool, bool);
-template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, Target<float>, bool, bool);
-template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, Target<double>, bool, bool);
-template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, float*, int64_t, bool);
-template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, double*, int64_t, bool);
+PYOPS_MULTIPLY(, float)
+PYOPS_MULTIPLY(, double)
+#if defined(CPU_CAPABILITY_AVX512)
+PYOPS_MULTIPLY(, Bf16Pair)
+#endif
 
 }  // namespace pyops::cpu

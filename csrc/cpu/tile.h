@@ -12,11 +12,11 @@
 
 #include <array>
 
-#include "common.h"
+#include "factors.h"
 
 namespace pyops::cpu {
 
-// A[i, k] = data[offsets[i] + steps[k]]
+// T is what is multiplied, the factors of factors.h. A[i, k] = data[offsets[i] + steps[k]]
 template <class T>
 struct Rows {
   const T* data;
@@ -65,8 +65,8 @@ struct Target {
 
 // kc <= KC.
 template <class T>
-void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Target<T> target, bool accumulate,
-              bool last);
+void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Target<Sum<T>> target,
+              bool accumulate, bool last);
 
 // A run of rows that are summed over the same terms, kc of them; steps in bytes.
 struct RowRun {
@@ -89,20 +89,20 @@ RowRun run_of(int64_t rows, const int64_t* a_steps, const int64_t* b_steps, int6
 
 // The same for runs of rows that follow one another, each over steps of its own.
 template <class T>
-void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a, Vectors<T> b, Target<T> target,
+void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a, Vectors<T> b, Target<Sum<T>> target,
               bool accumulate, bool last);
 
 // The same into a row-major matrix of sums, rows x (vectors * lanes), at distance sums_stride.
 template <class T>
-void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, T* sums, int64_t sums_stride,
+void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Sum<T>* sums, int64_t sums_stride,
               bool accumulate);
 
-extern template void multiply(const RowRun*, int64_t, int64_t, Rows<float>, Vectors<float>, Target<float>, bool, bool);
-extern template void multiply(const RowRun*, int64_t, int64_t, Rows<double>, Vectors<double>, Target<double>, bool,
-                              bool);
-extern template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, Target<float>, bool, bool);
-extern template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, Target<double>, bool, bool);
-extern template void multiply(int64_t, int64_t, int64_t, Rows<float>, Vectors<float>, float*, int64_t, bool);
-extern template void multiply(int64_t, int64_t, int64_t, Rows<double>, Vectors<double>, double*, int64_t, bool);
+#define PYOPS_MULTIPLY(external, T)                                                                                  \
+  external template void multiply(const RowRun*, int64_t, int64_t, Rows<T>, Vectors<T>, Target<Sum<T>>, bool, bool); \
+  external template void multiply(int64_t, int64_t, int64_t, Rows<T>, Vectors<T>, Target<Sum<T>>, bool, bool);       \
+  external template void multiply(int64_t, int64_t, int64_t, Rows<T>, Vectors<T>, Sum<T>*, int64_t, bool);
+PYOPS_MULTIPLY(extern, float)
+PYOPS_MULTIPLY(extern, double)
+PYOPS_MULTIPLY(extern, Bf16Pair)
 
 }  // namespace pyops::cpu

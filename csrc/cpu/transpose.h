@@ -67,12 +67,13 @@ inline void load_square(__m512 (&square)[16], const In* source, int64_t source_s
 }
 template <class In>
 inline void transpose_square(float* target, int64_t target_stride, const In* source, int64_t source_stride,
-                             int64_t rows) {
+                             int64_t rows, int64_t columns = 16) {
   const auto mask = static_cast<__mmask16>((1u << rows) - 1);
   __m512 square[16];
-  load_square(square, source, source_stride, rows);
+  load_square(square, source, source_stride, rows, columns);
 #pragma GCC unroll 16
-  for (int c = 0; c < 16; ++c) _mm512_mask_storeu_ps(target + c * target_stride, mask, square[c]);
+  for (int c = 0; c < 16; ++c)
+    if (c < columns) _mm512_mask_storeu_ps(target + c * target_stride, mask, square[c]);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int64_t tile_rows_transposed = 8;

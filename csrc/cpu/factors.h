@@ -1,0 +1,63 @@
+// What the register tiles of tile.h multiply: numbers of the compute type, or pairs of bfloat16.
+//
+// vdpbf16ps takes the products of two pairs at once, 556 GF/s on a core that does 270 by multiply-adds of float32, with
+// nothing to convert before. In each lane it is two multiply-adds of float32, the second number of the pair first:
+// sum = first * first + (second * second + sum), each rounded to nearest. Denormal numbers are zeros to it, as they are
+// to stock on a CPU that has it.
+#pragma once
+
+#include <cstring>
+
+#include "common.h"
+
+namespace pyops::cpu {
+
+// Terms 2 k and 2 k + 1 of a sum, next to each other in memory, at any even address.
+struct Bf16Pair {
+  c10::BFloat16 first, second;
+};
+
+template <class F>
+constexpr bool is_pair = std::is_same_v<F, Bf16Pair>;
+template <class F>
+constexpr int64_t terms = is_pair<F> ? 2 : 1;
+template <class F>
+using Sum = std::conditional_t<is_pair<F>, float, F>;
+
+// Factors in registers; of pairs, the bits as if they were floats.
+template <class F>
+using Factors = Vec<Sum<F>>;
+
+template <class F>
+C10_ALWAYS_INLINE Factors<F> broadcast(const void* p) {
+  Sum<F> bits;
+  std::memcpy(&bits, p, sizeof(F));
+  return Factors<F>(bits);
+}
+
+template <class F>
+C10_ALWAYS_INLINE Vec<Sum<F>> multiply_add(Factors<F> a, Factors<F> b, Vec<Sum<F>> sum) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_pair<F>) {
+    // In assembly, because the compiler may not use this instruction set anywhere else.
+    __m512 s = sum;
+    asm("vdpbf16ps %2, %1, %0" : "+v"(s) : "v"(static_cast<__m512>(a)), "v"(static_cast<__m512>(b)));
+    return s;
+  } else
+#endif
+    return at::vec::fmadd(a, b, sum);
+}
+
+// f(F{}) for what products of the numbers T are made of on this CPU.
+template <class T, class Function>
+void dispatch_factor(const Function& f) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    static const bool has_pairs = __builtin_cpu_supports("avx512bf16");
+    if (has_pairs) return f(Bf16Pair{});
+  }
+#endif
+  f(Compute<T>{});
+}
+
+}  // namespace pyops::cpu
