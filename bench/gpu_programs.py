@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,8 +113,21 @@ def same_bits(device: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def captured(prepare: Callable[[], Callable[[], Any]]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """A graph of the call that is prepared, which has been run three times before, and what its results are in.
+@dataclass
+class Replay:
+    """A call as a graph, which gives what its results are in."""
+
+    graph: torch.cuda.CUDAGraph
+    result: Any
+    call: Callable[[], Any]  # it alone keeps alive the tensors that the graph reads and writes
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.result
+
+
+def captured(prepare: Callable[[], Callable[[], Any]]) -> Replay:
+    """A graph of the call that is prepared, which has been run three times before.
 
     All on one stream: autograd runs a backward on the stream of its forward, which must be the one that is captured.
     """
@@ -126,7 +140,7 @@ def captured(prepare: Callable[[], Callable[[], Any]]) -> tuple[torch.cuda.CUDAG
     with torch.cuda.graph(graph, stream=stream):
         result = call()
     torch.cuda.current_stream().wait_stream(stream)
-    return graph, result
+    return Replay(graph, result, call)
 
 
 def graph(device: str) -> None:
@@ -134,11 +148,8 @@ def graph(device: str) -> None:
     net, x, y = lenet(device, 64)
     step = training_step(net, x, y)
     expected = [step().item() for _ in range(8)][3:]  # three before the capture, which computes nothing
-    replayed, loss = captured(lambda: training_step(*lenet(device, 64)))
-    actual = []
-    for _ in expected:
-        replayed.replay()
-        actual.append(loss.item())
+    replay = captured(lambda: training_step(*lenet(device, 64)))
+    actual = [replay().item() for _ in expected]
     assert actual == expected, (actual, expected)
 
 

@@ -181,7 +181,7 @@ def calls_of(case: Case, way: str, device: str) -> list[Call]:
         return [case.prepare(setting) for setting in settings]
     if device != "cuda":
         raise RuntimeError(f"there are no graphs on {device}")
-    return [captured(lambda s=setting: case.prepare(s))[0].replay for setting in settings]
+    return [captured(lambda s=setting: case.prepare(s)) for setting in settings]
 
 
 def tensors_of(call: Call) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -86,17 +87,26 @@ def test_a_call_is_prepared_run_and_captured_on_one_stream(monkeypatch):
         assert isinstance(stream, Stream)
         return on_stream(stream, "captured side")
 
-    fakes = {"Stream": Stream, "stream": on_stream, "graph": graph, "CUDAGraph": object, "current_stream": Stream}
+    class Graph:
+        def replay(self):
+            log.append("replay")
+
+    fakes = {"Stream": Stream, "stream": on_stream, "graph": graph, "CUDAGraph": Graph, "current_stream": Stream}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
     def prepare():
         log.append(f"{current[0]}: prepare")
-        return lambda: log.append(f"{current[0]}: call") or "result"
+        operand = Stream()
+        operands.append(weakref.ref(operand))
+        return lambda: (log.append(f"{current[0]}: call"), operand) and "result"
 
-    assert gpu_programs.captured(prepare)[1] == "result"
+    operands = []
+    replay = gpu_programs.captured(prepare)
     on_side = ["side: prepare", *["side: call"] * 3, "captured side: call"]
     assert log == ["default: wait", *on_side, "default: wait"]
+    assert operands[0]() is not None, "what the graph reads lives as long as it does"
+    assert replay() == "result" and log[-1] == "replay"
 
 
 # ---- times ----
