@@ -129,13 +129,17 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// The shared memory that a block can have from compute capability 8.0 on, if asked for. Whoever asks for more than what
+// is there without asking asks for all: a kernel has one limit, which a launch by another thread may rely on.
+constexpr size_t shared_bytes_at_most = 99 << 10, shared_bytes_without_asking = 48 << 10;
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, size_t shared_bytes,
                    cudaStream_t stream, Arguments... arguments) {
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > (48 << 10))
+  if (shared_bytes > shared_bytes_without_asking)
     PYOPS_RETURN_ON_ERROR(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int{shared_bytes_at_most}));
   const cudaLaunchConfig_t config{dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, stream, nullptr, 0};
   PYOPS_RETURN_ON_ERROR(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
   return cudaGetLastError();

@@ -201,6 +201,10 @@ __global__ void shuffle_from_outside() {
   if (threadIdx.x < 16) __shfl_down_sync(0x0000ffffu, 1, 8);
 }
 
+void two_limits() {
+  cudaFuncSetAttribute(ended_lane, cudaFuncAttributeMaxDynamicSharedMemorySize, 60000);
+  cudaFuncSetAttribute(ended_lane, cudaFuncAttributeMaxDynamicSharedMemorySize, 50000);
+}
 void run_small() {
   launch(lane_that_is_not_there, 1, 48, 0);
 }
@@ -223,6 +227,7 @@ const Case cases[] = {
     {"refuses_different_masks", run<different_masks>, mixed},
     {"refuses_a_mask_without_the_lane", run<mask_without_itself>, "mask does not name the lane itself"},
     {"refuses_a_lane_that_is_not_there", run_small, "a lane that the block does not have"},
+    {"refuses_two_limits_of_shared_memory", two_limits, "the limit changes that another thread may rely on"},
     {"refuses_a_shuffle_from_outside", run<shuffle_from_outside>, "a lane that its mask does not name"},
 };
 

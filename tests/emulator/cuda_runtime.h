@@ -20,8 +20,8 @@ struct cudaLaunchConfig_t {
 };
 
 namespace emulator {
-constexpr size_t shared_without_asking = 48 << 10, largest_shared = 227 << 10;  // compute capability 9.0
-inline std::map<void*, size_t> shared_asked_for;                                // by kernel
+constexpr size_t shared_without_asking = 48 << 10, largest_shared = 99 << 10;  // compute capability 8.6
+inline std::map<void*, size_t> shared_asked_for;                               // by kernel
 inline size_t shared_allowed(void* kernel) {
   const auto asked = shared_asked_for.find(kernel);
   return asked == shared_asked_for.end() ? shared_without_asking : asked->second;
@@ -31,7 +31,8 @@ inline size_t shared_allowed(void* kernel) {
 template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
   if (static_cast<size_t>(bytes) > emulator::largest_shared) return cudaErrorInvalidValue;
-  emulator::shared_asked_for[reinterpret_cast<void*>(kernel)] = bytes;
+  const auto limit = emulator::shared_asked_for.emplace(reinterpret_cast<void*>(kernel), bytes).first->second;
+  if (limit != static_cast<size_t>(bytes)) emulator::fail("the limit changes that another thread may rely on");
   return cudaSuccess;
 }
 

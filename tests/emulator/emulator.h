@@ -10,6 +10,7 @@
 //   - a barrier that some thread of the block never reaches, and threads that meet at different barriers;
 //   - lanes of a warp that wait for each other at different operations, with different masks, or for an ended lane;
 //   - reads of shared memory that nobody wrote, as they are NaN (0xff bytes);
+//   - a kernel's limit of shared memory that is not always the same;
 //   - misuse of the PTX instructions of ptx.h (vector accesses of C++ that are misaligned: UndefinedBehaviorSanitizer).
 // Not modelled: time, bank conflicts and caches.
 #pragma once
