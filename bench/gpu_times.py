@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
+import ops
 import torch
 from gpu_aims import judge, verdicts
 from gpu_programs import captured, training_step
@@ -91,19 +92,20 @@ def op(name: str, dtype: torch.dtype, sizes: list[tuple[int, ...]], format=torch
         ]
         if tensors[0].dim() == 4:
             tensors[0] = tensors[0].contiguous(memory_format=format)
-        functional = pyops.functional if setting.ours else torch.nn.functional
+        function = ops.function(pyops.functional if setting.ours else torch.nn.functional, name)
         if backward:
-            return gradients(lambda *t: getattr(functional, name)(*t, **options), tensors, dtype)
-        return lambda: getattr(functional, name)(*tensors, **options)
+            return gradients(lambda *t: function(*t, **options), tensors, dtype)
+        return lambda: function(*tensors, **options)
 
     shape = "x".join(map(str, sizes[0])) + (f" by {'x'.join(map(str, sizes[1]))}" if len(sizes) > 1 else "")
     shape += "".join(f", {option} {value}" for option, value in options.items())
     shape += ", NHWC" * (format == torch.channels_last)
     size = math.prod(sizes[0]) * dtype.itemsize
-    return [
-        Case(f"{name} {shape}, {way}", dtype, lambda setting, b=backward: prepare(setting, b), size)
-        for way, backward in (("forward", False), ("backward", True))
-    ]
+    made = []
+    for way, backward in (("forward", False), ("backward", True)):
+        exact = not (backward and "_relu" in name)  # there rounding decides what is rectified and passes no gradient
+        made.append(Case(f"{name} {shape}, {way}", dtype, lambda setting, b=backward: prepare(setting, b), size, exact))
+    return made
 
 
 def lenet(batch: int, dtype: torch.dtype, training: bool) -> Case:
@@ -136,10 +138,14 @@ def cases() -> Iterator[Case]:
             yield from op("conv2d", dtype, [(64, 96, 56, 56), (96, 1, 7, 7)], format, padding=3, groups=96)
             yield from op("conv2d", dtype, [(64, 128, 56, 56), (128, 4, 3, 3)], format, padding=1, groups=32)
             yield from op("conv2d", dtype, [(64, 256, 28, 28), (256, 8, 3, 3)], format, padding=1, groups=32)
-        yield from op("conv2d", dtype, [(1024, 1, 32, 32), (6, 1, 5, 5)])
-        yield from op("conv2d", dtype, [(1024, 6, 14, 14), (16, 6, 5, 5)])
-        yield from op("linear", dtype, [(1, 400), (120, 400)])
-        yield from op("linear", dtype, [(1024, 400), (120, 400)])
+            yield from op("conv2d_relu", dtype, [(64, 64, 56, 56), (64, 64, 3, 3)], format, padding=1)
+        for name in ("conv2d", "conv2d_relu_max_pool2d"):
+            yield from op(name, dtype, [(1024, 1, 32, 32), (6, 1, 5, 5)])
+            yield from op(name, dtype, [(1024, 6, 14, 14), (16, 6, 5, 5)])
+        for name in ("linear", "linear_relu"):
+            yield from op(name, dtype, [(1, 400), (120, 400)])
+            yield from op(name, dtype, [(1024, 400), (120, 400)])
+        yield from op("linear", dtype, [(65536, 84), (10, 84)])
         yield from op("linear", dtype, [(4096, 4096), (4096, 4096)])
 
 

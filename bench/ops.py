@@ -26,8 +26,8 @@ def function(functional: ModuleType, op: str) -> Callable[..., torch.Tensor]:
         return partial(getattr(functional, op), **pooling)
     first = getattr(functional, op.split("_relu")[0])
     if pooling:
-        return lambda *arguments: functional.max_pool2d(functional.relu(first(*arguments)), 2)
-    return lambda *arguments: functional.relu(first(*arguments))
+        return lambda *arguments, **options: functional.max_pool2d(functional.relu(first(*arguments, **options)), 2)
+    return lambda *arguments, **options: functional.relu(first(*arguments, **options))
 
 
 @dataclass(frozen=True)
