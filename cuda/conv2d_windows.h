@@ -46,6 +46,7 @@ struct Axis {
 template <class Element, class Index, bool channels_last>
 struct WindowMatrix {
   using T = Element;
+  using Unsigned = std::make_unsigned_t<Index>;
   static constexpr bool along_k = channels_last;
   Images<Index> images;
   Divider<Index> grid_h, grid_w;
@@ -68,25 +69,31 @@ struct WindowMatrix {
     }
   }
 
-  struct Row {
-    Index image, h, w;
+  // The offset of an element is the sum of its row's and its term's, which wrap around where they lie far outside.
+  struct Part {
+    Unsigned offset;
+    Index h, w;
   };
-  struct Term {
-    Index channel, h, w;
-  };
+  using Row = Part;
+  using Term = Part;
   __device__ __forceinline__ Row row(int64_t number) const {
     auto n = static_cast<Index>(number);
     const Index x = take_digit(n, grid_w), y = take_digit(n, grid_h);
-    return {n * images.n_stride, y * h.stride + h.offset, x * w.stride + w.offset};
+    return part(n * images.n_stride, y * h.stride + h.offset, x * w.stride + w.offset);
   }
   __device__ __forceinline__ Term term(int64_t k) const {
     const auto tap = taps(static_cast<Index>(k));
-    return {tap.channel * images.c_stride, tap.i * h.step, tap.j * w.step};
+    return part(tap.channel * images.c_stride, tap.i * h.step, tap.j * w.step);
   }
   __device__ __forceinline__ const T* address(const Row& row, const Term& term) const {
-    const Index y = row.h + term.h, x = row.w + term.w;
-    if (y < 0 || x < 0 || y >= images.height() || x >= images.width()) return nullptr;
-    return data + (row.image + term.channel + y * images.h_stride + x * images.w_stride);
+    const auto y = static_cast<Unsigned>(row.h + term.h), x = static_cast<Unsigned>(row.w + term.w);  // below 0: large
+    if (y >= images.H.divisor || x >= images.W.divisor) return nullptr;
+    return data + (row.offset + term.offset);
+  }
+
+ private:
+  __device__ __forceinline__ Part part(Index offset, Index y, Index x) const {
+    return {Unsigned(offset) + Unsigned(y) * images.h_stride + Unsigned(x) * images.w_stride, y, x};
   }
 };
 
