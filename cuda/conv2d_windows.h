@@ -172,52 +172,82 @@ cudaError_t ordered_weight(const WeightOrder<Index, channels_last>& order, int64
 // Where sums go. Taps outside of the image are 0 in a product, and times an infinity NaN, where a sum over the taps
 // inside has no such term; so a NaN is summed again by the generic way, which asks for each tap.
 
-template <class T, class Index, bool channels_last>
+template <class Element, class Index, bool channels_last>
 struct StoreOutput {
+  using T = Element;
   Conv<Index> conv;
   const T *input, *weight, *bias;
   T* output;
   bool relu, has_border;
-  __device__ __forceinline__ void operator()(int64_t row, int64_t column, Compute<T> sum) const {
+  bool pairs = lie_in_pairs(output, channels_last ? conv.output.C.value() : conv.output.c_stride);
+  __device__ __forceinline__ T* address(int64_t row, int64_t column) const {
+    const auto at = position(row, column);
+    return output + conv.output.offset(at.n, at.c, at.h, at.w);
+  }
+  __device__ __forceinline__ T result(int64_t row, int64_t column, Compute<T> sum) const {
+    if (has_border && sum != sum) sum = convolve(conv, input, weight, position(row, column));
+    const T value = finish_conv(sum, bias, channels_last ? column : row);
+    return relu ? narrow<T>(rectified(widen(value))) : value;
+  }
+
+ private:
+  __device__ __forceinline__ Position<Index> position(int64_t row, int64_t column) const {
     const auto pixel = conv.output.pixel(static_cast<Index>(channels_last ? row : column));
-    const Position<Index> at{pixel.n, static_cast<Index>(channels_last ? column : row), pixel.h, pixel.w};
-    if (has_border && sum != sum) sum = convolve(conv, input, weight, at);
-    const T value = finish_conv(sum, bias, at.c);
-    output[conv.output.offset(at.n, at.c, at.h, at.w)] = relu ? narrow<T>(rectified(widen(value))) : value;
+    return {pixel.n, static_cast<Index>(channels_last ? column : row), pixel.h, pixel.w};
   }
 };
 
 // Of the pixels of a phase: every stride_h'th and stride_w'th one from (first_h, first_w) on.
-template <class T, class Index, bool channels_last>
+template <class Element, class Index, bool channels_last>
 struct StoreGradInput {
+  using T = Element;
   Conv<Index> conv;
   Divider<Index> grid_h, grid_w;
   Index first_h, first_w;
   const T *grad_output, *weight;
   T* grad_input;
-  __device__ __forceinline__ void operator()(int64_t row, int64_t column, Compute<T> sum) const {
+  bool pairs = channels_last ? lie_in_pairs(grad_input, conv.input.C.value())
+                             : conv.stride_h.value() == 1 && conv.stride_w.value() == 1 &&
+                                   lie_in_pairs(grad_input, conv.input.c_stride);
+  __device__ __forceinline__ T* address(int64_t row, int64_t column) const {
+    const auto at = position(row, column);
+    return grad_input + conv.input.offset(at.n, at.c, at.h, at.w);
+  }
+  __device__ __forceinline__ T result(int64_t row, int64_t column, Compute<T> sum) const {
+    return narrow<T>(sum != sum ? gradient_of_input(conv, grad_output, weight, position(row, column)) : sum);
+  }
+
+ private:
+  __device__ __forceinline__ Position<Index> position(int64_t row, int64_t column) const {
     auto n = static_cast<Index>(channels_last ? row : column);
     const Index x = take_digit(n, grid_w), y = take_digit(n, grid_h);
-    const Position<Index> at{n, static_cast<Index>(channels_last ? column : row), first_h + y * conv.stride_h.value(),
-                             first_w + x * conv.stride_w.value()};
-    if (sum != sum) sum = gradient_of_input(conv, grad_output, weight, at);
-    grad_input[conv.input.offset(at.n, at.c, at.h, at.w)] = narrow<T>(sum);
+    return {n, static_cast<Index>(channels_last ? column : row), first_h + y * conv.stride_h.value(),
+            first_w + x * conv.stride_w.value()};
   }
 };
 
-template <class T, class Index, bool channels_last>
+template <class Element, class Index, bool channels_last>
 struct StoreGradWeight {
+  using T = Element;
   Conv<Index> conv;
   Depth<Index, channels_last> taps;
   const T *grad_output, *input;
   T* grad_weight;
   Index pixels;
   bool has_border;
-  __device__ __forceinline__ void operator()(int64_t row, int64_t column, Compute<T> sum) const {
+  bool pairs = (!channels_last || conv.kernel_h.value() * conv.kernel_w.value() == 1) &&
+               lie_in_pairs(grad_weight, conv.in_per_group.value() * conv.kernel_h.value() * conv.kernel_w.value());
+  __device__ __forceinline__ T* address(int64_t row, int64_t column) const { return grad_weight + offset(row, column); }
+  __device__ __forceinline__ T result(int64_t row, int64_t column, Compute<T> sum) const {
+    if (has_border && sum != sum)
+      sum = gradient_of_weight<T, Index>(conv, grad_output, input, offset(row, column), 0, 1, pixels);
+    return narrow<T>(sum);
+  }
+
+ private:
+  __device__ __forceinline__ Index offset(int64_t row, int64_t column) const {
     const auto tap = taps(static_cast<Index>(column));
-    const Index offset = conv.weight_offset(static_cast<Index>(row), tap.channel, tap.i, tap.j);
-    if (has_border && sum != sum) sum = gradient_of_weight<T, Index>(conv, grad_output, input, offset, 0, 1, pixels);
-    grad_weight[offset] = narrow<T>(sum);
+    return conv.weight_offset(static_cast<Index>(row), tap.channel, tap.i, tap.j);
   }
 };
 

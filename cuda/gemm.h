@@ -30,19 +30,48 @@
 
 namespace pyops::cuda {
 
-// What becomes of a finished sum: bias, rounding, rectification.
+// What becomes of finished sums. A Store tells of each its
+//   address(row, column), and result(row, column, sum), which is what belongs there: with bias, rounded, rectified
+//   pairs    whether an even column and the next one lie side by side, aligned to both, and are stored at once
+
+// Whether that is so for lines of `length` elements one after the other.
 template <class T>
+bool lie_in_pairs(const T* output, int64_t length) {
+  return length % 2 == 0 && aligned_to(2 * sizeof(T), output);
+}
+
+template <class Element>
 struct StoreRows {
+  using T = Element;
   T* output;      // [rows, columns]
   const T* bias;  // [columns], or null
   int64_t columns;
   bool relu;
-  __device__ __forceinline__ void operator()(int64_t row, int64_t column, Compute<T> sum) const {
+  bool pairs = lie_in_pairs(output, columns);
+  __device__ __forceinline__ T* address(int64_t row, int64_t column) const { return output + row * columns + column; }
+  __device__ __forceinline__ T result(int64_t, int64_t column, Compute<T> sum) const {
     if (bias != nullptr) sum += widen(bias[column]);
     const T rounded = narrow<T>(sum);
-    output[row * columns + column] = relu ? narrow<T>(rectified(widen(rounded))) : rounded;
+    return relu ? narrow<T>(rectified(widen(rounded))) : rounded;
   }
 };
+
+// The sums of `column` and, if there are more columns, the next one.
+template <class Store, class Sum>
+__device__ __forceinline__ void store_two(const Store& store, int64_t row, int64_t column, int64_t columns, Sum first,
+                                          Sum second) {
+  using T = typename Store::T;
+  const bool both = column + 1 < columns;
+  Vector<T, 2> values;
+  values.values[0] = store.result(row, column, first);
+  if (both) values.values[1] = store.result(row, column + 1, second);
+  if (store.pairs) {
+    *reinterpret_cast<Vector<T, 2>*>(store.address(row, column)) = values;
+  } else {
+    *store.address(row, column) = values.values[0];
+    if (both) *store.address(row, column + 1) = values.values[1];
+  }
+}
 
 struct GemmShape {
   int64_t rows, columns, depth, depth_per_part;
@@ -168,22 +197,26 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
   }
   wait_copies<0>();
 
+  const auto store_sums = [&](const auto& to) {
 #pragma unroll
-  for (int i = 0; i < row_fragments; ++i) {
+    for (int i = 0; i < 2 * row_fragments; ++i) {
+      const int64_t row = first_row + warp_row + i * 8 + lane / 4;
+      if (row >= shape.rows) break;
 #pragma unroll
-    for (int j = 0; j < 2 * column_pairs; ++j) {
-#pragma unroll
-      for (int s = 0; s < 4; ++s) {
-        const int64_t row = first_row + warp_row + i * 16 + lane / 4 + s / 2 * 8;
-        const int64_t column = first_column + warp_column + j * 8 + lane % 4 * 2 + s % 2;
-        if (row >= shape.rows || column >= shape.columns) continue;
-        if (partials == nullptr) {
-          store(row, column, sums[i][j][s]);
-        } else {
-          partials[(part * shape.rows + row) * shape.columns + column] = sums[i][j][s];
-        }
+      for (int j = 0; j < 2 * column_pairs; ++j) {
+        const int64_t column = first_column + warp_column + j * 8 + lane % 4 * 2;
+        if (column >= shape.columns) break;
+        const auto& pair = sums[i / 2][j];
+        store_two(to, row, column, shape.columns, pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
       }
     }
+  };
+  if (partials == nullptr) {
+    store_sums(store);
+  } else {
+    using Sum = typename Mma::Sum;
+    partials += part * shape.rows * shape.columns;
+    store_sums(StoreRows<Sum>{partials, nullptr, shape.columns, false, shape.columns % 2 == 0});
   }
 }
 
@@ -197,10 +230,10 @@ __global__ void __launch_bounds__(block_threads, 1)
   for (int64_t part = 0; part < parts; ++part) sum += partials[part * count + number];
   int64_t row = number;
   const int64_t column = take_digit(row, columns);
-  store(row, column, static_cast<C>(sum));
+  *store.address(row, column) = store.result(row, column, static_cast<C>(sum));
 }
 
-// The product in tiles of one size. Store is called with each sum once.
+// The product in tiles of one size.
 template <class Tile, class Mma, class A, class B, class Store>
 cudaError_t gemm_by_tiles(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const Store& store,
                           Workspace& workspace, cudaStream_t stream) {
