@@ -89,6 +89,7 @@ struct GemmTile {
 using LargeTile = GemmTile<128, 128, 64, 32>;
 using SmallTile = GemmTile<64, 64, 32, 32>;
 using FlatTile = GemmTile<16, 128, 16, 32>;
+using NarrowTile = GemmTile<128, 16, 32, 16>;
 
 constexpr int gemm_stages = 3;
 
@@ -258,8 +259,9 @@ cudaError_t gemm_by_tiles(int64_t rows, int64_t columns, int64_t depth, const A&
 }
 
 // The product, in tiles that its shape chooses:
-//   few rows     a batch of 16 or less, or few channels: such a product takes the time of reading the other operand,
-//                for which a tile of 128 of its rows has enough copies on their way.
+//   flat ones    few rows, which are a batch of 16 or less, or few channels of N C H W: such a product takes the time
+//                of reading the other operand, for which a tile of 128 of its rows has enough copies on their way.
+//   narrow ones  the same of columns: few channels of N H W C, or the last layer of a classifier.
 //   large ones   the larger the tile, the fewer reads of memory and shared memory for a product; but there must be a
 //                block for each multiprocessor of a large GPU, if need be by splitting k into parts of 1024.
 //   small ones   in between.
@@ -270,6 +272,7 @@ cudaError_t gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const
     return gemm_by_tiles<decltype(tile), Mma>(rows, columns, depth, a, b, store, workspace, stream);
   };
   if (rows <= FlatTile::rows) return in_tiles_of(FlatTile());
+  if (columns <= NarrowTile::columns) return in_tiles_of(NarrowTile());
   const int64_t large = ceil_div(rows, LargeTile::rows) * ceil_div(columns, LargeTile::columns);
   if (large * ceil_div(depth, 1024) >= 128) return in_tiles_of(LargeTile());
   return in_tiles_of(SmallTile());

@@ -23,8 +23,9 @@ def unaligned(shape, dtype, offset):
     return random((count + offset,), dtype)[offset:].view(shape)
 
 
-# Rows, depth and columns: a few rows, small tiles that are full and not, k in parts, parts as long as may be.
-SIZES = [(1, 40, 9), (16, 33, 130), (64, 64, 64), (67, 131, 70), (40, 1500, 35), (2, 4200, 3), (65, 1, 17)]
+# Rows, depth and columns: few rows, few columns, small tiles that are full and not, k in parts, parts as long as may be.
+SIZES = [(1, 40, 9), (16, 33, 130), (300, 84, 10), (130, 15, 16), (64, 64, 64), (67, 131, 70), (40, 1500, 35)]
+SIZES += [(2, 4200, 3), (65, 1, 17)]
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2])
