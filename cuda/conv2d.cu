@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(block_threads, 1)
 cudaError_t conv2d(const Conv2dArgs& x, Workspace& workspace, cudaStream_t stream) {
   const ConvWay way = conv_way(x.shape);
   if (way == ConvWay::tiny) return tiny_forward(x, stream);
-  if (way == ConvWay::depthwise) return depthwise_forward(x, stream);
-  if (way == ConvWay::grouped) return grouped_forward(x, stream);
+  if (way == ConvWay::depthwise) return depthwise_correlation(x, stream);
+  if (way == ConvWay::grouped) return grouped_correlation(x, stream);
   return dispatch_floating(x.dtype, [&](auto t) {
     using T = decltype(t);
     if (way == ConvWay::product) return product_forward<T>(x, workspace, stream);

@@ -87,8 +87,8 @@ cudaError_t conv2d_backward(const Conv2dBackwardArgs& x, Workspace& workspace, c
         const ConvWay way = conv_backward_input_way(x.shape);
         PYOPS_RETURN_ON_ERROR((way == ConvWay::tiny        ? tiny_backward_input(x, stream)
                                : way == ConvWay::product   ? product_backward_input<T>(x, workspace, stream)
-                               : way == ConvWay::depthwise ? depthwise_backward_input(x, stream)
-                               : way == ConvWay::grouped   ? grouped_backward_input(x, stream)
+                               : way == ConvWay::depthwise ? depthwise_correlation(x, stream)
+                               : way == ConvWay::grouped   ? grouped_correlation(x, stream)
                                                            : generic_backward_input<T, Index>(x, stream)));
       }
       if (x.grad_weight != nullptr) {

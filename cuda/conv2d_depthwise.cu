@@ -152,48 +152,35 @@ cudaError_t dispatch_window(const Conv2dShape& s, bool gradient, F&& f) {
 }
 
 template <class T, int pack>
-cudaError_t launch_depthwise(const Conv2dShape& s, bool gradient, bool relu, const Operands<T>& x,
-                             cudaStream_t stream) {
-  return dispatch_window<T, pack>(s, gradient, [&](auto window) {
+cudaError_t launch_depthwise(const CorrelationArgs& x, cudaStream_t stream) {
+  const Conv2dShape& s = x.shape;
+  return dispatch_window<T, pack>(s, x.gradient, [&](auto window) {
     using Window = decltype(window);
     // Turning the window around is for those that ask for no places.
-    const bool turned = gradient && !std::is_same_v<Window, AnyWindow<T, pack>>;
+    const bool turned = x.gradient && !std::is_same_v<Window, AnyWindow<T, pack>>;
     const auto padding = [&](int64_t kernel, int64_t before) {
       return static_cast<int32_t>(turned ? kernel - 1 - before : before);
     };
-    const int64_t height = gradient ? s.H : s.OH, columns = gradient ? s.W : s.OW;
-    const Depthwise d{Correlation(s, gradient, relu),
-                      Lanes(s.C / pack, s.channels_last ? 32 : 1, s.N, height, columns),
+    const Depthwise d{Correlation(x),
+                      Lanes(s.C / pack, s.channels_last ? 32 : 1, s.N, x.height(), x.width()),
                       Divider<int32_t>(s.kernel_h * s.kernel_w),
                       padding(s.kernel_h, s.padding_top),
                       padding(s.kernel_w, s.padding_left),
                       turned};
     const size_t shared_bytes = s.kernel_h * s.kernel_w * d.lanes.lanes.value() * pack * sizeof(Compute<T>);
-    return launch(depthwise<T, pack, Window>, d.lanes.blocks(), d.lanes.threads, shared_bytes, stream, d, x);
-  });
-}
-
-template <class Args>
-cudaError_t run(const Args& x, bool gradient, bool relu, cudaStream_t stream) {
-  return dispatch_floating(x.dtype, [&](auto t) {
-    using T = decltype(t);
-    const Operands<T> operands(x);
-    const Conv2dShape& s = x.shape;
-    const bool packs =
-        s.channels_last && s.C % Pack<T>::size == 0 && aligned_to_packs(operands.source, operands.result);
-    return packs ? launch_depthwise<T, Pack<T>::size>(s, gradient, relu, operands, stream)
-                 : launch_depthwise<T, 1>(s, gradient, relu, operands, stream);
+    return launch(depthwise<T, pack, Window>, d.lanes.blocks(), d.lanes.threads, shared_bytes, stream, d,
+                  Operands<T>(x));
   });
 }
 
 }  // namespace
 
-cudaError_t depthwise_forward(const Conv2dArgs& x, cudaStream_t stream) {
-  return run(x, /*gradient=*/false, x.relu, stream);
-}
-
-cudaError_t depthwise_backward_input(const Conv2dBackwardArgs& x, cudaStream_t stream) {
-  return run(x, /*gradient=*/true, /*relu=*/false, stream);
+cudaError_t depthwise_correlation(const CorrelationArgs& x, cudaStream_t stream) {
+  return dispatch_floating(x.dtype, [&](auto t) {
+    using T = decltype(t);
+    const bool packs = x.shape.channels_last && x.shape.C % Pack<T>::size == 0 && aligned_to_packs(x.source, x.result);
+    return packs ? launch_depthwise<T, Pack<T>::size>(x, stream) : launch_depthwise<T, 1>(x, stream);
+  });
 }
 
 }  // namespace pyops::cuda

@@ -153,54 +153,38 @@ __global__ void __launch_bounds__(block_threads, blocks_at_least<T>)
 }
 
 template <class T, int outputs, int pack, bool long_sums>
-cudaError_t launch_grouped(const Conv2dShape& s, bool gradient, bool relu, const Operands<T>& x, cudaStream_t stream) {
+cudaError_t launch_grouped(const CorrelationArgs& x, cudaStream_t stream) {
+  const Conv2dShape& s = x.shape;
   const int64_t taps = s.kernel_h * s.kernel_w, in = s.C / s.groups, out = s.O / s.groups;
-  const int64_t channels = gradient ? out : in, results = gradient ? in : out;
+  const int64_t channels = x.gradient ? out : in, results = x.gradient ? in : out;
   const int64_t lanes_per_group = ceil_div(results, outputs), of_output = in * taps;
   const int64_t lane_bytes = channels * taps * outputs * sizeof(Compute<T>), most_bytes = 32 << 10;
   const int64_t most_lanes = s.channels_last ? std::clamp<int64_t>(most_bytes / lane_bytes, 1, 32) : 1;
-  const Grouped g{Correlation(s, gradient, relu),
-                  Lanes(s.groups * lanes_per_group, most_lanes, s.N, gradient ? s.H : s.OH, gradient ? s.W : s.OW),
+  const Grouped g{Correlation(x),
+                  Lanes(s.groups * lanes_per_group, most_lanes, s.N, x.height(), x.width()),
                   Divider<int32_t>(lanes_per_group),
                   Divider<int32_t>(channels),
                   Divider<int32_t>(taps),
                   static_cast<int32_t>(results),
-                  static_cast<int32_t>(gradient ? taps : of_output),
-                  static_cast<int32_t>(gradient ? of_output : taps)};
+                  static_cast<int32_t>(x.gradient ? taps : of_output),
+                  static_cast<int32_t>(x.gradient ? of_output : taps)};
   return launch(grouped<T, outputs, pack, long_sums>, g.lanes.blocks(), g.lanes.threads,
-                g.lanes.lanes.value() * lane_bytes, stream, g, x);
-}
-
-template <class Args>
-cudaError_t run(const Args& x, bool gradient, bool relu, cudaStream_t stream) {
-  return dispatch_floating(x.dtype, [&](auto t) {
-    using T = decltype(t);
-    const Operands<T> operands(x);
-    const Conv2dShape& s = x.shape;
-    const auto launch = [&](auto outputs, auto pack, auto long_sums) {
-      return launch_grouped<T, decltype(outputs)::value, decltype(pack)::value, decltype(long_sums)::value>(
-          s, gradient, relu, operands, stream);
-    };
-    using One = std::integral_constant<int, 1>;
-    using Four = std::integral_constant<int, 4>;
-    using Eight = std::integral_constant<int, 8>;
-    const bool long_sums = (gradient ? s.O : s.C) / s.groups * s.kernel_h * s.kernel_w > longest_grouped_chain;
-    const bool packs = s.channels_last && s.C / s.groups % 4 == 0 && s.O / s.groups % 4 == 0 &&
-                       aligned_to_packs(operands.source, operands.result);
-    if (packs) return long_sums ? launch(Four(), Four(), std::true_type()) : launch(Four(), Four(), std::false_type());
-    if (long_sums) return launch(Four(), One(), std::true_type());
-    return s.channels_last ? launch(Four(), One(), std::false_type()) : launch(Eight(), One(), std::false_type());
-  });
+                g.lanes.lanes.value() * lane_bytes, stream, g, Operands<T>(x));
 }
 
 }  // namespace
 
-cudaError_t grouped_forward(const Conv2dArgs& x, cudaStream_t stream) {
-  return run(x, /*gradient=*/false, x.relu, stream);
-}
-
-cudaError_t grouped_backward_input(const Conv2dBackwardArgs& x, cudaStream_t stream) {
-  return run(x, /*gradient=*/true, /*relu=*/false, stream);
+cudaError_t grouped_correlation(const CorrelationArgs& x, cudaStream_t stream) {
+  const Conv2dShape& s = x.shape;
+  const int64_t in = s.C / s.groups, out = s.O / s.groups;
+  const bool long_sums = (x.gradient ? out : in) * s.kernel_h * s.kernel_w > longest_grouped_chain;
+  const bool packs = s.channels_last && in % 4 == 0 && out % 4 == 0 && aligned_to_packs(x.source, x.result);
+  return dispatch_floating(x.dtype, [&](auto t) {
+    using T = decltype(t);
+    if (packs) return long_sums ? launch_grouped<T, 4, 4, true>(x, stream) : launch_grouped<T, 4, 4, false>(x, stream);
+    if (long_sums) return launch_grouped<T, 4, 1, true>(x, stream);
+    return s.channels_last ? launch_grouped<T, 4, 1, false>(x, stream) : launch_grouped<T, 8, 1, false>(x, stream);
+  });
 }
 
 }  // namespace pyops::cuda

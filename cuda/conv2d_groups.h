@@ -6,12 +6,42 @@
 
 namespace pyops::cuda {
 
+// A convolution or the gradient of its input: sums over what the taps of each pixel of the result meet in the source.
+struct CorrelationArgs {
+  DType dtype;
+  const Conv2dShape& shape;  // of the convolution
+  const void *source, *weight, *bias;
+  void* result;
+  bool gradient, relu;
+
+  CorrelationArgs(const Conv2dArgs& x)
+      : dtype(x.dtype),
+        shape(x.shape),
+        source(x.input),
+        weight(x.weight),
+        bias(x.bias),
+        result(x.output),
+        gradient(false),
+        relu(x.relu) {}
+  CorrelationArgs(const Conv2dBackwardArgs& x)
+      : dtype(x.dtype),
+        shape(x.shape),
+        source(x.grad_output),
+        weight(x.weight),
+        bias(nullptr),
+        result(x.grad_input),
+        gradient(true),
+        relu(false) {}
+
+  int64_t height() const { return gradient ? shape.H : shape.OH; }  // of the result
+  int64_t width() const { return gradient ? shape.W : shape.OW; }
+};
+
 // One channel in and one out for each group, and windows whose weights fit into shared memory.
 inline bool is_depthwise(const Conv2dShape& s) {
   return s.groups > 1 && s.C == s.groups && s.O == s.groups && s.kernel_h * s.kernel_w <= 49;
 }
-cudaError_t depthwise_forward(const Conv2dArgs&, cudaStream_t);
-cudaError_t depthwise_backward_input(const Conv2dBackwardArgs&, cudaStream_t);
+cudaError_t depthwise_correlation(const CorrelationArgs&, cudaStream_t);
 
 // Sums over `channels` in groups so narrow that one chain of additions for each tap loses few digits, and that their
 // weights fit into shared memory.
@@ -19,8 +49,7 @@ inline bool is_narrow(const Conv2dShape& s, int64_t channels) {
   const int64_t of_group = channels / s.groups;
   return s.groups > 1 && of_group > 0 && of_group <= 256 && of_group * s.kernel_h * s.kernel_w <= 2048;
 }
-cudaError_t grouped_forward(const Conv2dArgs&, cudaStream_t);
-cudaError_t grouped_backward_input(const Conv2dBackwardArgs&, cudaStream_t);
+cudaError_t grouped_correlation(const CorrelationArgs&, cudaStream_t);
 
 // Windows whose sums fit into the registers of a thread, one for each tap.
 inline bool has_grouped_weight(const Conv2dShape& s) {

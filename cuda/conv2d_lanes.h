@@ -74,30 +74,25 @@ struct Operands {
   const T *source, *weight, *bias;
   T* result;
 
-  explicit Operands(const Conv2dArgs& x)
-      : source(static_cast<const T*>(x.input)),
+  explicit Operands(const CorrelationArgs& x)
+      : source(static_cast<const T*>(x.source)),
         weight(static_cast<const T*>(x.weight)),
         bias(static_cast<const T*>(x.bias)),
-        result(static_cast<T*>(x.output)) {}
-  explicit Operands(const Conv2dBackwardArgs& x)
-      : source(static_cast<const T*>(x.grad_output)),
-        weight(static_cast<const T*>(x.weight)),
-        bias(nullptr),
-        result(static_cast<T*>(x.grad_input)) {}
+        result(static_cast<T*>(x.result)) {}
 };
 
-// The forward, or the gradient of the input, as a sum over what the taps of a pixel meet in a source.
+// What of CorrelationArgs does not depend on the type of the elements.
 struct Correlation {
   Conv<int32_t> conv;
   Images<int32_t> source, result;
   bool gradient, relu;
 
-  Correlation(const Conv2dShape& s, bool gradient, bool relu)
-      : conv(s),
-        source(gradient ? conv.output : conv.input),
-        result(gradient ? conv.input : conv.output),
-        gradient(gradient),
-        relu(relu) {}
+  explicit Correlation(const CorrelationArgs& x)
+      : conv(x.shape),
+        source(x.gradient ? conv.output : conv.input),
+        result(x.gradient ? conv.input : conv.output),
+        gradient(x.gradient),
+        relu(x.relu) {}
 
   // The row of the source that tap i of row y of the result meets; negative: none.
   __device__ __forceinline__ int32_t source_row(int32_t y, int32_t i) const {
