@@ -9,8 +9,8 @@
 //
 // Sums run over c, i, j in one chain, as in convolve(). Taps outside are read as 0; a sum that is NaN, as an infinity
 // times 0 is, is taken again over the taps inside alone.
-// Registers (sm_90): 96 to 128, 196 at most for double. Shared memory: 32 bytes for each input channel and tap, 64 for
-// double; LeNet's 6 channels of 5x5 take 4.8 KB.
+// Registers (sm_80 and sm_90): 88 to 128, so that an SM holds four blocks; 196 at most for double, two blocks. Shared
+// memory: 32 bytes for each input channel and tap, 64 for double; LeNet's 6 channels of 5x5 take 4.8 KB.
 #include <algorithm>
 
 #include "conv2d_generic.h"
@@ -21,6 +21,9 @@ namespace pyops::cuda {
 namespace {
 
 constexpr int tiny_threads = 128, weight_pitch = 8;
+// Blocks for which an SM has registers at least: four of 128 threads leave 128 to a thread.
+template <class T>
+constexpr int tiny_blocks = std::is_same_v<T, double> ? 2 : 4;
 
 enum class Result { plain, pooled, gradient };
 
@@ -86,7 +89,7 @@ __device__ __forceinline__ void finish(const Tiny& tiny, const TinyOperands<T>& 
 }
 
 template <class T, int kernel, int outputs, Result result>
-__global__ void __launch_bounds__(tiny_threads, 1)
+__global__ void __launch_bounds__(tiny_threads, tiny_blocks<T>)
     tiny_kernel(const __grid_constant__ Tiny tiny, const __grid_constant__ TinyOperands<T> x) {
   using C = Compute<T>;
   constexpr int side = kernel + 1;
