@@ -6,6 +6,8 @@
 // The maximum is taken before the rectification, with which it commutes; where it is not above 0 (nor NaN) no gradient
 // passes, and the argmax is dead_window. Each pixel is summed and rounded as conv2d does it, so that values and winners
 // have the bits of the three ops one after the other.
+// Registers of the second way (sm_80 and sm_90): 88 to 168, 206 at most for double, so that an SM holds one block of
+// 256 threads at the least. No shared memory.
 #include "conv2d_generic.h"
 #include "max_pool2d.h"
 

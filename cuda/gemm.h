@@ -13,14 +13,16 @@
 //
 // Registers of linear and conv2d on sm_80 and sm_90, none spilled, and shared memory:
 //
-//              large tiles (256 threads)   small (128 threads)    flat (128 threads)
-//   16-bit     168 to 185, 60 KB           120 to 221, 30 KB      110 to 210, 34 KB
-//   TF32       130 to 174, 60 KB           106 to 148, 30 KB      111 to 168, 34 KB
-//   float      192 to 254, 60 KB           136 to 178, 30 KB      120 to 170, 34 KB
-//   double     186 to 254, 72 KB           128 to 200, 36 KB      108 to 168, 41 KB
+//            large (256 threads)   small (128)         flat (128)          narrow (128)
+//   16-bit   168 to 183, 60 KB     121 to 221, 30 KB   110 to 216, 34 KB   112 to 197, 34 KB
+//   TF32     130 to 186, 60 KB     108 to 148, 30 KB   114 to 168, 34 KB   118 to 171, 34 KB
+//   float    198 to 250, 60 KB     138 to 183, 30 KB   120 to 172, 34 KB   132 to 173, 34 KB
+//   double   192 to 254, 72 KB     128 to 200, 36 KB   112 to 166, 41 KB   115 to 166, 41 KB
 //
-// The occupancy meant is 8 warps on a multiprocessor at the least: what hides latencies are the stages and the many
-// independent products of a warp rather than many warps.
+// The occupancy meant is 8 warps on a multiprocessor at the least, which leaves 255 registers to a thread: what hides
+// latencies are the stages and the many independent products of a warp rather than many warps. In the large tiles the
+// sums take 64 registers, of double 128; parts of 32x32, as in the small ones, would read a third more of shared memory
+// for a product.
 #pragma once
 
 #include <algorithm>

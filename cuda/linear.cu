@@ -2,7 +2,8 @@
 // grad_input[M, K] = grad_output weight, grad_weight[N, K] = grad_output^T input, grad_bias[N] = column sums.
 // All row-major; three products of one kernel (gemm.h), whose operands differ in which dimension is contiguous.
 //
-// Each sum is taken in float (double for double) in an order that depends on the shape only.
+// Each sum is taken in float (double for double) in an order that depends on the shape only. Registers and shared
+// memory are those of gemm.h and sums.h.
 #include "gemm.h"
 #include "sums.h"
 

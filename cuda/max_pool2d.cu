@@ -11,8 +11,8 @@
 //
 // A tap wins if (v > max) || isnan(v): ties keep the first, of several NaNs the last one wins, a window of -inf gives
 // its first tap in bounds. Taps out of bounds never win; an argmax that names no tap in bounds is of no element.
-// Registers (sm_90), with an argmax of bytes and offsets of 32 bits: at most 56, of integers 96, so that an SM holds
-// four blocks of 256 threads; else 134 at most. No shared memory.
+// Registers (sm_80 and sm_90), with an argmax of bytes and offsets of 32 bits: at most 56, so that an SM holds four
+// blocks of 256 threads; of integers 96, two blocks; else 134 at most. No shared memory.
 #include "max_pool2d.h"
 
 namespace pyops::cuda {

@@ -2,6 +2,9 @@
 // order, in double, and rounded once. How many parts there are depends on the shape only. Of the n threads of a part
 // each adds up every n-th term, and a tree adds up the threads, so that no chain of float additions is longer than
 // about a thousand.
+//
+// Registers (sm_80 and sm_90): 40 for columns, 56 of double; else those of the terms, at most 80. Shared memory: 4
+// bytes for each thread, 8 of double. So an SM holds three blocks of 256 threads at the least.
 #pragma once
 
 #include <algorithm>
