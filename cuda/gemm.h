@@ -265,7 +265,8 @@ cudaError_t gemm_by_tiles(int64_t rows, int64_t columns, int64_t depth, const A&
 //                of reading the other operand, for which a tile of 128 of its rows has enough copies on their way.
 //   narrow ones  the same of columns: few channels of N H W C, or the last layer of a classifier.
 //   large ones   the larger the tile, the fewer reads of memory and shared memory for a product; but there must be a
-//                block for each multiprocessor of a large GPU, if need be by splitting k into parts of 1024.
+//                block for each multiprocessor of a large GPU, if need be by splitting k into parts of 1024, and they
+//                must be filled to three quarters where small ones would be full.
 //   small ones   in between.
 template <class Mma, class A, class B, class Store>
 cudaError_t gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const Store& store,
@@ -275,9 +276,10 @@ cudaError_t gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const
   };
   if (rows <= FlatTile::rows) return in_tiles_of(FlatTile());
   if (columns <= NarrowTile::columns) return in_tiles_of(NarrowTile());
-  const int64_t large = ceil_div(rows, LargeTile::rows) * ceil_div(columns, LargeTile::columns);
-  if (large * ceil_div(depth, 1024) >= 128) return in_tiles_of(LargeTile());
-  return in_tiles_of(SmallTile());
+  const auto tiles_of = [&](auto tile) { return ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns); };
+  const int64_t large = tiles_of(LargeTile()), quarters = tiles_of(SmallTile());
+  const bool enough = large * ceil_div(depth, 1024) >= 128, filled = 3 * large <= quarters;
+  return enough && filled ? in_tiles_of(LargeTile()) : in_tiles_of(SmallTile());
 }
 
 }  // namespace pyops::cuda

@@ -23,7 +23,7 @@ def unaligned(shape, dtype, offset):
     return random((count + offset,), dtype)[offset:].view(shape)
 
 
-# Rows, depth and columns: few rows, few columns, small tiles that are full and not, k in parts, parts as long as may be.
+# Rows, depth and columns: few rows, few columns, small tiles, full and not, k in parts, parts as long as may be.
 SIZES = [(1, 40, 9), (16, 33, 130), (300, 84, 10), (130, 15, 16), (64, 64, 64), (67, 131, 70), (40, 1500, 35)]
 SIZES += [(2, 4200, 3), (65, 1, 17)]
 
@@ -44,6 +44,15 @@ def test_large_tiles(dtype):
     """Large enough for the largest tiles, the last ones partly filled."""
     with emulated.kernels():
         oracle.check("linear", [random((1410, 17), dtype), random((1290, 17), dtype), random((1290,), dtype)])
+
+
+@every_layout
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_large_tiles_of_images(dtype, where):
+    """The same of pixels and channels."""
+    tensors = [place(random(size, dtype), where) for size in ((1, 5, 38, 39), (1290, 5, 2, 1))]
+    with emulated.kernels():
+        oracle.check("conv2d", [*tensors, None])
 
 
 def to_tf32(x):
