@@ -95,6 +95,38 @@ class Best<float, uint8_t> {
   __m512 max_;
   __m512i tap_;
 };
+#elif defined(CPU_CAPABILITY_AVX2)
+// In gcc's own vectors, because it compares the result of a comparison by intrinsics once more before it blends by it.
+template <>
+class Best<float, uint8_t> {
+ public:
+  explicit Best(uint8_t first = 0, float start = kLowest<float>) : max_(Floats{} + start), tap_(Ints{} + first) {}
+  explicit Best(const std::array<uint8_t, 8>& first)
+      : max_(Floats{} + kLowest<float>),
+        tap_((Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first.data())))) {}
+
+  void update(const Vec<float>& values, int64_t tap) {
+    const auto v = (Floats) static_cast<__m256>(values);
+    const auto wins = (v > max_) | (v != v);
+    max_ = wins ? v : max_;
+    tap_ = wins ? Ints{} + static_cast<int>(tap) : tap_;
+  }
+
+  Vec<float> max() const { return (__m256)max_; }
+  std::array<uint8_t, 8> tap() const {
+    std::array<uint8_t, 8> bytes;
+    const auto taps = (__m256i)tap_;
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(taps), _mm256_extracti128_si256(taps, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes.data()), _mm_packus_epi16(words, words));
+    return bytes;
+  }
+
+ private:
+  using Floats = float __attribute__((vector_size(32)));
+  using Ints = int __attribute__((vector_size(32)));
+  Floats max_;
+  Ints tap_;
+};
 #endif
 
 }  // namespace pyops::cpu
