@@ -115,6 +115,22 @@ def test_dead_windows(kernel):
     )
 
 
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel", [2, (3, 2)], ids=str)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_blocks_of_images(padding, kernel, memory_format, dtype):
+    """Sums of more than one chunk of terms."""
+    tensors = [torch.randn(size).to(dtype) for size in ((33, 17, 9, 11), (7, 17, 3, 3), (7,))]
+    tensors[0] = tensors[0].contiguous(memory_format=memory_format)
+    tensors[0][20, 5, 4, 3] = float("nan")
+    pool = {"pool_kernel_size": kernel}
+    same_bits(
+        results(lambda *t: composed(*t, padding=padding, pool=pool), tensors),
+        results(lambda *t: fused(*t, padding=padding, pool=pool), tensors),
+    )
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_many_chunks(memory_format):
     """More images than one chunk, and images larger than a chunk."""

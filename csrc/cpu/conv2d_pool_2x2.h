@@ -1,0 +1,169 @@
+// output = relu(max_pool2d(conv2d(input, weight, bias))) of one block of images (images.h), for 2x2 windows side by
+// side: the four pixels of a window are the columns of one register tile, so that of four sums only the largest goes to
+// memory. Filters are the rows, packed so that a tile reads them one after the other.
+//
+// A sum runs over (channel, tap) in the chunks of gemm.h: the result is that of ImagesCorrelation and pooling, to the
+// last bit.
+#pragma once
+
+#include <array>
+
+#include "conv2d.h"
+#include "images.h"
+#include "max_pool2d_best.h"
+
+namespace pyops::cpu {
+
+// The maximum of a window before its first tap: it starts at 0, as if that were one, so that what is not above it is
+// not seen.
+template <class C>
+Best<C, uint8_t> rectified_best(int64_t taps) {
+  return Best<C, uint8_t>(static_cast<uint8_t>(dead_window(taps)), C(0));
+}
+
+// What the 16-bit types lose when a tensor of them is written.
+template <class T>
+Vec<Compute<T>> rounded(const Vec<Compute<T>>& values) {
+  if constexpr (!is_reduced<T>) {
+    return values;
+  } else {
+    T written[kLanes<T>];
+    store(written, values, kLanes<T>);
+    return load(written, kLanes<T>);
+  }
+}
+
+template <class T>
+class Pooled2x2 {
+  using C = Compute<T>;
+  using V = Vec<C>;
+
+ public:
+  // No tap leaves the image.
+  static bool takes(const Correlation<T>& x, const MaxPool2dShape& pool) {
+    return pool.kernel_h == 2 && pool.kernel_w == 2 && !leaves_image(x.source, Extent(x.source));
+  }
+
+  // Lays out in the scratch of this thread, until it makes another one.
+  Pooled2x2(const Correlation<T>& x, const MaxPool2dShape& pool) : x_(x), pool_(pool) {
+    const Source<T>& s = x.source;
+    const int64_t K = x.depth(), O = x.out_channels;
+    int64_t* steps = scratch<int64_t>(Scratch::source_steps, K);
+    for (int64_t k = 0; k < K; ++k) {
+      const Tap& tap = s.tap(k);
+      steps[k] = (s.channel(k) * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * kLanes<T>;
+    }
+    C* filters = scratch<C>(Scratch::weight, x.groups * O * K);
+    steps_ = steps, filters_ = filters;
+    for (int64_t g = 0; g < x.groups; ++g)
+      for_each_tile([&](int64_t o, int64_t rows) {
+        for (int64_t k = 0; k < K; ++k)
+          for (int64_t i = 0; i < rows; ++i) *filters++ = static_cast<C>(x.filters.at(g, o + i)[x.filter_step(k)]);
+      });
+  }
+
+  void operator()(const C* source, C* pooled, uint8_t* argmax) const {
+    const Source<T>& s = x_.source;
+    const Layout out(pool_.C, pool_.OH, pool_.OW, pool_.channels_last);
+    const int64_t right = s.step_w * s.x_stride * kLanes<T>, below = s.step_h * s.y_stride * kLanes<T>;
+    const C* filters = filters_;
+    for (int64_t g = 0; g < x_.groups; ++g, filters += x_.out_channels * x_.depth()) {
+      const C* images = source + g * s.channels * s.channel_stride * kLanes<T>;
+      for (int64_t y = 0; y < pool_.OH; ++y) {
+        for (int64_t x = 0; x < pool_.OW; ++x) {
+          const C* pixel = images + 2 * y * below + 2 * x * right;
+          for_each_tile([&](int64_t o, int64_t rows) {
+            const int64_t channel = g * x_.out_channels + o;
+            const int64_t window = channel * out.channel_stride + y * out.y_stride + x * out.x_stride;
+            tiles[rows - 1](*this, {pixel, pixel + right, pixel + below, pixel + below + right},
+                            filters + o * x_.depth(), x_.bias ? x_.bias + channel : nullptr,
+                            {pooled + window * kLanes<T>, argmax + window * kLanes<T>, out.channel_stride * kLanes<T>});
+          });
+        }
+      }
+    }
+  }
+
+ private:
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int most_rows = 6;  // times 4 sums in 32 registers
+#elif defined(CPU_CAPABILITY_AVX2)
+  static constexpr int most_rows = 3;  // in 16
+#else
+  static constexpr int most_rows = 1;  // in 16, of which a Vectorized takes two
+#endif
+
+  // f(first, rows) for the output channels of a group in tiles of about even height.
+  template <class F>
+  void for_each_tile(const F& f) const {
+    for (int64_t o = 0, parts = ceil_div(x_.out_channels, int64_t{most_rows}); parts > 0; --parts) {
+      const int64_t rows = ceil_div(x_.out_channels - o, parts);
+      f(o, rows), o += rows;
+    }
+  }
+
+  // The windows of one pixel, a channel's at distance `stride`.
+  struct Target {
+    C* pooled;
+    uint8_t* argmax;
+    int64_t stride;
+  };
+
+  template <int rows>
+  static void tile(const Pooled2x2& x, const std::array<const C*, 4>& pixels, const C* filters, const T* bias,
+                   const Target& target) {
+    C totals[rows][4][kLanes<T>];
+    for_each_chunk(0, x.x_.depth(), [&](int64_t k, int64_t kc, bool first, bool last) {
+      V sum[rows][4];
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[i][j] = V(0);
+      const std::array<const C*, 4> pixel = pixels;
+      const C* row = filters + k * rows;
+      for (const int64_t *step = x.steps_ + k, *end = step + kc; step < end; ++step, row += rows) {
+        V filter[rows];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) filter[i] = V(row[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const V value = V::loadu(pixel[j] + *step);
+#pragma GCC unroll 8
+          for (int i = 0; i < rows; ++i) sum[i][j] = at::vec::fmadd(filter[i], value, sum[i][j]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          if (!first) sum[i][j] = V::loadu(totals[i][j]) + sum[i][j];
+          if (!last) sum[i][j].store(totals[i][j]);
+        }
+      if (last) {
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) {
+          const V bias_of_row(bias ? static_cast<C>(bias[i]) : C(0));
+          auto best = rectified_best<C>(4);
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) best.update(rounded<T>(bias ? sum[i][j] + bias_of_row : sum[i][j]), j);
+          best.max().store(target.pooled + i * target.stride);
+          const auto taps = best.tap();
+          std::copy_n(taps.begin(), kLanes<T>, target.argmax + i * target.stride);
+        }
+      }
+    });
+  }
+
+  template <int... I>
+  static constexpr auto all_tiles(std::integer_sequence<int, I...>) {
+    return std::array{&tile<I + 1>...};
+  }
+  static constexpr auto tiles = all_tiles(std::make_integer_sequence<int, most_rows>{});
+
+  const Correlation<T> x_;
+  const MaxPool2dShape pool_;
+  const int64_t* steps_;  // of all terms in a block
+  const C* filters_;
+};
+
+}  // namespace pyops::cpu
