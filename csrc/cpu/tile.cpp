@@ -54,15 +54,30 @@ void tile(const TileArgs<T>& x) {
   }
   for (int64_t k = 0; k < x.kc; ++k) {
     const int64_t a_step = x.a.steps[k], b_step = x.b.steps[k];
-    V b_row[vectors];
+    const auto a_value = [&](int i) { return broadcast<T>(a[i] + a_step); };
+    const auto b_value = [&](int j) {
+      return adjacent ? V::loadu(b[0] + b_step + j * lanes * sizeof(T)) : V::loadu(b[j] + b_step);
+    };
+    // The shorter side is kept in registers, the longer one comes by.
+    V kept[std::min(rows, vectors)];
+    if constexpr (rows < vectors) {
 #pragma GCC unroll 32
-    for (int j = 0; j < vectors; ++j)
-      b_row[j] = adjacent ? V::loadu(b[0] + b_step + j * lanes * sizeof(T)) : V::loadu(b[j] + b_step);
+      for (int i = 0; i < rows; ++i) kept[i] = a_value(i);
 #pragma GCC unroll 32
-    for (int i = 0; i < rows; ++i) {
-      const V a_value = broadcast<T>(a[i] + a_step);
+      for (int j = 0; j < vectors; ++j) {
+        const V value = b_value(j);
 #pragma GCC unroll 32
-      for (int j = 0; j < vectors; ++j) sum[i][j] = multiply_add<T>(a_value, b_row[j], sum[i][j]);
+        for (int i = 0; i < rows; ++i) sum[i][j] = multiply_add<T>(kept[i], value, sum[i][j]);
+      }
+    } else {
+#pragma GCC unroll 32
+      for (int j = 0; j < vectors; ++j) kept[j] = b_value(j);
+#pragma GCC unroll 32
+      for (int i = 0; i < rows; ++i) {
+        const V value = a_value(i);
+#pragma GCC unroll 32
+        for (int j = 0; j < vectors; ++j) sum[i][j] = multiply_add<T>(value, kept[j], sum[i][j]);
+      }
     }
   }
   const Target<Sum<T>>& target = x.target;
