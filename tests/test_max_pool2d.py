@@ -172,6 +172,12 @@ def test_the_last_of_255_taps(where):
         assert (output == 1).all() and (argmax == 254).all()
 
 
+@both_formats
+@pytest.mark.parametrize("images", [41, 1751], ids=["several blocks", "more than caches hold"])
+def test_many_small_images(images, where):
+    check(random((images, 6, 10, 10), torch.float32, where), where, kernel_size=2)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 6, 6), (0, 1, 5, 5)], ids=str)
 def test_empty_batch(shape):
     check(random(shape), kernel_size=2)

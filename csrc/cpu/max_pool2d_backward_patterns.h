@@ -3,7 +3,8 @@
 // and images, and which windows they belong to repeats from one group of images, or of rows, to the next. So for each
 // vector of elements there is a pattern, found once: where the 16 windows begin among which its lanes choose, which of
 // them each lane takes, and which tap of it the lane is. A vector then costs two permutations, a comparison and a
-// store. FIGURES
+// store, and a pattern goes through a block of groups in registers. One core: 64x16x10x10, 2x2 windows, 7 us, group by
+// group 12, by pairs of rows 15, stock torch 17.
 //
 // An argmax that names no tap is equal to none.
 #pragma once
@@ -42,43 +43,62 @@ class PatternBackward {
 
   void run(const float* grad_output, const uint8_t* argmax, float* grad_input) const {
     const int64_t elements = s_.N * s_.H * s_.W * s_.C, windows = s_.N * s_.OH * s_.OW * s_.C;
-    at::parallel_for(0, at::divup(elements, elements_), rows_per_fork(2 * count_), [&](int64_t begin, int64_t end) {
-      const PatternBackward own = *this;  // a store through grad_input might otherwise alias the original
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t from = i * windows_, to = i * elements_;
-        if (elements > prefetched) prefetch_ahead(grad_input + to, elements_ * sizeof(float));
-        const bool whole = to + elements_ <= elements && from + windows_ + 16 <= windows;
-        const auto group = whole ? &PatternBackward::group<true> : &PatternBackward::group<false>;
-        (own.*group)(grad_output + from, argmax + from, windows - from, grad_input + to, elements - to);
+    const int64_t groups = at::divup(elements, elements_), at_once = block_elements / elements_;
+    // So many have windows and elements enough behind them for all lanes to be read, and none need be counted.
+    const int64_t whole = std::clamp((windows - 16) / windows_, int64_t{0}, elements / elements_);
+    at::parallel_for(0, groups, rows_per_fork(2 * count_), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i += at_once) {
+        const int64_t last = std::min(i + at_once, end), last_whole = std::clamp(whole, i, last);
+        for (const Pattern* p = patterns_; p < patterns_ + count_; ++p)
+          whole_groups(*p, last_whole - i, grad_output + i * windows_, argmax + i * windows_,
+                       grad_input + i * elements_, elements > prefetched);
+        for (int64_t j = last_whole; j < last; ++j) {
+          const int64_t from = j * windows_, to = j * elements_;
+          last_group(grad_output + from, argmax + from, windows - from, grad_input + to, elements - to);
+        }
       }
     });
   }
 
  private:
-  static constexpr int64_t most_elements = 2048;        // of a group: its patterns stay in the L1 cache
+  static constexpr int64_t most_elements = 2048;        // of a group, and
+  static constexpr int64_t block_elements = 4096;       // of a block: which stays in an L1 cache
   static constexpr int64_t prefetched = (4 << 20) / 4;  // tensors larger than caches
 
   struct alignas(64) Pattern {
     int32_t lanes[16], taps[16];  // taps: -1 in lanes that no window reaches
     int64_t from, to, count;      // the first window and element of its group, and how many elements
+
+    // A vector of elements, of these 16 windows.
+    C10_ALWAYS_INLINE static __m512 choose(__m512i lanes, __m512i taps, __m512 grad, __m128i argmax) {
+      const __m512i argmax_of_lanes = _mm512_permutexvar_epi32(lanes, _mm512_cvtepu8_epi32(argmax));
+      return _mm512_maskz_permutexvar_ps(_mm512_cmpeq_epi32_mask(argmax_of_lanes, taps), lanes, grad);
+    }
   };
 
-  // whole: so many windows and elements are left that all lanes can be read, and none need be counted.
-  template <bool whole>
-  void group(const float* grads, const uint8_t* argmaxes, int64_t windows, float* grad_input, int64_t elements) const {
-    for (const Pattern* p = patterns_; p < patterns_ + count_ && (whole || p->to < elements); ++p) {
-      const __mmask16 there = whole ? 0xFFFF : first_lanes(windows - p->from);
-      const __m512 grad = whole ? _mm512_loadu_ps(grads + p->from) : _mm512_maskz_loadu_ps(there, grads + p->from);
-      const __m512i lanes = _mm512_load_si512(p->lanes),
-                    argmax = _mm512_cvtepu8_epi32(
-                        whole ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(argmaxes + p->from))
-                              : _mm_maskz_loadu_epi8(there, argmaxes + p->from));
-      const __mmask16 won =
-          _mm512_cmpeq_epi32_mask(_mm512_permutexvar_epi32(lanes, argmax), _mm512_load_si512(p->taps));
-      const __m512 result = _mm512_maskz_permutexvar_ps(won, lanes, grad);
-      const int64_t count = whole ? p->count : std::min(p->count, elements - p->to);
-      count == 16 ? _mm512_storeu_ps(grad_input + p->to, result)
-                  : _mm512_mask_storeu_ps(grad_input + p->to, first_lanes(count), result);
+  void whole_groups(const Pattern& p, int64_t groups, const float* grads, const uint8_t* argmaxes, float* grad_input,
+                    bool prefetch) const {
+    const __m512i lanes = _mm512_load_si512(p.lanes), taps = _mm512_load_si512(p.taps);
+    const __mmask16 exist = first_lanes(p.count);
+    const int64_t windows = windows_, elements = elements_;
+    grads += p.from, argmaxes += p.from, grad_input += p.to;
+    for (int64_t i = 0; i < groups; ++i, grads += windows, argmaxes += windows, grad_input += elements) {
+      if (prefetch) __builtin_prefetch(grad_input + block_elements);
+      const __m512 result = Pattern::choose(lanes, taps, _mm512_loadu_ps(grads),
+                                            _mm_loadu_si128(reinterpret_cast<const __m128i*>(argmaxes)));
+      _mm512_mask_storeu_ps(grad_input, exist, result);
+    }
+  }
+
+  // A group with so many windows and elements left.
+  void last_group(const float* grads, const uint8_t* argmaxes, int64_t windows, float* grad_input,
+                  int64_t elements) const {
+    for (const Pattern* p = patterns_; p < patterns_ + count_ && p->to < elements; ++p) {
+      const __mmask16 there = first_lanes(windows - p->from);
+      const __m512 result = Pattern::choose(_mm512_load_si512(p->lanes), _mm512_load_si512(p->taps),
+                                            _mm512_maskz_loadu_ps(there, grads + p->from),
+                                            _mm_maskz_loadu_epi8(there, argmaxes + p->from));
+      _mm512_mask_storeu_ps(grad_input + p->to, first_lanes(std::min(p->count, elements - p->to)), result);
     }
   }
 
