@@ -1,9 +1,9 @@
 // target[c * target_stride + r] = source[r * source_stride + c], converted to T.
 //
 // Floats go through the registers in tiles of one vector of rows by 4 columns: each 128-bit lane of four vectors is
-// loaded from a row of its own, and a 4 x 4 transpose inside the lanes is the whole work, 8 shuffles for 4 vectors. In
-// intrinsics, for at::vec's transpose keeps its vectors in memory: a linear of 60 rows that packs its weight with it
-// reached 103 GF/s, with this 124.
+// loaded from a row of its own, and a 4 x 4 transpose inside the lanes is the whole work, 8 shuffles for 4 vectors.
+// Doubles likewise by 2 columns. In intrinsics, for at::vec's transpose keeps its vectors in memory: a linear of 60
+// rows that packs its weight with it reached 103 GF/s, with this 124.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,8 @@
 namespace pyops::cpu {
 
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int64_t tile_rows_transposed = 16;
 using FloatVector = __m512;
-// Rows i, i + 4, i + 8, i + 12, four columns each.
+// Rows i, i + 4, i + 8, i + 12, four columns each; of doubles, rows i, i + 2, i + 4, i + 6, two columns each.
 inline __m512 load_lanes(const float* p, int64_t stride) {
   __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
   v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
@@ -27,6 +26,10 @@ inline void transpose_lanes(__m512 (&v)[4]) {
   const __m512 c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
   v[0] = _mm512_shuffle_ps(a, c, 0x44), v[1] = _mm512_shuffle_ps(a, c, 0xEE);
   v[2] = _mm512_shuffle_ps(b, d, 0x44), v[3] = _mm512_shuffle_ps(b, d, 0xEE);
+}
+inline void transpose_lanes(__m512 (&v)[2]) {
+  const __m512d a = _mm512_castps_pd(v[0]), b = _mm512_castps_pd(v[1]);
+  v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
 }
 inline void store_vector(float* p, __m512 v) {
   _mm512_storeu_ps(p, v);
@@ -76,9 +79,8 @@ inline void transpose_square(float* target, int64_t target_stride, const In* sou
     if (c < columns) _mm512_mask_storeu_ps(target + c * target_stride, mask, square[c]);
 }
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int64_t tile_rows_transposed = 8;
 using FloatVector = __m256;
-// Rows i, i + 4, four columns each.
+// Rows i, i + 4, four columns each; of doubles, rows i, i + 2, two columns each.
 inline __m256 load_lanes(const float* p, int64_t stride) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
 }
@@ -87,6 +89,10 @@ inline void transpose_lanes(__m256 (&v)[4]) {
   const __m256 c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
   v[0] = _mm256_shuffle_ps(a, c, 0x44), v[1] = _mm256_shuffle_ps(a, c, 0xEE);
   v[2] = _mm256_shuffle_ps(b, d, 0x44), v[3] = _mm256_shuffle_ps(b, d, 0xEE);
+}
+inline void transpose_lanes(__m256 (&v)[2]) {
+  const __m256d a = _mm256_castps_pd(v[0]), b = _mm256_castps_pd(v[1]);
+  v[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), v[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, b));
 }
 inline void store_vector(float* p, __m256 v) {
   _mm256_storeu_ps(p, v);
@@ -107,14 +113,17 @@ void transpose(T* target, int64_t target_stride, const In* source, int64_t sourc
   }
 #endif
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<In, float>) {
-    whole_rows = rows / tile_rows_transposed * tile_rows_transposed, whole_columns = columns / 4 * 4;
-    for (int64_t r = 0; r < whole_rows; r += tile_rows_transposed) {
-      for (int64_t c = in_squares; c < whole_columns; c += 4) {
-        FloatVector v[4];
-        for (int i = 0; i < 4; ++i) v[i] = load_lanes(source + (r + i) * source_stride + c, source_stride);
+  if constexpr (std::is_same_v<In, T> && std::is_floating_point_v<T>) {
+    constexpr int64_t tile_rows = sizeof(FloatVector) / sizeof(T), tile_columns = 16 / sizeof(T);
+    whole_rows = rows / tile_rows * tile_rows, whole_columns = columns / tile_columns * tile_columns;
+    for (int64_t r = 0; r < whole_rows; r += tile_rows) {
+      for (int64_t c = in_squares; c < whole_columns; c += tile_columns) {
+        FloatVector v[tile_columns];
+        for (int i = 0; i < tile_columns; ++i)
+          v[i] = load_lanes(reinterpret_cast<const float*>(source + (r + i) * source_stride + c), source_stride);
         transpose_lanes(v);
-        for (int i = 0; i < 4; ++i) store_vector(target + (c + i) * target_stride + r, v[i]);
+        for (int i = 0; i < tile_columns; ++i)
+          store_vector(reinterpret_cast<float*>(target + (c + i) * target_stride + r), v[i]);
       }
     }
   }
