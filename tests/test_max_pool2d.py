@@ -178,6 +178,13 @@ def test_many_small_images(images, where):
     check(random((images, 6, 10, 10), torch.float32, where), where, kernel_size=2)
 
 
+@pytest.mark.parametrize("window", [{"kernel_size": 3, "stride": 2}, {"kernel_size": (2, 7)}], ids=str)
+def test_few_columns(window):
+    """Of many planes and a few left over."""
+    for dtype in (torch.float32, torch.float64):
+        check(with_ties((3, 35, 7, 7), dtype, "contiguous"), "contiguous", **window)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 6, 6), (0, 1, 5, 5)], ids=str)
 def test_empty_batch(shape):
     check(random(shape), kernel_size=2)

@@ -16,9 +16,11 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 
 #include "max_pool2d_avx512.h"
 #include "max_pool2d_best.h"
+#include "scratch.h"
 
 namespace pyops::cpu {
 namespace {
@@ -290,6 +292,44 @@ void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax)
   });
 }
 
+// The same where all taps are in bounds: vectors of windows, over the rows and planes one behind the other, gather
+// their taps. 8x256x7x7, 3x3 windows at distance 2, one core with AVX-512: 55 us, one at a time 428, stock torch 453.
+// (With more columns that is slower than pool_columns.)
+template <class T>
+bool gathers_windows(const MaxPool2dShape& s) {
+  return s.padding_h == 0 && s.padding_w == 0 && (s.OH - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h < s.H &&
+         (s.OW - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w < s.W && s.H * s.W < (1 << 20);
+}
+template <class T>
+void gather_windows(const MaxPool2dShape& s, const T* input, T* output, uint8_t* argmax) {
+  using Index = at::vec::int_same_size_t<T>;
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t plane = s.H * s.W, windows = s.OH * s.OW, planes_at_once = lanes / std::gcd(windows, lanes);
+  Index* firsts = scratch<Index>(Scratch::patterns, planes_at_once * windows);  // where windows begin
+  for (int64_t i = 0; i < planes_at_once * windows; ++i)
+    firsts[i] = i / windows * plane + i % windows / s.OW * s.stride_h * s.W + i % s.OW * s.stride_w;
+  const int64_t groups = s.N * s.C / planes_at_once, vectors = planes_at_once * windows / lanes;
+  at::parallel_for(0, groups, rows_per_fork(4 * vectors * s.taps()), [=](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      const T* const planes = input + group * planes_at_once * plane;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const auto first = Vec<Index>::loadu(firsts + v * lanes);
+        Best<T, uint8_t> best;
+        for (int64_t i = 0; i < s.kernel_h; ++i)
+          for (int64_t j = 0; j < s.kernel_w; ++j)
+            best.update(at::vec::gather<sizeof(T)>(planes + i * s.dilation_h * s.W + j * s.dilation_w, first),
+                        i * s.kernel_w + j);
+        const int64_t window = (group * vectors + v) * lanes;
+        store_windows<T>(best, output + window, argmax + window, lanes);
+      }
+    }
+  });
+  MaxPool2dShape rest = s;
+  rest.C = 1, rest.N = s.N * s.C - groups * planes_at_once;
+  const int64_t done = groups * planes_at_once * windows;
+  pool_windows(rest, input + groups * planes_at_once * plane, output + done, argmax + done);
+}
+
 #ifdef CPU_CAPABILITY_AVX512
 void pool_2x2(const MaxPool2dShape& s, const float* input, float* output, uint8_t* argmax) {
   at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(s.OW / 4 + 1),
@@ -317,6 +357,8 @@ void pool(const MaxPool2dArgs& args) {
       if (s.stride_w == 1) return pool_columns<1, 0>(s, input, output, argmax);
       return pool_columns<0, 0>(s, input, output, argmax);
     }
+    if constexpr (!is_reduced<T>)
+      if (gathers_windows<T>(s)) return gather_windows(s, input, output, argmax);
   }
   pool_windows(s, input, output, argmax);
 }
