@@ -66,7 +66,7 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
           is_inside(columns.begin, s.step_w, s.taps[t].dx, s.width))
         met[met_count++] = t;
     const auto met_before = [&](int64_t tap) { return std::lower_bound(met, met + met_count, tap) - met; };
-    for_each_chunk(0, K, KC, [&](int64_t k, int64_t, bool, bool) {  // how many terms lie before it
+    for_each_chunk(0, K, [&](int64_t k, int64_t, bool, bool) {  // how many terms lie before it
       const int64_t tap = &s.tap(k) - s.taps, channel = s.channel(k), before = met_before(tap);
       const bool is_met = before < met_count && met[before] == tap;
       begins[next_begin++] =

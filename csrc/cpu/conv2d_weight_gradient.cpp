@@ -199,7 +199,7 @@ void multiply_along_channels(const Source<T>& s, const Band& band, const Window<
   const int64_t* pixels = pixel_offsets(Scratch::a_steps, w, band, s.out_width);
   RowRun runs[64];
   int64_t* steps = scratch<int64_t>(Scratch::run_steps, run_count * 2 * KC);
-  for_each_chunk(0, pixel_count, KC, [&](int64_t k, int64_t kc, bool first, bool) {
+  for_each_chunk(0, pixel_count, [&](int64_t k, int64_t kc, bool first, bool) {
     for (int64_t r = 0; r < run_count; ++r)
       runs[r] = run_of<C>(rows / run_count, pixels + k, grad.steps + k, kc, steps + r * 2 * KC,
                           [&](int64_t i) { return (taps[k + i] >> r & 1) != 0; });

@@ -117,7 +117,7 @@ void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, 
   const bool in_pieces = s.tap_count == 1 && w.channel_stride == 1 && K <= 4 * KC && n == t.o;
   const TapSet* taps = taps_of_terms(s);
   int64_t* steps = scratch<int64_t>(Scratch::run_steps, classes.count * 2 * KC);
-  for_each_chunk(0, K, KC, [&](int64_t k, int64_t kc, bool first, bool last) {
+  for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
     const Vectors<C> b = filters(k, kc);
     for (int64_t c = 0; c < classes.count; ++c)
       runs[c] = run_of<C>(runs[c].rows, patch + k, b.steps, kc, steps + c * 2 * KC,

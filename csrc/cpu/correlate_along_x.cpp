@@ -50,7 +50,7 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
       const int64_t mc = std::min(MC, t.o + t.o_count - m), stride = vectors * lanes;
       // Vectors [v, v + vc) of the lines.
       const auto product = [&](const Target<C>& target, int64_t v, int64_t vc, bool finish) {
-        for_each_chunk(0, K, KC, [&](int64_t k, int64_t kc, bool first, bool last) {
+        for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
           multiply<C>(mc, vc, kc, {t.filters[p], filter_rows + m, filter_steps + k}, {w.data, offsets + v, patch + k},
                       target, !first, last && finish);
         });

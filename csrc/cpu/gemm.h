@@ -27,8 +27,8 @@ constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 288 KB, share an 
 
 // f(k, kc, first, last) for each chunk of [begin, end); once, with kc = 0, where that is empty. Chunks are about even,
 // of at most `most` terms, and of a size that the squares of transpose.h divide.
-template <class F>
-void for_each_chunk(int64_t begin, int64_t end, int64_t most, const F& f) {
+template <int64_t most = KC, class F>
+void for_each_chunk(int64_t begin, int64_t end, const F& f) {
   const int64_t chunks = std::max(ceil_div(end - begin, most), int64_t{1});
   const int64_t size = ceil_div(ceil_div(end - begin, chunks), 16) * 16;
   for (int64_t k = begin, i = 0; i < chunks; ++i, k += size)
@@ -202,7 +202,7 @@ void multiply_row_by_rows(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) 
   using T = Sum<F>;
   constexpr int64_t lanes = Vec<T>::size();
   T *total = scratch<T>(Scratch::sums, 2 * nc), *sums = total + nc;
-  for_each_chunk(x.k_begin, x.k_end, KC * terms<F>, [&](int64_t k, int64_t kc, bool first, bool) {
+  for_each_chunk<KC * terms<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool) {
     multiply_row<F>(kc, x.a, x.b, k, n, nc, first ? total : sums);
     for (int64_t j = 0; j < nc && !first; j += lanes) {
       const int64_t count = std::min(lanes, nc - j);
@@ -225,7 +225,7 @@ void multiply_row_by_squares(const GemmArgs<In, Out, F>& x, int64_t n, int64_t n
     int64_t counts[chains];
     for (int64_t c = 0; c < chains; ++c) counts[c] = std::clamp(end - n - c * lanes, int64_t{0}, lanes);
     V total[chains];
-    for_each_chunk(x.k_begin, x.k_end, KC * terms<F>, [&](int64_t chunk, int64_t kc, bool first, bool) {
+    for_each_chunk<KC * terms<F>>(x.k_begin, x.k_end, [&](int64_t chunk, int64_t kc, bool first, bool) {
       V sum[chains];
       std::fill_n(sum, chains, V(0));
       for (int64_t k = chunk; k < chunk + kc; k += square_columns * terms<F>) {
@@ -302,7 +302,7 @@ void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, 
     target.data = scratch<T>(Scratch::sums, mc * sums_stride);
     target.rows = multiples(Scratch::target_rows, mc, sums_stride);
   }
-  for_each_chunk(x.k_begin, x.k_end, KC * terms<F>, [&](int64_t k, int64_t kc, bool first, bool last) {
+  for_each_chunk<KC * terms<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
     const Rows<F> a = rows_of<F>(x.a, M * K, m, mc, k, kc);
     const Vectors<F> b = vectors_of<F>(x.b, b_in_place, k, kc, n, nc);
     multiply<F>(mc, vectors, ceil_div(kc, terms<F>), a, b, target, !first, last && direct);
