@@ -6,8 +6,10 @@
 // values but for the negative ones, so one or two integer comparisons do, where widening to float32, comparing and
 // rounding back takes about five times the instructions.
 //
+// Of data in the L2 cache, a core reads several vectors and then writes them 1.5 times as fast as it does in turns.
+//
 // Every element is computed by itself: the result does not depend on threads or position. A NaN stays a NaN and passes
-// its gradient, -0.0 stays -0.0 and blocks it. output may be input: each vector is read before it is written.
+// its gradient, -0.0 stays -0.0 and blocks it. output may be input: what is written has been read.
 #include <algorithm>
 
 #include "relu_mask.h"
@@ -42,17 +44,31 @@ Vec<Lane<T>> gated(const Vec<Lane<T>>& grad_output, const Vec<Lane<T>>& output) 
   }
 }
 
-// output[i] = f(inputs[i]...), a vector at a time. f is a template argument because a call through a pointer, which gcc
-// does not see through here, takes 1.6 times as long.
+// output[i] = f(inputs[i]...) for i in [begin, end), several vectors at a time. f is a template argument because a call
+// through a pointer, which gcc does not see through here, takes 1.6 times as long. The pointers are arguments, for what
+// a lambda has captured is read anew after every store.
+template <auto f, class L, class... Inputs>
+void map_range(int64_t begin, int64_t end, L* output, const Inputs*... inputs) {
+  using V = Vec<L>;
+  constexpr int64_t n = V::size(), vectors = 4;
+  int64_t i = begin;
+  for (; i + vectors * n <= end; i += vectors * n) {
+    V values[vectors];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) values[v] = f(V::loadu(inputs + i + v * n)...);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) values[v].store(output + i + v * n);
+  }
+  for (; i < end; i += n) {
+    const int64_t count = std::min(n, end - i);
+    f(V::loadu(inputs + i, count)...).store(output + i, static_cast<int>(count));
+  }
+}
+
 template <auto f, class L, class... Inputs>
 void map(int64_t numel, L* output, const Inputs*... inputs) {
-  constexpr int64_t n = Vec<L>::size();
   at::parallel_for(0, at::divup(numel, kBlock), kGrainBlocks, [&](int64_t first_block, int64_t last_block) {
-    const int64_t end = std::min(last_block * kBlock, numel);
-    int64_t i = first_block * kBlock;
-#pragma GCC unroll 4
-    for (; i + n <= end; i += n) f(Vec<L>::loadu(inputs + i)...).store(output + i);
-    if (i < end) f(Vec<L>::loadu(inputs + i, end - i)...).store(output + i, end - i);
+    map_range<f>(first_block * kBlock, std::min(last_block * kBlock, numel), output, inputs...);
   });
 }
 
@@ -67,27 +83,33 @@ void for_each_word(int64_t numel, const F& f) {
   });
 }
 
-// f(i, lanes) for each vector of `count` elements; lanes is a constant where there are 64.
+// output[i ...] = f(i, lanes) for each vector of `count` elements; lanes is a constant where there are 64.
 template <class L, class F>
-C10_ALWAYS_INLINE void for_each_vector(int64_t count, const F& f) {
+C10_ALWAYS_INLINE void store_vectors(L* output, int64_t count, const F& f) {
   constexpr int64_t n = Vec<L>::size(), bits = 64;
   if (count == bits) {
+    Vec<L> values[bits / n];
 #pragma GCC unroll 16
-    for (int64_t i = 0; i < bits; i += n) f(i, n);
+    for (int64_t v = 0; v < bits / n; ++v) values[v] = f(v * n, n);
+#pragma GCC unroll 16
+    for (int64_t v = 0; v < bits / n; ++v) values[v].store(output + v * n);
   } else {
-    for (int64_t i = 0; i < count; i += n) f(i, std::min(n, count - i));
+    for (int64_t i = 0; i < count; i += n) {
+      const int64_t lanes = std::min(n, count - i);
+      f(i, lanes).store(output + i, static_cast<int>(lanes));
+    }
   }
 }
 
 template <class T>
 void rectify_with_mask(int64_t numel, const Lane<T>* input, Lane<T>* output, uint64_t* mask) {
   using L = Lane<T>;
-  for_each_word(numel, [&](int64_t word, int64_t first, int64_t count) {
+  for_each_word(numel, [=](int64_t word, int64_t first, int64_t count) {
     uint64_t bits = 0;
-    for_each_vector<L>(count, [&](int64_t i, int64_t lanes) {
+    store_vectors(output + first, count, [&](int64_t i, int64_t lanes) {
       const Vec<L> value = rectified<T>(Vec<L>::loadu(input + first + i, lanes));
-      value.store(output + first + i, static_cast<int>(lanes));
       bits |= passing_bits<T>(value) << i;
+      return value;
     });
     mask[word] = bits & ~uint64_t{0} >> (64 - count);
   });
@@ -96,11 +118,10 @@ void rectify_with_mask(int64_t numel, const Lane<T>* input, Lane<T>* output, uin
 template <class T>
 void gate_by_mask(int64_t numel, const Lane<T>* grad_output, const uint64_t* mask, Lane<T>* grad_input) {
   using L = Lane<T>;
-  for_each_word(numel, [&](int64_t word, int64_t first, int64_t count) {
+  for_each_word(numel, [=](int64_t word, int64_t first, int64_t count) {
     const uint64_t bits = mask[word];
-    for_each_vector<L>(count, [&](int64_t i, int64_t lanes) {
-      const Vec<L> grad = Vec<L>::loadu(grad_output + first + i, lanes);
-      select_bits<T>(grad, bits >> i).store(grad_input + first + i, static_cast<int>(lanes));
+    store_vectors(grad_input + first, count, [&](int64_t i, int64_t lanes) {
+      return select_bits<T>(Vec<L>::loadu(grad_output + first + i, lanes), bits >> i);
     });
   });
 }
