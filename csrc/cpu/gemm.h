@@ -26,9 +26,10 @@ constexpr int64_t MC = 192;  // a block of A, MC x KC floats = 144 KB, and
 constexpr int64_t NC = 384;  // a block of B, KC x NC floats = 288 KB, share an L2 cache of 1 MB or more
 
 // f(k, kc, first, last) for each chunk of [begin, end); once, with kc = 0, where that is empty. Chunks are about even,
-// of at most `most` terms, and of a size that the squares of transpose.h divide.
+// of at most `most` terms, and of a size that the squares of transpose.h divide. Inlined: what f captures stays in
+// registers (linear of 1x400 -> 120 3.6 us instead of 4.0).
 template <int64_t most = KC, class F>
-void for_each_chunk(int64_t begin, int64_t end, const F& f) {
+C10_ALWAYS_INLINE void for_each_chunk(int64_t begin, int64_t end, const F& f) {
   const int64_t chunks = std::max(ceil_div(end - begin, most), int64_t{1});
   const int64_t size = ceil_div(ceil_div(end - begin, chunks), 16) * 16;
   for (int64_t k = begin, i = 0; i < chunks; ++i, k += size)
