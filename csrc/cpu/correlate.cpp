@@ -12,7 +12,6 @@
 // gathered in cache (im2col) took 2 and 4 times as long. Guarantees: those of gemm.h.
 #include "correlate.h"
 
-#include "borders.h"
 #include "nonfinite.h"
 
 namespace pyops::cpu {
@@ -97,8 +96,27 @@ bool has_narrow_groups(const Correlation<T>& x) {
   return x.groups > 1 && lanes_used<Compute<T>>(x.out_channels) <= 0.5;
 }
 
+// The classes of each phase's pixels, which products along the channels read.
+struct PhaseClasses {
+  const PixelClasses* data = nullptr;
+  bool in_place = false;  // no phase multiplies zeros around the images, which are read where they lie
+};
+
 template <class T>
-void correlate_finite(const Correlation<T>* phases, int64_t count) {
+PhaseClasses classes_of(const Correlation<T>* phases, int64_t count) {
+  if (is_depthwise(phases[0]) || vectors_along_x(phases[0])) return {};
+  // Planes are a page or more apart, too far to be read by pixel: they are copied, and get zeros around them.
+  bool in_place = std::is_same_v<T, Compute<T>> && phases[0].channels_last;
+  PixelClasses* classes = scratch<PixelClasses>(Scratch::classes, count);
+  for (int64_t p = 0; p < count; ++p) {
+    classes[p] = PixelClasses(phases[p].source, /*wanted=*/in_place);
+    in_place &= classes[p].exact;
+  }
+  return {classes, in_place};
+}
+
+template <class T>
+void correlate_finite(const Correlation<T>* phases, int64_t count, PhaseClasses classes) {
   if (is_depthwise(phases[0])) {
     for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
     return;
@@ -107,7 +125,7 @@ void correlate_finite(const Correlation<T>* phases, int64_t count) {
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& x = phases[0];
   const Source<T>& s = x.source;
-  const bool along_x = vectors_along_x(x);
+  const bool along_x = classes.data == nullptr;
   const Extent extent(phases, count);
   const BandSize size(s, extent, s.channels);
   const int64_t image_bands = ceil_div(s.count, size.images), row_bands = ceil_div(s.out_height, size.rows);
@@ -119,6 +137,11 @@ void correlate_finite(const Correlation<T>* phases, int64_t count) {
   const int64_t o_part = ceil_div(ceil_div(O, ceil_div(tasks_worth(flops), bands)), o_unit) * o_unit;
   const int64_t o_parts = ceil_div(O, o_part);
 
+  const auto read_window = [&](const Band& band) -> Window<C> {
+    if constexpr (std::is_same_v<T, C>)
+      if (classes.in_place) return window_in_place(s, band);
+    return window_of(s, extent, band, x.channels_last, along_x);
+  };
   // A single band packs its filters where it needs them, while they are in cache.
   const C** filters = along_x || bands > x.groups ? arrange_filters(phases, count, along_x, width) : nullptr;
   for_each_range(bands * o_parts, flops, [&](int64_t begin, int64_t end) {
@@ -129,8 +152,9 @@ void correlate_finite(const Correlation<T>* phases, int64_t count) {
       const int64_t n = task / o_parts / row_bands / x.groups * size.images;
       const Band band{
           g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
-      if (task == begin || o == 0) window = window_of(s, extent, band, x.channels_last, along_x);
-      const Task<T> t{phases, filters ? filters + g * count : nullptr, width, band, window, o, std::min(o_part, O - o)};
+      if (task == begin || o == 0) window = read_window(band);
+      const Task<T> t{phases, classes.data,           filters ? filters + g * count : nullptr, width, band, window,
+                      o,      std::min(o_part, O - o)};
       for (int64_t p = 0; p < count; p += along_x ? 1 : x.x_phases) {
         if (t.rows(p) <= 0) continue;
         along_x ? multiply_along_x(t, p) : multiply_along_channels(t, p);
@@ -191,13 +215,14 @@ void correlate(const Correlation<T>* phases, int64_t count) {
   }
   if (x.channels_last && has_narrow_groups(x) && !is_depthwise(x)) return correlate_planes(phases, count);
   if (count == 1 && vectors_along_images(x)) return correlate_images(x);
-  if (!leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
-    return correlate_finite(phases, count);
+  const PhaseClasses classes = classes_of(phases, count);
+  if (classes.in_place || !leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
+    return correlate_finite(phases, count, classes);
 
   const std::vector<T> finite = finite_part(x.filters.data, x.filters.count);
   std::vector<Correlation<T>> finite_phases(phases, phases + count);
   for (Correlation<T>& phase : finite_phases) phase.filters.data = finite.data(), phase.relu = false;
-  correlate_finite(finite_phases.data(), count);
+  correlate_finite(finite_phases.data(), count, classes);
   for (int64_t p = 0; p < count; ++p) add_nonfinite(phases[p]);
   if (x.relu) rectify(x.output, x.source.count * x.out_lines.image_stride);
 }

@@ -1,6 +1,7 @@
 // The two ways of correlate.cpp that go through windows: vectors along x, and along the output channels.
 #pragma once
 
+#include "borders.h"
 #include "conv2d.h"
 
 namespace pyops::cpu {
@@ -8,6 +9,7 @@ namespace pyops::cpu {
 template <class T>
 struct Task {
   const Correlation<T>* phases;
+  const PixelClasses* classes;       // of each phase, along the channels
   const Compute<T>* const* filters;  // of each phase and this group: [O][K], or panels of [K][width], or null
   int64_t width;                     // of the panels
   Band band;

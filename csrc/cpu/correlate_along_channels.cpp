@@ -2,7 +2,6 @@
 // The filters are packed into panels, the window's values broadcast; the taps outside of the image are left out where
 // they are many (borders.h). Sums of the compute type go to a channels-last output at once, others are transposed.
 // Guarantees: those of gemm.h.
-#include "borders.h"
 #include "correlate.h"
 
 namespace pyops::cpu {
@@ -80,8 +79,8 @@ void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, 
 
   int64_t* offsets = scratch<int64_t>(Scratch::a_offsets, lines.count * s.out_width);
   int64_t* targets = scratch<int64_t>(Scratch::target_rows, lines.count * s.out_width);
-  const PixelClasses classes(s);
-  RowRun runs[PixelClasses::most];
+  const PixelClasses& classes = t.classes[q];
+  RowRun runs[PixelClasses::most] = {};
   int64_t pixel = 0;
   for (int64_t c = 0; c < classes.count; ++c) {
     const PixelClass& pixels = classes[c];
@@ -113,16 +112,19 @@ void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, 
     const int64_t* panels = panel_offsets<C>(Scratch::b_offsets, ceil_div(phase.out_channels, lanes), K, t.width);
     return {t.filters[q], panels + n / lanes, panel_steps + k};
   };
-  // A pixel's channels in one piece, and few chunks of them: from more, of which each takes a part, little is gained.
-  const bool in_pieces = s.tap_count == 1 && w.channel_stride == 1 && K <= 4 * KC && n == t.o;
+  // What the pixels of a tile meet first of the source lies in one piece, from which they are a step apart each.
+  const int64_t bytes = w.x_step * int64_t{sizeof(C)};
+  const bool in_one_piece =
+      w.channel_stride == 1 && (s.tap_by_tap || w.x_step == K) && bytes >= 64 && s.channels <= 4 * KC && n == t.o;
   const TapSet* taps = taps_of_terms(s);
   int64_t* steps = scratch<int64_t>(Scratch::run_steps, classes.count * 2 * KC);
   for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
     const Vectors<C> b = filters(k, kc);
     for (int64_t c = 0; c < classes.count; ++c)
-      runs[c] = run_of<C>(runs[c].rows, patch + k, b.steps, kc, steps + c * 2 * KC,
-                          [&](int64_t i) { return (classes[c].taps & taps[k + i]) != 0; });
-    multiply<C>(runs, classes.count, vectors, {w.data, offsets, nullptr, in_pieces ? kc : 0},
+      if (runs[c].rows > 0)
+        runs[c] = run_of<C>(runs[c].rows, patch + k, b.steps, kc, steps + c * 2 * KC,
+                            [&](int64_t i) { return (classes[c].taps & taps[k + i]) != 0; });
+    multiply<C>(runs, classes.count, vectors, {w.data, offsets, nullptr, in_one_piece && first ? bytes : 0},
                 {b.data, b.offsets, nullptr}, target, !first, last && sums.direct);
   });
 }

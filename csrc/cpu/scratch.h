@@ -26,6 +26,7 @@ enum class Scratch {
   taps,
   phases,
   spans,
+  classes,
   chunk_begins,
   phase_filters,
   partial_sums,

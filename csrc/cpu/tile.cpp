@@ -11,6 +11,8 @@
 namespace pyops::cpu {
 namespace {
 
+constexpr int64_t cache_line = 64;
+
 template <class T>
 struct TileArgs {
   int64_t kc;
@@ -18,6 +20,8 @@ struct TileArgs {
   Vectors<T> b;  // multiply-add is felt
   Target<Sum<T>> target;
   bool accumulate, last;
+  const char* ahead = nullptr;  // what a later tile reads, a cache line for each of the first steps
+  int64_t lines_ahead = 0;
 };
 
 // Stores one vector of sums in a way that the plain cases need not pay for.
@@ -52,7 +56,7 @@ void tile(const TileArgs<T>& x) {
 #pragma GCC unroll 32
     for (int j = 0; j < vectors; ++j) sum[i][j] = V(0);
   }
-  for (int64_t k = 0; k < x.kc; ++k) {
+  const auto multiply_step = [&](int64_t k) __attribute__((always_inline)) {
     const int64_t a_step = x.a.steps[k], b_step = x.b.steps[k];
     const auto a_value = [&](int i) { return broadcast<T>(a[i] + a_step); };
     const auto b_value = [&](int j) {
@@ -79,7 +83,13 @@ void tile(const TileArgs<T>& x) {
         for (int j = 0; j < vectors; ++j) sum[i][j] = multiply_add<T>(value, kept[j], sum[i][j]);
       }
     }
+  };
+  int64_t k = 0;
+  for (; k < x.lines_ahead; ++k) {
+    __builtin_prefetch(x.ahead + k * cache_line);
+    multiply_step(k);
   }
+  for (; k < x.kc; ++k) multiply_step(k);
   const Target<Sum<T>>& target = x.target;
   const auto for_each_sum = [&](const auto& f) {
 #pragma GCC unroll 32
@@ -127,18 +137,11 @@ bool are_full(const int32_t* lanes, int64_t vectors) {
   return std::all_of(lanes, lanes + vectors, [](int32_t count) { return count == Factors<T>::size(); });
 }
 
-// The share of the next of `parts` parts of `count`, as even as they can be: 13 in 4 parts is 4, 3, 3, 3.
-int64_t next_share(int64_t count, int64_t parts) {
-  return (count + parts - 1) / parts;
-}
-
-// Of rows that lie further apart than the hardware's own prefetching follows.
+// Has the next tile fetch what the tile so many rows after it reads first.
 template <class T>
-void fetch_ahead(const Rows<T>& a, int64_t begin, int64_t end) {
-  constexpr int64_t line = 64 / sizeof(T);
-  for (int64_t i = begin; i < end && a.fetched_ahead > 0; ++i)
-    for (int64_t k = 0; k < a.fetched_ahead; k += line)
-      __builtin_prefetch(reinterpret_cast<const char*>(a.data + a.offsets[i] + k) + a.steps[0]);
+void fetch_ahead(TileArgs<T>& x, int64_t bytes, int64_t rows) {
+  x.lines_ahead = std::min(x.kc, bytes / cache_line);
+  if (x.lines_ahead > 0) x.ahead = reinterpret_cast<const char*>(x.a.data + x.a.offsets[rows]) + x.a.steps[0];
 }
 
 }  // namespace
@@ -147,31 +150,31 @@ template <class T>
 void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a, Vectors<T> b, Target<Sum<T>> target,
               bool accumulate, bool last) {
   const int64_t widest = run_count == 1 && runs[0].rows == 1 ? most_vectors : max_vectors;
-  for (int64_t panels = (vectors + widest - 1) / widest; panels > 0; --panels) {
-    const int64_t width = next_share(vectors, panels), most_rows = tile_rows[width - 1];
+  // In parts as even as can be: 13 vectors in panels of 4, 3, 3, 3.
+  const int64_t panels = ceil_div(vectors, widest);
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    const int64_t width = vectors / panels + (panel < vectors % panels), most_rows = tile_rows[width - 1];
     const bool adjacent = are_adjacent<T>(b.offsets, width) && are_adjacent<T>(target.vectors, width);
     const auto& tiles_here = (adjacent ? tiles<T, true> : tiles<T, false>)[width - 1];
     TileArgs<T> args{0, a, b, target, accumulate, last};
     if (target.lanes && are_full<T>(target.lanes, width)) args.target.lanes = nullptr;
     for (const RowRun* run = runs; run < runs + run_count; ++run) {
       args.kc = run->kc, args.a.steps = run->a_steps, args.b.steps = run->b_steps;
-      int64_t left = run->rows;
-      for (int64_t parts = (left + most_rows - 1) / most_rows; parts > 0; --parts) {
-        const int64_t height = next_share(left, parts);
-        fetch_ahead(args.a, height + most_rows, std::min(left, 2 * height + most_rows));
+      const int64_t parts = ceil_div(run->rows, most_rows);
+      for (int64_t part = 0; part < parts; ++part) {
+        const int64_t height = run->rows / parts + (part < run->rows % parts);
+        fetch_ahead(args, part + 3 < parts ? height * a.bytes_ahead : 0, 2 * height);
         tiles_here[height - 1](args);
         args.a.offsets += height;
         args.target.rows += height;
         if (target.row_bias) args.target.row_bias += height;
-        left -= height;
       }
     }
-    a.fetched_ahead = 0;  // they are in cache now
+    a.bytes_ahead = 0;  // they are in cache now
     b.offsets += width;
     target.vectors += width;
     if (target.lanes) target.lanes += width;
     if (target.column_bias) target.column_bias += width * Factors<T>::size();
-    vectors -= width;
   }
 }
 

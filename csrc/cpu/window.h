@@ -2,9 +2,9 @@
 // an offset: value(pixel, channel, tap) = data[pixel_offset + channel_offset + tap_offset]. Then a convolution is a
 // product of tile.h, with no patches gathered (no im2col), no test for borders and any stride, dilation and layout.
 //
-// Where no tap leaves the image the tensor itself is read. Else the part is copied into cache, each value once: with
-// zeros around it, in the compute type and, for channels-first images with a stride along x, with the columns sorted by
-// their remainder by the stride, so that the values that neighbouring pixels meet are neighbours too.
+// Where no tap that is multiplied leaves the image the tensor itself is read. Else the part is copied into cache, each
+// value once: with zeros around it, in the compute type and, for channels-first images with a stride along x, with the
+// columns sorted by their remainder by the stride, so that the values that neighbouring pixels meet are neighbours too.
 #pragma once
 
 #include "gemm.h"
@@ -150,8 +150,17 @@ void copy_row(Compute<In>* target, const In* row, int64_t x, int64_t step, int64
   std::fill(target + end, target + count, T(0));
 }
 
-// The window of `band`. `along_x`: whether the reader takes whole vectors of neighbouring pixels, up to a vector past
-// the last one. Images that are channels-last are copied so unless the reader goes along x.
+// The window of `band` in the tensor itself.
+template <class In>
+Window<In> window_in_place(const Source<In>& s, const Band& b) {
+  const In* first = s.images + (b.g * s.channels + b.c) * s.channel_stride + b.n * s.image_stride;
+  const int64_t y_step = s.step_h * s.y_stride, x_step = s.step_w * s.x_stride;
+  return {first + b.y * y_step, s.image_stride, s.channel_stride, y_step, x_step, 0, 0,
+          s.y_stride,           s.step_w,       s.x_stride,       x_step};
+}
+
+// The window of `band`, with zeros around the images. `along_x`: whether the reader takes whole vectors of neighbouring
+// pixels, up to a vector past the last one. Images that are channels-last are copied so unless the reader goes along x.
 template <class In>
 Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool along_x) {
   using T = Compute<In>;
@@ -162,17 +171,7 @@ Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& 
                          (b.n + b.images - 1) * s.image_stride +
                          (e.bottom - (e.out_height - b.y - b.rows) * s.step_h) * s.y_stride + e.right * s.x_stride;
     if (!leaves_image(s, e) && (!along_x || (s.step_w * s.x_stride == 1 && last + lanes < s.end)))
-      return {images + b.n * s.image_stride + (b.y * s.step_h + e.top) * s.y_stride + e.left * s.x_stride,
-              s.image_stride,
-              s.channel_stride,
-              s.step_h * s.y_stride,
-              s.step_w * s.x_stride,
-              e.top,
-              e.left,
-              s.y_stride,
-              s.step_w,
-              s.x_stride,
-              s.step_w * s.x_stride};
+      return window_in_place(s, b);
   }
 
   const CopiedAxis vertical(b.rows, s.step_h, e.span_h);
