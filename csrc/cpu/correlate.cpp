@@ -21,7 +21,10 @@ namespace {
 // the source. Whichever leaves fewer lanes idle; the latter transposes an output that is channels-first.
 template <class T>
 bool vectors_along_x(const Correlation<T>& x) {
-  const double pixels = lanes_used<Compute<T>>(x.source.out_width), channels = lanes_used<Compute<T>>(x.out_channels);
+  // Of a single tap the rows are neighbours, in the image or in the window copied from it.
+  const bool joined = x.source.tap_count == 1 && x.x_phases == 1;
+  const double pixels = lanes_used<Compute<T>>(joined ? x.source.pixels() : x.source.out_width);
+  const double channels = lanes_used<Compute<T>>(x.out_channels);
   if (x.channels_last) return channels < 0.25 * pixels;
   // Transposing the output costs as much as this many terms, and so does writing columns that are not neighbours.
   const double depth = static_cast<double>(x.depth()), transpose = x.x_phases == 1 ? 36 : 0;
@@ -188,31 +191,11 @@ void rectify(T* values, int64_t count) {
     if (values[i] < T(0)) values[i] = T(0);
 }
 
-// Where every output pixel meets just the input pixel of its own place, an image is one long line, of which vectors
-// along x leave fewer lanes idle.
-template <class T>
-bool is_pointwise(const Correlation<T>& x) {
-  const Source<T>& s = x.source;
-  return s.tap_count == 1 && s.taps[0].dy == 0 && s.taps[0].dx == 0 && x.x_phases == 1 && s.out_height == s.height &&
-         s.out_width == s.width;
-}
-template <class T>
-Correlation<T> flattened(Correlation<T> x) {
-  x.source.out_width = x.source.width *= x.source.height;
-  x.source.out_height = x.source.height = 1;
-  x.out_lines.width = x.source.width;
-  return x;
-}
-
 }  // namespace
 
 template <class T>
 void correlate(const Correlation<T>* phases, int64_t count) {
   const Correlation<T>& x = phases[0];
-  if (count == 1 && x.source.height > 1 && is_pointwise(x)) {
-    const Correlation<T> line = flattened(x);
-    if (vectors_along_x(line)) return correlate(&line, 1);
-  }
   if (x.channels_last && has_narrow_groups(x) && !is_depthwise(x)) return correlate_planes(phases, count);
   if (count == 1 && vectors_along_images(x)) return correlate_images(x);
   const PhaseClasses classes = classes_of(phases, count);

@@ -11,7 +11,7 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& x = t.phases[p];
   const Window<C>& w = t.window;
-  const int64_t K = x.depth(), width = x.source.out_width, row_vectors = ceil_div(width, lanes);
+  const int64_t K = x.depth(), width = x.source.out_width;
   const Axis pixels = x.out_pixels();
   const bool direct = std::is_same_v<T, C> && pixels.x_stride == 1;
   const int64_t group = t.band.g * x.out_channels;
@@ -29,53 +29,51 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
   int64_t* filter_steps = scratch<int64_t>(Scratch::a_steps, K);
   for (int64_t k = 0; k < K; ++k) filter_steps[k] = in_place ? x.filter_step(k) : k;
 
-  const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
-  constexpr int64_t vectors_at_once = NC / lanes;
-  const int64_t lines_at_once = std::max(vectors_at_once / row_vectors, int64_t{1});
-  for (int64_t line = 0; line < lines; line += lines_at_once) {
-    const int64_t count = std::min(lines_at_once, lines - line), vectors = count * row_vectors;
-    int64_t* offsets = scratch<int64_t>(Scratch::b_offsets, vectors);
-    int64_t* targets = scratch<int64_t>(Scratch::target_vectors, vectors);
-    int32_t* target_lanes = scratch<int32_t>(Scratch::target_lanes, vectors);
-    for (int64_t i = 0, v = 0; i < count; ++i) {
-      const int64_t n = (line + i) / band_rows, y = (line + i) % band_rows;
-      for (int64_t j = 0; j < row_vectors; ++j, ++v) {
-        offsets[v] = n * w.image_stride + y * w.y_step + j * lanes;
-        targets[v] = (t.band.n + n) * pixels.image_stride + (t.band.y + y) * pixels.y_stride + j * lanes;
-        target_lanes[v] = static_cast<int32_t>(std::min(lanes, width - j * lanes));
-      }
+  // Rows that lie one after the other make one line, of which fewer lanes are idle.
+  const int64_t band_rows = t.rows(p);
+  const bool joined = w.y_step == width && w.x_step == 1 && (pixels.y_stride == width || !direct);
+  const int64_t line_rows = joined ? band_rows : 1, line_width = line_rows * width;
+  const int64_t lines = t.band.images * (band_rows / line_rows), line_vectors = ceil_div(line_width, lanes);
+  const int64_t vectors = lines * line_vectors;
+  int64_t* offsets = scratch<int64_t>(Scratch::b_offsets, vectors);
+  int64_t* targets = scratch<int64_t>(Scratch::output_pixels, vectors);
+  int64_t* firsts = scratch<int64_t>(Scratch::source_pixels, vectors);  // the first pixel of each vector
+  int32_t* target_lanes = scratch<int32_t>(Scratch::target_lanes, vectors);
+  for (int64_t line = 0, v = 0; line < lines; ++line) {
+    const int64_t row = line * line_rows, n = row / band_rows, y = row % band_rows;
+    for (int64_t j = 0; j < line_width; j += lanes, ++v) {
+      offsets[v] = n * w.image_stride + y * w.y_step + j;
+      targets[v] = (t.band.n + n) * pixels.image_stride + (t.band.y + y) * pixels.y_stride + j;
+      firsts[v] = (t.band.n + n) * pixels.pixels + (t.band.y + y) * width + j;
+      target_lanes[v] = static_cast<int32_t>(std::min(lanes, line_width - j));
     }
-    const bool whole = width % lanes == 0;
+  }
+
+  const int64_t blocks = ceil_div(vectors * lanes, NC);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t v = block * vectors / blocks, count = (block + 1) * vectors / blocks - v;
     for (int64_t m = t.o; m < t.o + t.o_count; m += MC) {
-      const int64_t mc = std::min(MC, t.o + t.o_count - m), stride = vectors * lanes;
-      // Vectors [v, v + vc) of the lines.
-      const auto product = [&](const Target<C>& target, int64_t v, int64_t vc, bool finish) {
+      const int64_t mc = std::min(MC, t.o + t.o_count - m), stride = count * lanes;
+      const auto product = [&](const Target<C>& target) {
         for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
-          multiply<C>(mc, vc, kc, {t.filters[p], filter_rows + m, filter_steps + k}, {w.data, offsets + v, patch + k},
-                      target, !first, last && finish);
+          multiply<C>(mc, count, kc, {t.filters[p], filter_rows + m, filter_steps + k},
+                      {w.data, offsets + v, patch + k}, target, !first, last && direct);
         });
       };
       if constexpr (std::is_same_v<T, C>) {
         if (direct) {
-          for (int64_t v = 0; v < vectors; v += vectors_at_once) {
-            const Target<C> target{out.data,
-                                   multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m,
-                                   targets + v,
-                                   whole ? nullptr : target_lanes + v,
-                                   out.row_bias ? out.row_bias + m : nullptr,
-                                   nullptr,
-                                   x.relu};
-            product(target, v, std::min(vectors_at_once, vectors - v), /*finish=*/true);
-          }
+          product({out.data, multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m, targets + v,
+                   line_width % lanes == 0 ? nullptr : target_lanes + v, out.row_bias ? out.row_bias + m : nullptr,
+                   nullptr, x.relu});
           continue;
         }
       }
       C* sums = scratch<C>(Scratch::sums, mc * stride);
-      product({sums, multiples(Scratch::target_rows, mc, stride), multiples(Scratch::target_vectors, vectors, lanes)},
-              0, vectors, /*finish=*/false);
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t n = t.band.n + (line + i) / band_rows, y = t.band.y + (line + i) % band_rows;
-        write(out, sums + i * row_vectors * lanes, stride, m, mc, n * pixels.pixels + y * width, width);
+      product({sums, multiples(Scratch::target_rows, mc, stride), multiples(Scratch::target_vectors, count, lanes)});
+      for (int64_t i = 0, end; i < count; i = end) {  // runs of pixels
+        for (end = i + 1; end < count && firsts[v + end] == firsts[v + end - 1] + lanes;) ++end;
+        const int64_t width = (end - 1 - i) * lanes + target_lanes[v + end - 1];
+        write(out, sums + i * lanes, stride, m, mc, firsts[v + i], width);
       }
     }
   }

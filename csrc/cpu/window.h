@@ -183,18 +183,22 @@ Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& 
   const int64_t row = by_pixel ? horizontal.size * b.channels : per_remainder * remainders;
   const int64_t plane = vertical.size * row, image = by_pixel ? plane : b.channels * plane;
   T* copy = scratch<T>(Scratch::b, b.images * image + lanes);
+  // Whole rows that follow one another are copied as if they were one.
+  const bool joined = !by_pixel && s.step_h == 1 && s.step_w * s.x_stride == 1 && row == s.width && row == s.y_stride &&
+                      !leaves_image(s, e);
+  const int64_t row_count = joined ? 1 : vertical.size, row_length = joined ? plane : per_remainder;
   // In the order of the copy, because a row may be written a bit too long.
   for (int64_t n = 0; n < b.images; ++n) {
     for (int64_t c = 0; c < (by_pixel ? 1 : b.channels); ++c) {
-      for (int64_t i = 0; i < vertical.size; ++i) {
+      for (int64_t i = 0; i < row_count; ++i) {
         const int64_t y = b.y * s.step_h + e.top + vertical.source(i);
         const bool inside = y >= 0 && y < s.height;
         const In* source = images + (b.n + n) * s.image_stride + c * s.channel_stride + (inside ? y : 0) * s.y_stride;
-        const int64_t width = inside ? s.width : 0;  // a row outside is all zeros
+        const int64_t width = !inside ? 0 : joined ? plane : s.width;  // a row outside is all zeros
         T* target = copy + n * image + c * plane + i * row;
         if (!by_pixel) {
           for (int64_t r = 0; r < remainders; ++r)
-            copy_row(target + r * per_remainder, source, e.left + r, sorted ? s.step_w : 1, per_remainder, width,
+            copy_row(target + r * per_remainder, source, e.left + r, sorted ? s.step_w : 1, row_length, width,
                      s.x_stride);
         } else if (b.channels == s.x_stride && horizontal.step == s.step_w) {
           copy_row(target, source, e.left * b.channels, 1, row, width * b.channels, 1);
