@@ -99,7 +99,7 @@ void tile(const TileArgs<T>& x) {
       for (int j = 0; j < vectors; ++j) f(i, j, adjacent ? row + j * lanes : row + target.vectors[j], sum[i][j]);
     }
   };
-  if (target.lanes != nullptr || x.last) {
+  if (target.lanes || (x.last && (target.row_bias || target.column_bias || target.relu))) {
     for_each_sum([&](int i, int j, Sum<T>* to, V value) { finish(x, i, j, to, value); });
   } else if (x.accumulate) {
     for_each_sum([](int, int, Sum<T>* to, V value) { (V::loadu(to) + value).store(to); });
@@ -160,9 +160,10 @@ void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a,
     if (target.lanes && are_full<T>(target.lanes, width)) args.target.lanes = nullptr;
     for (const RowRun* run = runs; run < runs + run_count; ++run) {
       args.kc = run->kc, args.a.steps = run->a_steps, args.b.steps = run->b_steps;
-      const int64_t parts = ceil_div(run->rows, most_rows);
+      if (run->rows == 0) continue;
+      const int64_t parts = ceil_div(run->rows, most_rows), smaller = run->rows / parts, larger = run->rows % parts;
       for (int64_t part = 0; part < parts; ++part) {
-        const int64_t height = run->rows / parts + (part < run->rows % parts);
+        const int64_t height = smaller + (part < larger);
         fetch_ahead(args, part + 3 < parts ? height * a.bytes_ahead : 0, 2 * height);
         tiles_here[height - 1](args);
         args.a.offsets += height;
