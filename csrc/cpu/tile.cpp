@@ -99,8 +99,17 @@ void tile(const TileArgs<T>& x) {
       for (int j = 0; j < vectors; ++j) f(i, j, adjacent ? row + j * lanes : row + target.vectors[j], sum[i][j]);
     }
   };
-  if (target.lanes || (x.last && (target.row_bias || target.column_bias || target.relu))) {
+  if (target.lanes) {
     for_each_sum([&](int i, int j, Sum<T>* to, V value) { finish(x, i, j, to, value); });
+  } else if (x.last && (target.row_bias || target.column_bias || target.relu)) {
+    if (x.accumulate) for_each_sum([&](int i, int j, Sum<T>* to, V value) { sum[i][j] = V::loadu(to) + value; });
+    if (target.row_bias)
+      for_each_sum([&](int i, int j, Sum<T>*, V value) { sum[i][j] = value + V(target.row_bias[i]); });
+    if (target.column_bias)
+      for_each_sum(
+          [&](int i, int j, Sum<T>*, V value) { sum[i][j] = value + V::loadu(target.column_bias + j * lanes); });
+    if (target.relu) for_each_sum([&](int i, int j, Sum<T>*, V value) { sum[i][j] = at::vec::clamp_min(value, V(0)); });
+    for_each_sum([](int, int, Sum<T>* to, V value) { value.store(to); });
   } else if (x.accumulate) {
     for_each_sum([](int, int, Sum<T>* to, V value) { (V::loadu(to) + value).store(to); });
   } else {
