@@ -43,7 +43,8 @@ std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBack
                        width,
                        taps,
                        0,
-                       s.N * grad.image_stride};
+                       s.N * grad.image_stride,
+                       s.weight_channels_last};
       for (int64_t i = 0; i < s.kernel_h; ++i) {
         for (int64_t j = 0; j < s.kernel_w; ++j) {
           const int64_t y = phase_y + s.padding_top - i * s.dilation_h, x = phase_x + s.padding_left - j * s.dilation_w;
