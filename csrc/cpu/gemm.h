@@ -130,11 +130,12 @@ const int64_t* panel_offsets(Scratch use, int64_t vectors, int64_t steps, int64_
   return offsets;
 }
 
-// As wide as a register tile, or as the matrix, if that is narrower.
+// At most as wide as a register tile, and as multiply() of tile.h shares the vectors out: 6 are two panels of 3.
 template <class T>
 int64_t panel_width(int64_t columns) {
   constexpr int64_t lanes = Vec<T>::size();
-  return std::min(ceil_div(columns, lanes), int64_t{max_vectors}) * lanes;
+  const int64_t vectors = ceil_div(columns, lanes);
+  return ceil_div(vectors, ceil_div(vectors, int64_t{max_vectors})) * lanes;
 }
 
 // Rows k.. of B, columns n.. of it.
