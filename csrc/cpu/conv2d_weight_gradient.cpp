@@ -33,31 +33,36 @@ struct WeightGradient {
   int64_t depth() const { return source.depth(); }
 };
 
-// The pixels of a band of grad_output as rows of `vectors` vectors over the output channels [o, o + count) of group g.
+// The pixels of a band of grad_output as rows over the output channels [o, o + count) of group g, cut into panels: rows
+// a power of two apart would share the same few sets of the L1 cache.
 template <class T>
 Vectors<Compute<T>> grad_rows(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size();
-  const int64_t pixels = b.images * b.rows * s.OW, width = ceil_div(count, lanes) * lanes, plane = s.OH * s.OW;
+  const int64_t width = panel_width<C>(count), panels = ceil_div(count, width), plane = s.OH * s.OW;
+  const int64_t pixels_of_image = b.rows * s.OW, pixels = b.images * pixels_of_image;
   const int64_t channel = b.g * (s.O / s.groups) + o, first = b.n * plane + b.y * s.OW;
-  const int64_t* offsets = multiples(Scratch::b_offsets, width / lanes, lanes);
-  if constexpr (std::is_same_v<T, C>) {
-    if (s.channels_last && count == width)
-      return {grad_output + first * s.O + channel, offsets, multiples(Scratch::b_steps, pixels, s.O)};
-  }
-  C* copy = scratch<C>(Scratch::grad_rows, pixels * width);
+  const int64_t* offsets = panel_offsets<C>(Scratch::b_offsets, panels * width / lanes, pixels, width);
+  const int64_t* steps = multiples(Scratch::b_steps, pixels, width);
+  if constexpr (std::is_same_v<T, C>)
+    if (s.channels_last && count % lanes == 0)
+      return {grad_output + first * s.O + channel, multiples(Scratch::b_offsets, count / lanes, lanes),
+              multiples(Scratch::b_steps, pixels, s.O)};
+  C* copy = scratch<C>(Scratch::grad_rows, panels * width * pixels);
   if (s.channels_last) {
-    for (int64_t p = 0; p < pixels; ++p)
-      copy_values(copy + p * width, grad_output + (first + p) * s.O + channel, count, 1);
-  } else {
-    const int64_t pixels_of_image = b.rows * s.OW;
-    for (int64_t n = 0; n < b.images; ++n)
-      transpose(copy + n * pixels_of_image * width, width,
-                grad_output + ((b.n + n) * s.O + channel) * plane + b.y * s.OW, plane, count, pixels_of_image);
+    pack_panels(copy, Matrix<T>{grad_output + first * s.O + channel, s.O, 1}, 0, pixels, 0, count, width);
+    return {copy, offsets, steps};
   }
-  for (int64_t p = 0; p < pixels && count < width; ++p)
-    std::fill(copy + p * width + count, copy + (p + 1) * width, C(0));
-  return {copy, offsets, multiples(Scratch::b_steps, pixels, width)};
+  for (int64_t c = 0; c < count; c += width) {
+    const int64_t columns = std::min(width, count - c);
+    C* panel = copy + c * pixels;
+    for (int64_t n = 0; n < b.images; ++n)
+      transpose(panel + n * pixels_of_image * width, width,
+                grad_output + ((b.n + n) * s.O + channel + c) * plane + b.y * s.OW, plane, columns, pixels_of_image);
+    for (int64_t p = 0; p < pixels && columns < width; ++p)
+      std::fill(panel + p * width + columns, panel + (p + 1) * width, C(0));
+  }
+  return {copy, offsets, steps};
 }
 
 // The pixels of a band of grad_output, one output channel [o, o + count) of group g after the other.
@@ -174,10 +179,11 @@ const Run* runs_of(const Window<C>& w, const Planes<C>& planes, const Band& b, i
 // If that is worth it, tap by tap over the pixels for which it lies inside.
 template <class T>
 void multiply_along_channels(const Source<T>& s, const Band& band, const Window<Compute<T>>& w,
-                             const Vectors<Compute<T>>& grad, int64_t vectors, Compute<T>* sums, bool accumulate) {
+                             const Vectors<Compute<T>>& grad, int64_t vectors, Compute<T>* sums, bool accumulate,
+                             bool in_place) {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size();
-  const bool by_tap = should_leave_out(s);
+  const bool by_tap = in_place || should_leave_out(s);
   const int64_t rows = band.channels * s.tap_count, run_count = by_tap ? s.tap_count : 1;
   const int64_t* patch = patch_offsets(Scratch::a_offsets, w, s, band.channels);
   int64_t* offsets = scratch<int64_t>(Scratch::row_offsets, rows);
@@ -206,6 +212,14 @@ void multiply_along_channels(const Source<T>& s, const Band& band, const Window<
     multiply<C>(runs, run_count, vectors, {w.data, offsets, nullptr}, {grad.data, grad.offsets, nullptr}, target,
                 accumulate || !first, /*last=*/false);
   });
+}
+
+// Whether to read the images where they lie, of each tap the pixels inside. A tile then goes over the channels of one
+// tap, and over pixels that lie 256 bytes apart at most: with more, they fall into few sets of the L1 cache.
+template <class T>
+bool should_read_in_place(const Source<T>& s, bool by_pixel, int64_t c_block) {
+  return std::is_same_v<T, Compute<T>> && by_pixel && c_block == s.x_stride && c_block >= 16 &&
+         c_block * int64_t{sizeof(T)} <= 256 && s.tap_count <= 64;
 }
 
 // The size of a block of channels: `count` of them in as few even blocks as have at most `most`.
@@ -238,6 +252,12 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
   const int64_t parts = std::min(ceil_div(tasks_worth(flops), blocks), bands);
   const bool along_x = lanes_used<C>(out) < 0.5 * lanes_used<C>(s.OW);
 
+  const bool in_place = should_read_in_place(source, s.channels_last && !along_x, c_block);
+  const auto read_window = [&](const Band& band) -> Window<C> {
+    if constexpr (std::is_same_v<T, C>)
+      if (in_place) return window_in_place(source, band);
+    return window_of(source, extent, band, s.channels_last, along_x);
+  };
   C* partial = scratch<C>(Scratch::partial_sums, parts * s.groups * K * out);
   for_each_task(blocks * parts, flops, [&](int64_t task) {
     const int64_t part = task % parts, o = task / parts % o_blocks * o_block;
@@ -249,7 +269,7 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
-      const Window<C> w = window_of(source, extent, band, s.channels_last, along_x);
+      const Window<C> w = read_window(band);
       if (along_x) {
         const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
         const Planes<C> planes = grad_planes(s, x.grad_output, band, o, columns);
@@ -259,7 +279,8 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
                             rows, columns);
         continue;
       }
-      multiply_along_channels(source, band, w, grad_rows(s, x.grad_output, band, o, columns), vectors, sums, i > begin);
+      multiply_along_channels(source, band, w, grad_rows(s, x.grad_output, band, o, columns), vectors, sums, i > begin,
+                              in_place);
     }
     C* target = partial + (part * s.groups + g) * K * out + o;
     for (int64_t r = 0; r < rows; ++r) {
