@@ -144,7 +144,7 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
 
   const int64_t band_rows = t.rows(p), lines = t.band.images * band_rows;
   // Many pixels at once and few channels rather than the other way round: the filters come from further away.
-  constexpr int64_t most_pixels = 3 * MC, most_sums = MC * NC, most_columns = 256;
+  constexpr int64_t most_pixels = 3 * MC, most_sums = 72 << 10, most_columns = 256;
   int64_t lines_at_once = std::clamp(most_pixels / line_width, int64_t{1}, lines);
   lines_at_once = ceil_div(lines, ceil_div(lines, lines_at_once));
   const int64_t columns_at_once =
