@@ -77,6 +77,13 @@ void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, 
   const Window<C>& w = t.window;
   const int64_t K = phase.depth(), vectors = ceil_div(columns, lanes);
 
+  if (K == 0 && sums.direct && !target.column_bias) {  // no tap falls on these pixels of an input gradient
+    for (int64_t i = 0; i < lines.count; ++i) {
+      C* line = target.data + sums.line(t.band, lines, i) + phase.x_phase * sums.step();
+      for (int64_t x = 0; x < s.out_width; ++x) std::fill_n(line + x * phase.x_phases * sums.step(), columns, C(0));
+    }
+    return;
+  }
   int64_t* offsets = scratch<int64_t>(Scratch::a_offsets, lines.count * s.out_width);
   int64_t* targets = scratch<int64_t>(Scratch::target_rows, lines.count * s.out_width);
   const PixelClasses& classes = t.classes[q];
