@@ -73,8 +73,14 @@ def run(dtype: torch.dtype, where: str, at_end: bool) -> None:
         image, weight = tensor(2, width, 6, 19), tensor(width, 1, 3, 3)  # depthwise
         result = guarded(ops.conv2d_relu(image, weight, None, 1, 1, 1, width), at_end)
         ops.conv2d_backward(result, image, weight, image.shape, weight.shape, 1, 1, 1, width, [True, True, True])
-        for channels, groups, options in ((3, 1, (1, 1, 1)), (4, 2, (2, 0, 1)), (4, 4, (1, 2, 2))):
-            image, weight = tensor(2, channels, 6, width + 4), tensor(2 * channels, channels // groups, 3, 3)
+        for channels, groups, kernel, options in (
+            (3, 1, 3, (1, 1, 1)),
+            (4, 2, 3, (2, 0, 1)),
+            (4, 4, 3, (1, 2, 2)),
+            (20, 1, 3, (1, 1, 1)),
+            (20, 1, 1, (2, 0, 1)),
+        ):
+            image, weight = tensor(2, channels, 6, width + 4), tensor(2 * channels, channels // groups, kernel, kernel)
             result = guarded(ops.conv2d(image, weight, tensor(2 * channels), *options, groups), at_end)
             sizes = (image.shape, weight.shape)
             ops.conv2d_backward(result, image, weight, *sizes, *options, groups, [True, True, True])

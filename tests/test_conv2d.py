@@ -258,17 +258,26 @@ def test_more_than_2_to_the_31_elements(where):
         ((2, 70, 7, 6), (70, 1, 3, 3), (None, 1, 1, 1, 70)),  # depthwise, with full and partial vectors of channels
         ((2, 3, 5, 40), (2, 3, 3, 3), (None, 1, 6, 6, 1)),  # along y only the middle taps ever meet the image
         ((3, 2, 9, 33), (4, 1, 3, 5), (None, (2, 3), 1, 1, 2)),  # few output channels: gradient of weight along x
+        ((2, 20, 9, 10), (24, 20, 5, 5), (None, 1, 2)),  # 25 classes of pixels by the taps inside
+        ((2, 20, 9, 10), (24, 20, 7, 7), (None, 2, 3)),  # the taps are too many for classes in either direction
+        ((1, 5, 14, 15), (20, 5, 9, 9), (None, 1, 4)),  # as are more than 64
+        ((1, 40, 24, 25), (144, 40, 1, 1), ()),  # many pixels: fetched ahead; 9 vectors of channels: panels of 3
+        ((1, 24, 21, 22), (80, 24, 3, 3), (None, 2, 1)),  # the same over a tap's channels, and panels of 3 and 2
+        ((3, 20, 17, 19), (33, 20, 1, 1), (None, 2)),  # rows that are neighbours once a window is copied
+        ((2, 16, 13, 14), (3, 16, 1, 1), ()),  # or are so in the image
+        ((1, 6, 40, 41), (70, 6, 3, 3), (None, 3, 1)),  # an input gradient that no tap falls on in most places
     ],
 )
+@pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_paths_chosen_by_shape(input_size, weight_size, options, layout, dtype):
+def test_paths_chosen_by_shape(input_size, weight_size, options, layout, weight_layout, dtype):
     def output_and_gradients(function, dtype):
         torch.manual_seed(0)
         images = torch.randn(input_size, dtype=torch.float64).to(dtype, memory_format=layout).requires_grad_()
-        weight = torch.randn(weight_size, dtype=torch.float64).to(dtype).requires_grad_()
+        weight = torch.randn(weight_size, dtype=torch.float64).to(dtype, memory_format=weight_layout).requires_grad_()
         output = function(images, weight, *options)
-        grad_output = torch.randn(output.shape, dtype=torch.float64).to(dtype)
+        grad_output = torch.randn(output.shape, dtype=torch.float64).to(dtype, memory_format=layout)
         return output, *torch.autograd.grad(output, (images, weight), grad_output)
 
     ours = output_and_gradients(conv2d, dtype)
