@@ -90,7 +90,7 @@ struct PixelClass {
 
 // A partition of the output's pixels into those for which the same taps lie inside.
 struct PixelClasses {
-  static constexpr int64_t most = 49;
+  static constexpr int64_t most = 49;  // those of a 7x7 kernel with padding all around
   PixelClass classes[most];
   int64_t count = 1;
   bool exact = false;  // no tap that a class multiplies lies outside for any of its pixels

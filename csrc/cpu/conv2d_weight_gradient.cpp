@@ -33,8 +33,8 @@ struct WeightGradient {
   int64_t depth() const { return source.depth(); }
 };
 
-// The pixels of a band of grad_output as rows over the output channels [o, o + count) of group g, cut into panels: rows
-// a power of two apart would share the same few sets of the L1 cache.
+// The pixels of a band of grad_output as rows over the output channels [o, o + count) of group g, where they lie or
+// copied into panels.
 template <class T>
 Vectors<Compute<T>> grad_rows(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
   using C = Compute<T>;
@@ -42,16 +42,17 @@ Vectors<Compute<T>> grad_rows(const Conv2dShape& s, const T* grad_output, const 
   const int64_t width = panel_width<C>(count), panels = ceil_div(count, width), plane = s.OH * s.OW;
   const int64_t pixels_of_image = b.rows * s.OW, pixels = b.images * pixels_of_image;
   const int64_t channel = b.g * (s.O / s.groups) + o, first = b.n * plane + b.y * s.OW;
-  const int64_t* offsets = panel_offsets<C>(Scratch::b_offsets, panels * width / lanes, pixels, width);
-  const int64_t* steps = multiples(Scratch::b_steps, pixels, width);
+  const Matrix<T> rows{grad_output + first * s.O + channel, s.O, 1};  // of channels-last images
   if constexpr (std::is_same_v<T, C>)
     if (s.channels_last && count % lanes == 0)
-      return {grad_output + first * s.O + channel, multiples(Scratch::b_offsets, count / lanes, lanes),
-              multiples(Scratch::b_steps, pixels, s.O)};
+      return {rows.data, multiples(Scratch::b_offsets, count / lanes, lanes),
+              multiples(Scratch::b_steps, pixels, rows.row_stride)};
   C* copy = scratch<C>(Scratch::grad_rows, panels * width * pixels);
+  const Vectors<C> copied{copy, panel_offsets<C>(Scratch::b_offsets, panels * width / lanes, pixels, width),
+                          multiples(Scratch::b_steps, pixels, width)};
   if (s.channels_last) {
-    pack_panels(copy, Matrix<T>{grad_output + first * s.O + channel, s.O, 1}, 0, pixels, 0, count, width);
-    return {copy, offsets, steps};
+    pack_panels(copy, rows, 0, pixels, 0, count, width);
+    return copied;
   }
   for (int64_t c = 0; c < count; c += width) {
     const int64_t columns = std::min(width, count - c);
@@ -62,7 +63,7 @@ Vectors<Compute<T>> grad_rows(const Conv2dShape& s, const T* grad_output, const 
     for (int64_t p = 0; p < pixels && columns < width; ++p)
       std::fill(panel + p * width + columns, panel + (p + 1) * width, C(0));
   }
-  return {copy, offsets, steps};
+  return copied;
 }
 
 // The pixels of a band of grad_output, one output channel [o, o + count) of group g after the other.

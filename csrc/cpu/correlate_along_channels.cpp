@@ -119,7 +119,7 @@ void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, 
     const int64_t* panels = panel_offsets<C>(Scratch::b_offsets, ceil_div(phase.out_channels, lanes), K, t.width);
     return {t.filters[q], panels + n / lanes, panel_steps + k};
   };
-  // What the pixels of a tile meet first of the source lies in one piece, from which they are a step apart each.
+  // What the pixels of a tile meet first of the source lies in one piece, of a cache line or more for each.
   const int64_t bytes = w.x_step * int64_t{sizeof(C)};
   const bool in_one_piece =
       w.channel_stride == 1 && (s.tap_by_tap || w.x_step == K) && bytes >= 64 && s.channels <= 4 * KC && n == t.o;
