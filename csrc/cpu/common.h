@@ -40,11 +40,13 @@ inline constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+constexpr int64_t cache_line = 64;  // bytes
+
 // Fetches the memory `ahead` of what is read or written now, a cache line at a time. For loops of masked loads and
 // stores, which do not set off the hardware's own prefetching: max_pool2d of 1024x6x28x28 2.5 ms without, 0.75 with.
 inline void prefetch_ahead(const void* now, int64_t bytes) {
-  constexpr int64_t ahead = 2048, line = 64;
-  for (int64_t i = 0; i < bytes; i += line) __builtin_prefetch(static_cast<const char*>(now) + ahead + i);
+  constexpr int64_t ahead = 2048;
+  for (int64_t i = 0; i < bytes; i += cache_line) __builtin_prefetch(static_cast<const char*>(now) + ahead + i);
 }
 
 // F(T) for every floating type: what the templates of one source that others call are instantiated for.

@@ -254,11 +254,6 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
   const bool along_x = lanes_used<C>(out) < 0.5 * lanes_used<C>(s.OW);
 
   const bool in_place = should_read_in_place(source, s.channels_last && !along_x, c_block);
-  const auto read_window = [&](const Band& band) -> Window<C> {
-    if constexpr (std::is_same_v<T, C>)
-      if (in_place) return window_in_place(source, band);
-    return window_of(source, extent, band, s.channels_last, along_x);
-  };
   C* partial = scratch<C>(Scratch::partial_sums, parts * s.groups * K * out);
   for_each_task(blocks * parts, flops, [&](int64_t task) {
     const int64_t part = task % parts, o = task / parts % o_blocks * o_block;
@@ -270,7 +265,7 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
-      const Window<C> w = read_window(band);
+      const Window<C> w = window_of(source, extent, band, s.channels_last, along_x, in_place);
       if (along_x) {
         const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
         const Planes<C> planes = grad_planes(s, x.grad_output, band, o, columns);

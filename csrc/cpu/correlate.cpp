@@ -140,11 +140,6 @@ void correlate_finite(const Correlation<T>* phases, int64_t count, PhaseClasses 
   const int64_t o_part = ceil_div(ceil_div(O, ceil_div(tasks_worth(flops), bands)), o_unit) * o_unit;
   const int64_t o_parts = ceil_div(O, o_part);
 
-  const auto read_window = [&](const Band& band) -> Window<C> {
-    if constexpr (std::is_same_v<T, C>)
-      if (classes.in_place) return window_in_place(s, band);
-    return window_of(s, extent, band, x.channels_last, along_x);
-  };
   // A single band packs its filters where it needs them, while they are in cache.
   const C** filters = along_x || bands > x.groups ? arrange_filters(phases, count, along_x, width) : nullptr;
   for_each_range(bands * o_parts, flops, [&](int64_t begin, int64_t end) {
@@ -155,7 +150,7 @@ void correlate_finite(const Correlation<T>* phases, int64_t count, PhaseClasses 
       const int64_t n = task / o_parts / row_bands / x.groups * size.images;
       const Band band{
           g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
-      if (task == begin || o == 0) window = read_window(band);
+      if (task == begin || o == 0) window = window_of(s, extent, band, x.channels_last, along_x, classes.in_place);
       const Task<T> t{phases, classes.data,           filters ? filters + g * count : nullptr, width, band, window,
                       o,      std::min(o_part, O - o)};
       for (int64_t p = 0; p < count; p += along_x ? 1 : x.x_phases) {

@@ -1,7 +1,7 @@
 // A convolution with the vectors along the output channels: output [pixels, O] = window [pixels, K] filters^T [K, O].
 // The filters are packed into panels, the window's values broadcast; the taps outside of the image are left out where
-// they are many (borders.h). Sums of the compute type go to a channels-last output at once, others are transposed.
-// Guarantees: those of gemm.h.
+// they are many, and all of them of channels-last images, which are read where they lie (borders.h). Sums of the
+// compute type go to a channels-last output at once, others are transposed. Guarantees: those of gemm.h.
 #include "correlate.h"
 
 namespace pyops::cpu {
@@ -121,8 +121,8 @@ void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, 
   };
   // What the pixels of a tile meet first of the source lies in one piece, of a cache line or more for each.
   const int64_t bytes = w.x_step * int64_t{sizeof(C)};
-  const bool in_one_piece =
-      w.channel_stride == 1 && (s.tap_by_tap || w.x_step == K) && bytes >= 64 && s.channels <= 4 * KC && n == t.o;
+  const bool in_one_piece = w.channel_stride == 1 && (s.tap_by_tap || w.x_step == K) && bytes >= cache_line &&
+                            s.channels <= 4 * KC && n == t.o;
   const TapSet* taps = taps_of_terms(s);
   int64_t* steps = scratch<int64_t>(Scratch::run_steps, classes.count * 2 * KC);
   for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {

@@ -11,8 +11,6 @@
 namespace pyops::cpu {
 namespace {
 
-constexpr int64_t cache_line = 64;
-
 template <class T>
 struct TileArgs {
   int64_t kc;

@@ -159,10 +159,12 @@ Window<In> window_in_place(const Source<In>& s, const Band& b) {
           s.y_stride,           s.step_w,       s.x_stride,       x_step};
 }
 
-// The window of `band`, with zeros around the images. `along_x`: whether the reader takes whole vectors of neighbouring
-// pixels, up to a vector past the last one. Images that are channels-last are copied so unless the reader goes along x.
+// The window of `band`, with zeros around the images unless it is to be read in place. `along_x`: whether the reader
+// takes whole vectors of neighbouring pixels, up to a vector past the last one. Images that are channels-last are
+// copied so unless the reader goes along x.
 template <class In>
-Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool along_x) {
+Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool along_x,
+                              bool in_place = false) {
   using T = Compute<In>;
   constexpr int64_t lanes = Vec<T>::size();
   const In* images = s.images + (b.g * s.channels + b.c) * s.channel_stride;
@@ -170,7 +172,7 @@ Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& 
     const int64_t last = (b.g * s.channels + b.c + b.channels - 1) * s.channel_stride +
                          (b.n + b.images - 1) * s.image_stride +
                          (e.bottom - (e.out_height - b.y - b.rows) * s.step_h) * s.y_stride + e.right * s.x_stride;
-    if (!leaves_image(s, e) && (!along_x || (s.step_w * s.x_stride == 1 && last + lanes < s.end)))
+    if (in_place || (!leaves_image(s, e) && (!along_x || (s.step_w * s.x_stride == 1 && last + lanes < s.end))))
       return window_in_place(s, b);
   }
 
