@@ -65,7 +65,8 @@ template <class T>
 struct Filters {
   const T* data;
   int64_t group_stride, out_stride, channel_stride, tap_stride;
-  int64_t count;  // of all elements
+  int64_t count;       // of all elements
+  int64_t second = 0;  // of pairs of channels, as in Source
 
   int64_t step(int64_t channel, const Tap& tap) const { return channel * channel_stride + tap.index * tap_stride; }
   const T* at(int64_t g, int64_t o) const { return data + g * group_stride + o * out_stride; }
@@ -98,6 +99,11 @@ struct Correlation {
   }
   T* first_pixel() const { return output + x_phase * out_lines.x_stride; }
 };
+
+// Whether the channels are multiplied in pairs (factors.h), of which there is an even number. Never in a convolution
+// that goes along the images for some batch size: a sample's result is the same in any batch.
+template <class T>
+bool multiplies_pairs(const Correlation<T>& x);
 
 // conv2d.
 template <class T>

@@ -150,7 +150,7 @@ void correlate_planes(const Correlation<T>& x, const T* weight) {
   for_each_task(planes, 2.0 * planes * s.pixels() * s.tap_count, [&](int64_t plane) {
     const int64_t n = plane / x.groups, g = plane % x.groups;
     const Band band{g, 0, 1, n, 1, 0, s.out_height};
-    const auto w = window_of(s, extent, band, /*channels_last=*/false, /*along_x=*/true);
+    const auto w = window_of<Compute<T>>(s, extent, band, /*channels_last=*/false, /*along_x=*/true);
     const int64_t* offsets = patch_offsets(Scratch::a_offsets, w, s, 1);
     T* output = x.first_pixel() + n * pixels.image_stride + g * x.out_channel_stride;
     const T* weights = weight + g * s.tap_count;
@@ -280,7 +280,7 @@ void weight_gradient_depthwise(const Conv2dShape& s, const Source<T>& source, co
     const Extent extent(source);
     for_each_task(s.N * s.C, flops, [&](int64_t task) {
       const int64_t n = task / s.C, c = task % s.C;
-      const Window<C> w = window_of(source, extent, Band{c, 0, 1, n, 1, 0, s.OH}, false, /*along_x=*/true);
+      const Window<C> w = window_of<C>(source, extent, Band{c, 0, 1, n, 1, 0, s.OH}, false, /*along_x=*/true);
       const T* grad = grad_output + task * plane;
       const C* values;
       if constexpr (std::is_same_v<T, C>) {

@@ -187,7 +187,7 @@ void forward_of_all(Conv2dReluMaxPool2dArgs x) {
   const Correlation<T> correlation = forward_correlation<T>(x.conv);
   const int64_t in = s.C * s.H * s.W, between = s.O * s.OH * s.OW, out = s.O * x.pool.OH * x.pool.OW;
   const double flops = 2.0 * static_cast<double>(s.N * between * correlation.depth());
-  if (s.N < lanes || !is_tiled(x.pool)) return forward_of_chunks<T>(x, flops);
+  if (s.N < lanes || !is_tiled(x.pool) || multiplies_pairs(correlation)) return forward_of_chunks<T>(x, flops);
   if (Pooled2x2<T>::takes(correlation, x.pool) && (in + out) * lanes <= 2 * most_elements)
     return forward_of_blocks<T>(x, flops, Pooled2x2<T>(correlation, x.pool));
   if (s.O / s.groups <= lanes && (in + between) * lanes <= most_elements)

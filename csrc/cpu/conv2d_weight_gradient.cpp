@@ -265,7 +265,7 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
-      const Window<C> w = window_of(source, extent, band, s.channels_last, along_x, in_place);
+      const Window<C> w = window_of<C>(source, extent, band, s.channels_last, along_x, in_place);
       if (along_x) {
         const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
         const Planes<C> planes = grad_planes(s, x.grad_output, band, o, columns);

@@ -34,28 +34,27 @@ bool vectors_along_x(const Correlation<T>& x) {
 // Whether the vectors should run along the images: where lanes would be idle or multiply the zeros around an image,
 // more than what transposing a block of images into cache and back costs.
 template <class T>
-bool vectors_along_images(const Correlation<T>& x) {
+bool vectors_along_images(const Correlation<T>& x, int64_t count) {
   const Source<T>& s = x.source;
   constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(Compute<T>);
   const int64_t out = x.groups * x.out_channels * s.pixels();
-  if (s.count < lanes || (s.image_stride + out) * lanes > most_elements) return false;
+  if (count < lanes || (s.image_stride + out) * lanes > most_elements) return false;
   const double inside = share_inside(s), products = inside * static_cast<double>(out * x.depth());
   const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
   // Measured: a vector along x ends at every row, and a tile of one vector waits for its few chains of sums.
   const double along_x = 0.75 * lanes_used<Compute<T>>(s.out_width);
   const double channels = lanes_used<Compute<T>>(x.out_channels) * (x.out_channels <= lanes ? 0.6 : 1);
   const double others = std::max(along_x, channels);
-  return lanes_used<Compute<T>>(s.count) * products / (products + transposes) > inside * others;
+  return lanes_used<Compute<T>>(count) * products / (products + transposes) > inside * others;
 }
 
 // The filters of all groups of all phases as the products read them: filters[g * count + p].
-template <class T>
-const Compute<T>** arrange_filters(const Correlation<T>* phases, int64_t count, bool along_x, int64_t width) {
-  using C = Compute<T>;
+template <class F, class T>
+const F** arrange_filters(const Correlation<T>* phases, int64_t count, bool along_x, int64_t width) {
   const Correlation<T>& x = phases[0];
   const int64_t O = x.out_channels, panels = ceil_div(O, width);
-  const C** filters = scratch<const C*>(Scratch::phase_filters, count * x.groups);
-  if constexpr (std::is_same_v<T, C>) {
+  const F** filters = scratch<const F*>(Scratch::phase_filters, count * x.groups);
+  if constexpr (std::is_same_v<T, F>) {
     if (along_x) {  // they are read where they lie
       for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = phases[i % count].filters.at(i / count, 0);
       return filters;
@@ -64,16 +63,17 @@ const Compute<T>** arrange_filters(const Correlation<T>* phases, int64_t count, 
   const auto group_size = [&](int64_t p) { return (along_x ? O : panels * width) * phases[p].depth(); };
   int64_t size = 0;
   for (int64_t p = 0; p < count; ++p) size += x.groups * group_size(p);
-  C* target = scratch<C>(Scratch::weight, size);
+  F* target = scratch<F>(Scratch::weight, size);
   for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = target, target += group_size(i % count);
   for_each_task(count * x.groups * panels, 16.0 * size, [&](int64_t task) {
     const int64_t i = task / panels, o = task % panels * width, columns = std::min(width, O - o), g = i / count;
     const Correlation<T>& phase = phases[i % count];
     const int64_t K = phase.depth();
-    C* target = const_cast<C*>(filters[i]) + o * K;
+    F* target = const_cast<F*>(filters[i]) + o * K;
     if (!along_x) return pack_filters(target, phase, g, o, columns, width, 0, K);
     for (int64_t f = o; f < o + columns; ++f)
-      for (int64_t k = 0; k < K; ++k) *target++ = static_cast<C>(phase.filters.at(g, f)[phase.filter_step(k)]);
+      for (int64_t k = 0; k < K; ++k)
+        *target++ = factor<F>(phase.filters.at(g, f) + phase.filter_step(k), phase.filters.second, terms<F>);
   });
   return filters;
 }
@@ -95,6 +95,13 @@ bool is_depthwise(const Correlation<T>& x) {
 }
 
 template <class T>
+Correlation<T> paired(Correlation<T> x) {
+  x.source = paired(x.source);
+  x.filters.second = x.filters.channel_stride, x.filters.channel_stride *= 2;
+  return x;
+}
+
+template <class T>
 bool has_narrow_groups(const Correlation<T>& x) {
   return x.groups > 1 && lanes_used<Compute<T>>(x.out_channels) <= 0.5;
 }
@@ -109,7 +116,7 @@ template <class T>
 PhaseClasses classes_of(const Correlation<T>* phases, int64_t count) {
   if (is_depthwise(phases[0]) || vectors_along_x(phases[0])) return {};
   // Planes are a page or more apart, too far to be read by pixel: they are copied, and get zeros around them.
-  bool in_place = std::is_same_v<T, Compute<T>> && phases[0].channels_last;
+  bool in_place = phases[0].channels_last && (std::is_same_v<T, Compute<T>> || multiplies_pairs(phases[0]));
   PixelClasses* classes = scratch<PixelClasses>(Scratch::classes, count);
   for (int64_t p = 0; p < count; ++p) {
     classes[p] = PixelClasses(phases[p].source, /*wanted=*/in_place);
@@ -118,47 +125,55 @@ PhaseClasses classes_of(const Correlation<T>* phases, int64_t count) {
   return {classes, in_place};
 }
 
-template <class T>
-void correlate_finite(const Correlation<T>* phases, int64_t count, PhaseClasses classes) {
-  if (is_depthwise(phases[0])) {
-    for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
-    return;
-  }
-  using C = Compute<T>;
-  constexpr int64_t lanes = Vec<C>::size();
+template <class F, class T>
+void multiply_windows(const Correlation<T>* phases, int64_t count, PhaseClasses classes) {
+  constexpr int64_t lanes = Factors<F>::size();
   const Correlation<T>& x = phases[0];
   const Source<T>& s = x.source;
   const bool along_x = classes.data == nullptr;
   const Extent extent(phases, count);
   const BandSize size(s, extent, s.channels);
   const int64_t image_bands = ceil_div(s.count, size.images), row_bands = ceil_div(s.out_height, size.rows);
-  const int64_t O = x.out_channels, bands = x.groups * image_bands * row_bands, width = panel_width<C>(O);
+  const int64_t O = x.out_channels, bands = x.groups * image_bands * row_bands, width = panel_width<Sum<F>>(O);
   double flops = 0;
   for (int64_t p = 0; p < count; ++p)
-    flops += 2.0 * s.count * phases[p].source.pixels() * x.groups * O * phases[p].depth();
+    flops += 2.0 * s.count * phases[p].source.pixels() * x.groups * O * phases[p].depth() * terms<F>;
   const int64_t o_unit = along_x ? lanes : width;
   const int64_t o_part = ceil_div(ceil_div(O, ceil_div(tasks_worth(flops), bands)), o_unit) * o_unit;
   const int64_t o_parts = ceil_div(O, o_part);
 
   // A single band packs its filters where it needs them, while they are in cache.
-  const C** filters = along_x || bands > x.groups ? arrange_filters(phases, count, along_x, width) : nullptr;
+  const F** filters = along_x || bands > x.groups ? arrange_filters<F>(phases, count, along_x, width) : nullptr;
   for_each_range(bands * o_parts, flops, [&](int64_t begin, int64_t end) {
-    Window<C> window{};
+    Window<F> window{};
     for (int64_t task = begin; task < end; ++task) {
       const int64_t o = task % o_parts * o_part, y = task / o_parts % row_bands * size.rows;
       const int64_t g = task / o_parts / row_bands % x.groups;
       const int64_t n = task / o_parts / row_bands / x.groups * size.images;
       const Band band{
           g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
-      if (task == begin || o == 0) window = window_of(s, extent, band, x.channels_last, along_x, classes.in_place);
-      const Task<T> t{phases, classes.data,           filters ? filters + g * count : nullptr, width, band, window,
-                      o,      std::min(o_part, O - o)};
+      if (task == begin || o == 0) window = window_of<F>(s, extent, band, x.channels_last, along_x, classes.in_place);
+      const Task<T, F> t{phases, classes.data,           filters ? filters + g * count : nullptr, width, band, window,
+                         o,      std::min(o_part, O - o)};
       for (int64_t p = 0; p < count; p += along_x ? 1 : x.x_phases) {
         if (t.rows(p) <= 0) continue;
         along_x ? multiply_along_x(t, p) : multiply_along_channels(t, p);
       }
     }
   });
+}
+
+template <class T>
+void correlate_finite(const Correlation<T>* phases, int64_t count, PhaseClasses classes) {
+  if (is_depthwise(phases[0])) {
+    for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
+    return;
+  }
+  const bool pairs = multiplies_pairs(phases[0]);
+  auto* of_pairs = scratch<Correlation<T>>(Scratch::phases_of_pairs, count);
+  for (int64_t p = 0; p < count && pairs; ++p) of_pairs[p] = paired(phases[p]);
+  dispatch_factor<T>(
+      [&](auto factor) { multiply_windows<decltype(factor)>(pairs ? of_pairs : phases, count, classes); }, pairs);
 }
 
 template <class T>
@@ -189,10 +204,15 @@ void rectify(T* values, int64_t count) {
 }  // namespace
 
 template <class T>
+bool multiplies_pairs(const Correlation<T>& x) {
+  return has_pairs<T>() && x.source.channels % 2 == 0 && !vectors_along_images(x, Vec<Compute<T>>::size());
+}
+
+template <class T>
 void correlate(const Correlation<T>* phases, int64_t count) {
   const Correlation<T>& x = phases[0];
   if (x.channels_last && has_narrow_groups(x) && !is_depthwise(x)) return correlate_planes(phases, count);
-  if (count == 1 && vectors_along_images(x)) return correlate_images(x);
+  if (count == 1 && vectors_along_images(x, x.source.count)) return correlate_images(x);
   const PhaseClasses classes = classes_of(phases, count);
   if (classes.in_place || !leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
     return correlate_finite(phases, count, classes);
@@ -205,9 +225,10 @@ void correlate(const Correlation<T>* phases, int64_t count) {
   if (x.relu) rectify(x.output, x.source.count * x.out_lines.image_stride);
 }
 
-template void correlate(const Correlation<float>*, int64_t);
-template void correlate(const Correlation<double>*, int64_t);
-template void correlate(const Correlation<c10::BFloat16>*, int64_t);
-template void correlate(const Correlation<c10::Half>*, int64_t);
+#define INSTANTIATE(T)                                   \
+  template bool multiplies_pairs(const Correlation<T>&); \
+  template void correlate(const Correlation<T>*, int64_t);
+FOR_EACH_FLOATING(INSTANTIATE)
+#undef INSTANTIATE
 
 }  // namespace pyops::cpu

@@ -6,14 +6,15 @@
 
 namespace pyops::cpu {
 
-template <class T>
+// F: the factors that are multiplied. Of pairs, everything here counts pairs of channels.
+template <class T, class F>
 struct Task {
   const Correlation<T>* phases;
-  const PixelClasses* classes;       // of each phase, along the channels
-  const Compute<T>* const* filters;  // of each phase and this group: [O][K], or panels of [K][width], or null
-  int64_t width;                     // of the panels
+  const PixelClasses* classes;  // of each phase, along the channels
+  const F* const* filters;      // of each phase and this group: [O][K], or panels of [K][width], or null
+  int64_t width;                // of the panels
   Band band;
-  const Window<Compute<T>>& window;
+  const Window<F>& window;
   int64_t o, o_count;  // output channels
 
   // The part of the band that phase p has.
@@ -21,17 +22,17 @@ struct Task {
 };
 
 // output [O, pixels] = filters [O, K] window [K, pixels], of phase p: correlate_along_x.cpp.
-template <class T>
-void multiply_along_x(const Task<T>& t, int64_t p);
+template <class T, class F>
+void multiply_along_x(const Task<T, F>& t, int64_t p);
 
 // output [pixels, O] = window [pixels, K] filters^T [K, O], of all phases of the same rows, from p on:
 // correlate_along_channels.cpp.
-template <class T>
-void multiply_along_channels(const Task<T>& t, int64_t p);
+template <class T, class F>
+void multiply_along_channels(const Task<T, F>& t, int64_t p);
 
 // Rows [k, k + kc) of the panel of filters [o, o + columns) of group g, with zeros up to `width`.
-template <class T>
-void pack_filters(Compute<T>* panel, const Correlation<T>& x, int64_t g, int64_t o, int64_t columns, int64_t width,
-                  int64_t k, int64_t kc);
+template <class T, class F>
+void pack_filters(F* panel, const Correlation<T>& x, int64_t g, int64_t o, int64_t columns, int64_t width, int64_t k,
+                  int64_t kc);
 
 }  // namespace pyops::cpu

@@ -5,32 +5,45 @@
 #include "correlate.h"
 
 namespace pyops::cpu {
+namespace {
 
-template <class T>
-void pack_filters(Compute<T>* panel, const Correlation<T>& x, int64_t g, int64_t o, int64_t columns, int64_t width,
-                  int64_t k, int64_t kc) {
+// Whether the numbers of a filter lie one after the other, in the order in which they are summed.
+template <class F, class T>
+bool is_in_one_piece(const Correlation<T>& x) {
   const Filters<T>& f = x.filters;
+  const Source<T>& s = x.source;
+  if (f.out_stride != x.depth() * terms<F> || (is_pair<F> && f.second != 1)) return false;
+  if (s.tap_by_tap || s.tap_count == 1)
+    return f.channel_stride == terms<F> && (s.tap_count == 1 || f.tap_stride == s.channels * terms<F>);
+  return !is_pair<F> && f.channel_stride == s.tap_count && f.tap_stride == 1;
+}
+
+}  // namespace
+
+template <class T, class F>
+void pack_filters(F* panel, const Correlation<T>& x, int64_t g, int64_t o, int64_t columns, int64_t width, int64_t k,
+                  int64_t kc) {
+  const Filters<T>& f = x.filters;
+  const Source<T>& s = x.source;
   const T* first = f.at(g, o);
-  const int64_t taps = x.source.tap_count;
-  const bool in_order = x.source.tap_by_tap ? f.channel_stride == 1 && f.tap_stride == x.source.channels
-                                            : f.channel_stride == taps && f.tap_stride == 1;
-  if (in_order && f.out_stride == x.depth())  // a filter lies in one piece
-    return pack_panels(panel, Matrix<T>{first, 1, f.out_stride}, k, kc, 0, columns, width);
-  // Of the input gradient, as many taps of one channel as follow one another, with those of the next filter behind
-  // them.
-  const bool in_runs = f.tap_stride == 1 && f.out_stride == taps;
+  const int64_t taps = s.tap_count;
+  if (is_in_one_piece<F>(x))
+    return pack_panels(panel, Matrix<T>{first, 1, f.out_stride}, k * terms<F>, kc * terms<F>, 0, columns, width);
+  // As many taps of one channel as follow one another.
+  const bool in_runs =
+      !s.tap_by_tap && taps > 0 && f.tap_stride == 1 && s.taps[taps - 1].index - s.taps[0].index == taps - 1;
   for (int64_t i = k; i < k + kc;) {
     const int64_t count = in_runs ? std::min(taps - i % taps, k + kc - i) : 1;
     const T* source = first + x.filter_step(i);
     if (count > 1) {
-      transpose(panel + (i - k) * width, width, source, f.out_stride, columns, count);
+      transpose_factors(panel + (i - k) * width, width, source, f.out_stride, f.second, columns, count);
     } else {
-      copy_values(panel + (i - k) * width, source, columns, f.out_stride);
+      copy_factors(panel + (i - k) * width, source, columns, f.out_stride, f.second, terms<F>);
     }
     i += count;
   }
   for (int64_t i = 0; i < kc && columns < width; ++i)
-    std::fill(panel + i * width + columns, panel + (i + 1) * width, Compute<T>(0));
+    std::fill(panel + i * width + columns, panel + (i + 1) * width, F{});
 }
 
 namespace {
@@ -67,14 +80,14 @@ const TapSet* taps_of_terms(const Source<T>& s) {
 }
 
 // The products of phase q: of the lines with the filters of output channels [n, n + columns).
-template <class T>
-void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, int64_t columns, const Sums& sums,
-                    Target<Compute<T>> target) {
-  using C = Compute<T>;
+template <class T, class F>
+void multiply_phase(const Task<T, F>& t, int64_t q, const Lines& lines, int64_t n, int64_t columns, const Sums& sums,
+                    Target<Sum<F>> target) {
+  using C = Sum<F>;
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& phase = t.phases[q];
   const Source<T>& s = phase.source;
-  const Window<C>& w = t.window;
+  const Window<F>& w = t.window;
   const int64_t K = phase.depth(), vectors = ceil_div(columns, lanes);
 
   if (K == 0 && sums.direct && !target.column_bias) {  // no tap falls on these pixels of an input gradient
@@ -107,40 +120,40 @@ void multiply_phase(const Task<T>& t, int64_t q, const Lines& lines, int64_t n, 
 
   const int64_t* patch = patch_offsets(Scratch::a_steps, w, s, s.channels);
   const int64_t* panel_steps = multiples(Scratch::b_steps, K, t.width);
-  const auto filters = [&](int64_t k, int64_t kc) -> Vectors<C> {
+  const auto filters = [&](int64_t k, int64_t kc) -> Vectors<F> {
     if (t.filters == nullptr) {
       const int64_t panels = ceil_div(columns, t.width);
-      C* packed = scratch<C>(Scratch::weight, panels * t.width * kc);
+      F* packed = scratch<F>(Scratch::weight, panels * t.width * kc);
       for (int64_t i = 0; i < panels; ++i)
         pack_filters(packed + i * t.width * kc, phase, t.band.g, n + i * t.width,
                      std::min(t.width, columns - i * t.width), t.width, k, kc);
-      return {packed, panel_offsets<C>(Scratch::b_offsets, vectors, kc, t.width), panel_steps};
+      return {packed, panel_offsets<F>(Scratch::b_offsets, vectors, kc, t.width), panel_steps};
     }
-    const int64_t* panels = panel_offsets<C>(Scratch::b_offsets, ceil_div(phase.out_channels, lanes), K, t.width);
+    const int64_t* panels = panel_offsets<F>(Scratch::b_offsets, ceil_div(phase.out_channels, lanes), K, t.width);
     return {t.filters[q], panels + n / lanes, panel_steps + k};
   };
   // What the pixels of a tile meet first of the source lies in one piece, of a cache line or more for each.
-  const int64_t bytes = w.x_step * int64_t{sizeof(C)};
+  const int64_t bytes = w.x_step * int64_t{sizeof(F)};
   const bool in_one_piece = w.channel_stride == 1 && (s.tap_by_tap || w.x_step == K) && bytes >= cache_line &&
                             s.channels <= 4 * KC && n == t.o;
   const TapSet* taps = taps_of_terms(s);
   int64_t* steps = scratch<int64_t>(Scratch::run_steps, classes.count * 2 * KC);
   for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
-    const Vectors<C> b = filters(k, kc);
+    const Vectors<F> b = filters(k, kc);
     for (int64_t c = 0; c < classes.count; ++c)
       if (runs[c].rows > 0)
-        runs[c] = run_of<C>(runs[c].rows, patch + k, b.steps, kc, steps + c * 2 * KC,
+        runs[c] = run_of<F>(runs[c].rows, patch + k, b.steps, kc, steps + c * 2 * KC,
                             [&](int64_t i) { return (classes[c].taps & taps[k + i]) != 0; });
-    multiply<C>(runs, classes.count, vectors, {w.data, offsets, nullptr, in_one_piece && first ? bytes : 0},
+    multiply<F>(runs, classes.count, vectors, {w.data, offsets, nullptr, in_one_piece && first ? bytes : 0},
                 {b.data, b.offsets, nullptr}, target, !first, last && sums.direct);
   });
 }
 
 }  // namespace
 
-template <class T>
-void multiply_along_channels(const Task<T>& t, int64_t p) {
-  using C = Compute<T>;
+template <class T, class F>
+void multiply_along_channels(const Task<T, F>& t, int64_t p) {
+  using C = Sum<F>;
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& x = t.phases[p];
   const Axis& pixels = x.out_lines;
@@ -172,7 +185,7 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
       const Lines here{line, std::min(lines_at_once, lines - line), band_rows};
       if (!direct) target.data = scratch<C>(Scratch::sums, here.count * line_width * stride);
       for (int64_t q = p; q < p + x.x_phases; ++q)
-        multiply_phase<T>(t, q, here, n, columns, {pixels, direct, stride}, target);
+        multiply_phase(t, q, here, n, columns, {pixels, direct, stride}, target);
       for (int64_t i = 0; i < here.count && !direct;) {  // the lines of one image follow one another
         const int64_t count = std::min(here.count - i, band_rows - here.row(i));
         write(out, target.data + i * line_width * stride, stride,
@@ -184,11 +197,10 @@ void multiply_along_channels(const Task<T>& t, int64_t p) {
   }
 }
 
-#define INSTANTIATE(T)                                                                                        \
-  template void pack_filters(Compute<T>*, const Correlation<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, \
-                             int64_t);                                                                        \
-  template void multiply_along_channels(const Task<T>&, int64_t);
-FOR_EACH_FLOATING(INSTANTIATE)
+#define INSTANTIATE(T, F)                                                                                      \
+  template void pack_filters(F*, const Correlation<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t); \
+  template void multiply_along_channels(const Task<T, F>&, int64_t);
+FOR_EACH_FACTOR(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace pyops::cpu

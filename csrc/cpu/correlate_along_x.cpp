@@ -5,12 +5,12 @@
 
 namespace pyops::cpu {
 
-template <class T>
-void multiply_along_x(const Task<T>& t, int64_t p) {
-  using C = Compute<T>;
+template <class T, class F>
+void multiply_along_x(const Task<T, F>& t, int64_t p) {
+  using C = Sum<F>;
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& x = t.phases[p];
-  const Window<C>& w = t.window;
+  const Window<F>& w = t.window;
   const int64_t K = x.depth(), width = x.source.out_width;
   const Axis pixels = x.out_pixels();
   const bool direct = std::is_same_v<T, C> && pixels.x_stride == 1;
@@ -24,7 +24,7 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
 
   const int64_t* patch = patch_offsets(Scratch::b_steps, w, x.source, x.source.channels);
   // The filters lie as they are: row o, step (channel, tap).
-  const bool in_place = std::is_same_v<T, C>;
+  const bool in_place = std::is_same_v<T, F>;
   const int64_t* filter_rows = multiples(Scratch::a_offsets, x.out_channels, in_place ? x.filters.out_stride : K);
   int64_t* filter_steps = scratch<int64_t>(Scratch::a_steps, K);
   for (int64_t k = 0; k < K; ++k) filter_steps[k] = in_place ? x.filter_step(k) : k;
@@ -56,7 +56,7 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
       const int64_t mc = std::min(MC, t.o + t.o_count - m), stride = count * lanes;
       const auto product = [&](const Target<C>& target) {
         for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
-          multiply<C>(mc, count, kc, {t.filters[p], filter_rows + m, filter_steps + k},
+          multiply<F>(mc, count, kc, {t.filters[p], filter_rows + m, filter_steps + k},
                       {w.data, offsets + v, patch + k}, target, !first, last && direct);
         });
       };
@@ -79,8 +79,8 @@ void multiply_along_x(const Task<T>& t, int64_t p) {
   }
 }
 
-#define INSTANTIATE(T) template void multiply_along_x(const Task<T>&, int64_t);
-FOR_EACH_FLOATING(INSTANTIATE)
+#define INSTANTIATE(T, F) template void multiply_along_x(const Task<T, F>&, int64_t);
+FOR_EACH_FACTOR(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace pyops::cpu

@@ -48,13 +48,32 @@ C10_ALWAYS_INLINE Vec<Sum<F>> multiply_add(Factors<F> a, Factors<F> b, Vec<Sum<F
     return at::vec::fmadd(a, b, sum);
 }
 
-// f(F{}) for what products of the numbers T are made of on this CPU.
+// I(T, F) for every floating type and what products of it are made of.
+#if defined(CPU_CAPABILITY_AVX512)
+#define FOR_EACH_PAIR(I) I(c10::BFloat16, Bf16Pair)
+#else
+#define FOR_EACH_PAIR(I)
+#endif
+#define FOR_EACH_FACTOR(I) \
+  I(float, float) I(double, double) I(c10::BFloat16, float) I(c10::Half, float) FOR_EACH_PAIR(I)
+
+// Whether products of the numbers T are made of pairs on this CPU.
+template <class T>
+bool has_pairs() {
+#if defined(CPU_CAPABILITY_AVX512)
+  static const bool supported = __builtin_cpu_supports("avx512bf16");
+  return std::is_same_v<T, c10::BFloat16> && supported;
+#else
+  return false;
+#endif
+}
+
+// f(F{}) for what products of the numbers T are made of: pairs, where they are wanted, or the compute type.
 template <class T, class Function>
-void dispatch_factor(const Function& f) {
+void dispatch_factor(const Function& f, [[maybe_unused]] bool pairs = has_pairs<T>()) {
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    static const bool has_pairs = __builtin_cpu_supports("avx512bf16");
-    if (has_pairs) return f(Bf16Pair{});
+    if (pairs) return f(Bf16Pair{});
   }
 #endif
   f(Compute<T>{});

@@ -25,6 +25,7 @@ enum class Scratch {
   weight,
   taps,
   phases,
+  phases_of_pairs,
   spans,
   classes,
   chunk_begins,

@@ -8,12 +8,10 @@
 namespace pyops::cpu {
 
 #if defined(CPU_CAPABILITY_AVX512)
-// Pairs of up to 16 numbers of two rows.
-inline __m512 load_pairs(const c10::BFloat16* first, const c10::BFloat16* second, int64_t count) {
-  const auto mask = static_cast<__mmask16>((1u << count) - 1);
-  const auto load = [&](const c10::BFloat16* p) { return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)); };
-  const __m512i pairs = second ? _mm512_or_epi32(load(first), _mm512_slli_epi32(load(second), 16)) : load(first);
-  return _mm512_castsi512_ps(pairs);
+// Pairs of numbers that were widened to float.
+inline Vec<float> pairs_of(__m512 first, __m512 second) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+  return _mm512_castsi512_ps(_mm512_or_epi32(low, _mm512_castps_si512(second)));
 }
 #endif
 
@@ -22,33 +20,43 @@ template <class F, class In>
 Factors<F> load_factors(const In* p, [[maybe_unused]] int64_t term_stride, [[maybe_unused]] int64_t left,
                         int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_pair<F>) return load_pairs(p, left > 1 ? p + term_stride : nullptr, count);
+  if constexpr (is_pair<F>) {
+    const auto mask = static_cast<__mmask16>((1u << count) - 1);
+    return pairs_of(load_floats(p, mask), left > 1 ? load_floats(p + term_stride, mask) : _mm512_setzero_ps());
+  }
 #endif
   return load(p, count);
 }
 
+template <class F, class In>
+F factor(const In* p, [[maybe_unused]] int64_t term_stride, [[maybe_unused]] int64_t left) {
+  if constexpr (is_pair<F>) {
+    return {*p, left > 1 ? p[term_stride] : In(0)};
+  } else {
+    return static_cast<F>(*p);
+  }
+}
+
 // One factor in all lanes.
 template <class F, class In>
-Factors<F> broadcast_factor(const In* p, [[maybe_unused]] int64_t term_stride, [[maybe_unused]] int64_t left) {
-  if constexpr (is_pair<F>) {
-    const F pair{*p, left > 1 ? p[term_stride] : In(0)};
-    return broadcast<F>(&pair);
-  } else {
-    return Factors<F>(static_cast<F>(*p));
-  }
+Factors<F> broadcast_factor(const In* p, int64_t term_stride, int64_t left) {
+  const F value = factor<F>(p, term_stride, left);
+  return broadcast<F>(&value);
 }
 
 // target[i] = the factor of p[i * stride].
 template <class F, class In>
 void copy_factors(F* target, const In* p, int64_t count, int64_t stride, int64_t term_stride, int64_t left) {
-  if constexpr (!is_pair<F>) {
+  if constexpr (!is_pair<F> || std::is_same_v<F, In>) {
     copy_values(target, p, count, stride);
-  } else {
+  } else if (stride == 1) {
     constexpr int64_t lanes = Factors<F>::size();
-    int64_t i = 0;
-    for (; stride == 1 && i + lanes <= count; i += lanes)
-      load_factors<F>(p + i, term_stride, left, lanes).store(target + i);
-    for (; i < count; ++i) target[i] = {p[i * stride], left > 1 ? p[i * stride + term_stride] : In(0)};
+    for (int64_t i = 0; i < count; i += lanes) {
+      const int64_t here = std::min(lanes, count - i);
+      load_factors<F>(p + i, term_stride, left, here).store(target + i, static_cast<int>(here));
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) target[i] = factor<F>(p + i * stride, term_stride, left);
   }
 }
 
@@ -90,6 +98,30 @@ void transpose_terms(F* target, int64_t target_stride, const In* p, int64_t stri
 #endif
     for (int64_t k = 0; k < count; k += 2, target += target_stride)
       copy_factors(target, p + k, sums, stride, 1, count - k);
+  }
+}
+
+// target[k * target_stride + i] = factor k of sum i, whose numbers lie next to those of factor k + 1, the second ones
+// term_stride further; the next sum's are at `stride`.
+template <class F, class In>
+void transpose_factors(F* target, int64_t target_stride, const In* p, int64_t stride,
+                       [[maybe_unused]] int64_t term_stride, int64_t sums, int64_t count) {
+  if constexpr (!is_pair<F>) {
+    transpose(target, target_stride, p, stride, sums, count);
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    for (int64_t k = 0; k < count; k += square_columns) {
+      for (int64_t i = 0; i < sums; i += 16) {
+        const int64_t rows = std::min(int64_t{16}, sums - i), columns = std::min(square_columns, count - k);
+        const In* corner = p + i * stride + k;
+        __m512 first[16], second[16];
+        load_square(first, corner, stride, rows, columns);
+        load_square(second, corner + term_stride, stride, rows, columns);
+        for (int64_t j = 0; j < columns; ++j)
+          pairs_of(first[j], second[j]).store(target + (k + j) * target_stride + i, static_cast<int>(rows));
+      }
+    }
+#endif
   }
 }
 

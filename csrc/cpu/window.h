@@ -3,8 +3,9 @@
 // product of tile.h, with no patches gathered (no im2col), no test for borders and any stride, dilation and layout.
 //
 // Where no tap that is multiplied leaves the image the tensor itself is read. Else the part is copied into cache, each
-// value once: with zeros around it, in the compute type and, for channels-first images with a stride along x, with the
-// columns sorted by their remainder by the stride, so that the values that neighbouring pixels meet are neighbours too.
+// value once: with zeros around it, as the factors that are multiplied and, for channels-first images with a stride
+// along x, with the columns sorted by their remainder by the stride, so that the values that neighbouring pixels meet
+// are neighbours too.
 #pragma once
 
 #include "gemm.h"
@@ -32,12 +33,43 @@ struct Source {
   // The order in which sums run over k = (channel, tap): that of the filters in memory. Channel by channel, or tap by
   // tap.
   bool tap_by_tap = false;
+  // Where channels are multiplied in pairs (factors.h), `channels` of them: how far the second is from the first.
+  int64_t second = 0;
 
   int64_t pixels() const { return out_height * out_width; }
   int64_t depth() const { return channels * tap_count; }  // K
   int64_t channel(int64_t k) const { return tap_by_tap ? k % channels : k / tap_count; }
   const Tap& tap(int64_t k) const { return taps[tap_by_tap ? k / channels : k % tap_count]; }
 };
+
+// The same of pairs of channels, of which there is an even number.
+template <class In>
+Source<In> paired(Source<In> s) {
+  s.second = s.channel_stride, s.channel_stride *= 2, s.channels /= 2;
+  return s;
+}
+
+// The same of images that are pairs already, for channels that lie next to each other.
+template <class In>
+Source<Bf16Pair> of_pairs(const Source<In>& s) {
+  return {reinterpret_cast<const Bf16Pair*>(s.images),
+          s.image_stride / 2,
+          s.channel_stride / 2,
+          s.y_stride / 2,
+          s.x_stride / 2,
+          s.count,
+          s.height,
+          s.width,
+          s.channels,
+          s.step_h,
+          s.step_w,
+          s.out_height,
+          s.out_width,
+          s.taps,
+          s.tap_count,
+          s.end / 2,
+          s.tap_by_tap};
+}
 
 // Whether some output pixel meets the image at this tap. Taps that none does are left out from the start: with a large
 // dilation or padding they may be most of the kernel.
@@ -99,9 +131,9 @@ struct Band {
   int64_t g, c, channels, n, images, y, rows;
 };
 
-template <class T>
+template <class F>
 struct Window {
-  const T* data;
+  const F* data;
   int64_t image_stride, channel_stride;
   int64_t y_step, x_step;  // from one output pixel to the next
   // Tap (dy, dx) is at (dy - top) * row_stride, and along x, with d = dx - left, at
@@ -126,28 +158,28 @@ struct CopiedAxis {
 
 // Elements x, x + step, ... of a row of `width`, zeros where there are none. May write up to a vector more than
 // `count`.
-template <class In>
-void copy_row(Compute<In>* target, const In* row, int64_t x, int64_t step, int64_t count, int64_t width,
-              int64_t x_stride) {
-  using T = Compute<In>;
+template <class F, class In>
+void copy_row(F* target, const In* row, int64_t x, int64_t step, int64_t count, int64_t width, int64_t x_stride,
+              int64_t second) {
   // Elements [begin, end) of the target lie inside of the image. Rows are short: a division would take as long as one.
   const int64_t before = step == 1 ? -x : ceil_div(-x, step), until = step == 1 ? width - x : ceil_div(width - x, step);
   const int64_t begin = std::clamp(before, int64_t{0}, count), end = std::clamp(until, begin, count);
   const In* source = row + (x + begin * step) * x_stride;
-  if constexpr (std::is_same_v<In, T>) {
+  if constexpr (std::is_same_v<In, F>) {
     if (step * x_stride == 1) {
-      constexpr int64_t lanes = Vec<T>::size();
-      for (int64_t i = 0; i < begin; i += lanes) Vec<T>(0).store(target + i);
+      using V = Factors<F>;
+      constexpr int64_t lanes = V::size();
+      for (int64_t i = 0; i < begin; i += lanes) V(0).store(target + i);
       int64_t i = begin;
-      for (; i + lanes <= end; i += lanes, source += lanes) Vec<T>::loadu(source).store(target + i);
-      if (i < end) Vec<T>::loadu(source, end - i).store(target + i), i += lanes;
-      for (; i < count; i += lanes) Vec<T>(0).store(target + i);
+      for (; i + lanes <= end; i += lanes, source += lanes) V::loadu(source).store(target + i);
+      if (i < end) V::loadu(source, end - i).store(target + i), i += lanes;
+      for (; i < count; i += lanes) V(0).store(target + i);
       return;
     }
   }
-  std::fill(target, target + begin, T(0));
-  copy_values(target + begin, source, end - begin, step * x_stride);
-  std::fill(target + end, target + count, T(0));
+  std::fill(target, target + begin, F{});
+  copy_factors(target + begin, source, end - begin, step * x_stride, second, terms<F>);
+  std::fill(target + end, target + count, F{});
 }
 
 // The window of `band` in the tensor itself.
@@ -162,13 +194,15 @@ Window<In> window_in_place(const Source<In>& s, const Band& b) {
 // The window of `band`, with zeros around the images unless it is to be read in place. `along_x`: whether the reader
 // takes whole vectors of neighbouring pixels, up to a vector past the last one. Images that are channels-last are
 // copied so unless the reader goes along x.
-template <class In>
-Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool along_x,
-                              bool in_place = false) {
-  using T = Compute<In>;
-  constexpr int64_t lanes = Vec<T>::size();
+template <class F, class In>
+Window<F> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool along_x,
+                    bool in_place = false) {
+  constexpr int64_t lanes = Factors<F>::size();
+  if constexpr (is_pair<F> && !is_pair<In>) {
+    if (channels_last) return window_of<F>(of_pairs(s), e, b, channels_last, along_x, in_place);
+  }
   const In* images = s.images + (b.g * s.channels + b.c) * s.channel_stride;
-  if constexpr (std::is_same_v<In, T>) {
+  if constexpr (std::is_same_v<In, F>) {
     const int64_t last = (b.g * s.channels + b.c + b.channels - 1) * s.channel_stride +
                          (b.n + b.images - 1) * s.image_stride +
                          (e.bottom - (e.out_height - b.y - b.rows) * s.step_h) * s.y_stride + e.right * s.x_stride;
@@ -184,7 +218,7 @@ Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& 
   const int64_t remainders = sorted ? horizontal.step : 1, per_remainder = ceil_div(horizontal.size, remainders);
   const int64_t row = by_pixel ? horizontal.size * b.channels : per_remainder * remainders;
   const int64_t plane = vertical.size * row, image = by_pixel ? plane : b.channels * plane;
-  T* copy = scratch<T>(Scratch::b, b.images * image + lanes);
+  F* copy = scratch<F>(Scratch::b, b.images * image + lanes);
   // Whole rows that follow one another are copied as if they were one.
   const bool joined = !by_pixel && s.step_h == 1 && s.step_w * s.x_stride == 1 && row == s.width && row == s.y_stride &&
                       !leaves_image(s, e);
@@ -197,19 +231,19 @@ Window<Compute<In>> window_of(const Source<In>& s, const Extent& e, const Band& 
         const bool inside = y >= 0 && y < s.height;
         const In* source = images + (b.n + n) * s.image_stride + c * s.channel_stride + (inside ? y : 0) * s.y_stride;
         const int64_t width = !inside ? 0 : joined ? plane : s.width;  // a row outside is all zeros
-        T* target = copy + n * image + c * plane + i * row;
+        F* target = copy + n * image + c * plane + i * row;
         if (!by_pixel) {
           for (int64_t r = 0; r < remainders; ++r)
             copy_row(target + r * per_remainder, source, e.left + r, sorted ? s.step_w : 1, row_length, width,
-                     s.x_stride);
+                     s.x_stride, s.second);
         } else if (b.channels == s.x_stride && horizontal.step == s.step_w) {
-          copy_row(target, source, e.left * b.channels, 1, row, width * b.channels, 1);
+          copy_row(target, source, e.left * b.channels, 1, row, width * b.channels, 1, s.second);
         } else {
           for (int64_t j = 0; j < horizontal.size; ++j) {
             const int64_t x = e.left + horizontal.source(j);
             const bool there = x >= 0 && x < width;
             copy_row(target + j * b.channels, source + (there ? x : 0) * s.x_stride, 0, 1, b.channels,
-                     there ? b.channels : 0, s.channel_stride);
+                     there ? b.channels : 0, s.channel_stride, s.second);
           }
         }
       }
@@ -240,8 +274,8 @@ struct BandSize {
 };
 
 // The offsets of a window's pixels, row by row.
-template <class T>
-const int64_t* pixel_offsets(Scratch use, const Window<T>& w, const Band& b, int64_t out_width) {
+template <class F>
+const int64_t* pixel_offsets(Scratch use, const Window<F>& w, const Band& b, int64_t out_width) {
   int64_t* offsets = scratch<int64_t>(use, b.images * b.rows * out_width);
   int64_t i = 0;
   for (int64_t n = 0; n < b.images; ++n)
@@ -251,8 +285,8 @@ const int64_t* pixel_offsets(Scratch use, const Window<T>& w, const Band& b, int
 }
 
 // The offsets of (channel, tap) for the first `channels` channels, in the order of the source.
-template <class In>
-const int64_t* patch_offsets(Scratch use, const Window<Compute<In>>& w, const Source<In>& s, int64_t channels) {
+template <class F, class In>
+const int64_t* patch_offsets(Scratch use, const Window<F>& w, const Source<In>& s, int64_t channels) {
   int64_t* offsets = scratch<int64_t>(use, channels * s.tap_count);
   for (int64_t t = 0; t < s.tap_count; ++t) {
     const int64_t tap = w.tap_offset(s.taps[t]);
