@@ -191,9 +191,12 @@ BORDERS = [
 @both_formats
 @pytest.mark.parametrize("options", BORDERS, ids=str)
 @pytest.mark.parametrize("infinite", ["weight", "input", "grad_output", "weight_nan", "all"])
-def test_the_border_is_not_multiplied(infinite, options, where, dtype):
+@pytest.mark.parametrize("channels", [(4, 3), (40, 34)], ids=["few", "pairs"])
+def test_the_border_is_not_multiplied(channels, infinite, options, where, dtype):
     """An infinite value times the padding would be NaN; but the sum runs over the taps inside the image only."""
-    input, weight = random((2, 3, 8, 9), dtype, where), random((4, 3, 3, 3), dtype, where)
+    out_channels, in_channels = channels
+    input = random((2, in_channels, 8, 9), dtype, where)
+    weight = random((out_channels, in_channels, 3, 3), dtype, where)
     shape = in_bounds_conv2d(input, weight, **options).shape
     grad = random(shape, dtype, where)
     if infinite in ("weight", "all"):
@@ -266,22 +269,30 @@ def test_more_than_2_to_the_31_elements(where):
         ((3, 20, 17, 19), (33, 20, 1, 1), (None, 2)),  # rows that are neighbours once a window is copied
         ((2, 16, 13, 14), (3, 16, 1, 1), ()),  # or are so in the image
         ((1, 6, 40, 41), (70, 6, 3, 3), (None, 3, 1)),  # an input gradient that no tap falls on in most places
+        ((2, 36, 9, 7), (70, 18, 3, 3), (None, 2, 2, 2, 2)),  # of bfloat16: pairs of channels in groups
+        ((4, 34, 8, 7), (40, 34, 3, 2), (None, (1, 3), 0)),  # columns sorted by remainder; pairs of images
     ],
 )
 @pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_paths_chosen_by_shape(input_size, weight_size, options, layout, weight_layout, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 2**-8)]
+)
+def test_paths_chosen_by_shape(input_size, weight_size, options, layout, weight_layout, dtype, tolerance):
     def output_and_gradients(function, dtype):
         torch.manual_seed(0)
-        images = torch.randn(input_size, dtype=torch.float64).to(dtype, memory_format=layout).requires_grad_()
-        weight = torch.randn(weight_size, dtype=torch.float64).to(dtype, memory_format=weight_layout).requires_grad_()
+
+        def numbers(size, memory_format):  # that every dtype has
+            return torch.randn(size, dtype=torch.bfloat16).to(dtype, memory_format=memory_format)
+
+        images, weight = (
+            numbers(input_size, layout).requires_grad_(),
+            numbers(weight_size, weight_layout).requires_grad_(),
+        )
         output = function(images, weight, *options)
-        grad_output = torch.randn(output.shape, dtype=torch.float64).to(dtype, memory_format=layout)
-        return output, *torch.autograd.grad(output, (images, weight), grad_output)
+        return output, *torch.autograd.grad(output, (images, weight), numbers(output.shape, layout))
 
     ours = output_and_gradients(conv2d, dtype)
     exact = output_and_gradients(torch.nn.functional.conv2d, torch.float64)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     for actual, expected in zip(ours, exact, strict=True):
-        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=min(tolerance, 1e-4))

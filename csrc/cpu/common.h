@@ -34,6 +34,19 @@ inline __m512 load_floats(const c10::BFloat16* p, __mmask16 mask) {
 inline __m512 load_floats(const c10::Half* p, __mmask16 mask) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, p));
 }
+// The other way: to the nearest, ties to even, every NaN to one.
+inline void store_floats(c10::BFloat16* p, __m512 v, __mmask16 mask) {
+  const __m512i bits = _mm512_castps_si512(v),
+                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  const __m512i number =
+      _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0xFFFF));
+  _mm512_mask_cvtepi32_storeu_epi16(p, mask, number);
+}
+inline void store_floats(c10::Half* p, __m512 v, __mmask16 mask) {
+  _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
 #endif
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) {

@@ -22,7 +22,8 @@
 namespace pyops::cpu {
 namespace {
 
-// What is summed, for output channel o and row (channel, tap) of group g.
+// What is summed, for output channel o and row (channel, tap) of group g. F: the factors that are multiplied; where
+// they are pairs (factors.h), of two images one after the other, the shape and the source count pairs of images.
 template <class T>
 struct WeightGradient {
   Conv2dShape shape;
@@ -35,35 +36,37 @@ struct WeightGradient {
 
 // The pixels of a band of grad_output as rows over the output channels [o, o + count) of group g, where they lie or
 // copied into panels.
-template <class T>
-Vectors<Compute<T>> grad_rows(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
-  using C = Compute<T>;
-  constexpr int64_t lanes = Vec<C>::size();
-  const int64_t width = panel_width<C>(count), panels = ceil_div(count, width), plane = s.OH * s.OW;
-  const int64_t pixels_of_image = b.rows * s.OW, pixels = b.images * pixels_of_image;
-  const int64_t channel = b.g * (s.O / s.groups) + o, first = b.n * plane + b.y * s.OW;
-  const Matrix<T> rows{grad_output + first * s.O + channel, s.O, 1};  // of channels-last images
-  if constexpr (std::is_same_v<T, C>)
+template <class F, class T>
+Vectors<F> grad_rows(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
+  constexpr int64_t lanes = Factors<F>::size();
+  const Layout layout(s.O, s.OH, s.OW, s.channels_last);
+  const int64_t width = panel_width<Sum<F>>(count), panels = ceil_div(count, width), row = b.rows * s.OW;
+  const int64_t pixels = b.images * row, image = terms<F> * layout.image_stride;
+  const T* first =
+      grad_output + b.n * image + b.y * layout.y_stride + (b.g * (s.O / s.groups) + o) * layout.channel_stride;
+  if constexpr (std::is_same_v<T, F>)
     if (s.channels_last && count % lanes == 0)
-      return {rows.data, multiples(Scratch::b_offsets, count / lanes, lanes),
-              multiples(Scratch::b_steps, pixels, rows.row_stride)};
-  C* copy = scratch<C>(Scratch::grad_rows, panels * width * pixels);
-  const Vectors<C> copied{copy, panel_offsets<C>(Scratch::b_offsets, panels * width / lanes, pixels, width),
-                          multiples(Scratch::b_steps, pixels, width)};
-  if (s.channels_last) {
-    pack_panels(copy, rows, 0, pixels, 0, count, width);
-    return copied;
+      return {first, multiples(Scratch::b_offsets, count / lanes, lanes), multiples(Scratch::b_steps, pixels, s.O)};
+  F* copy = scratch<F>(Scratch::grad_rows, panels * width * pixels);
+  const int64_t piece =
+      s.channels_last ? 1 : row;  // as many pixels at once: memory is read in the order in which it lies
+  for (int64_t p = 0; p < pixels; p += piece) {
+    const T* source = first + p / row * image + p % row * s.O;
+    for (int64_t c = 0; c < count; c += width) {
+      const int64_t columns = std::min(width, count - c);
+      F* target = copy + c * pixels + p * width;
+      if (s.channels_last) {
+        copy_factors(target, source + c, columns, 1, layout.image_stride, terms<F>);
+      } else {
+        transpose_factors(target, width, source + c * layout.channel_stride, layout.channel_stride, layout.image_stride,
+                          columns, row);
+      }
+      for (int64_t i = 0; i < piece && columns < width; ++i)
+        std::fill(target + i * width + columns, target + (i + 1) * width, F{});
+    }
   }
-  for (int64_t c = 0; c < count; c += width) {
-    const int64_t columns = std::min(width, count - c);
-    C* panel = copy + c * pixels;
-    for (int64_t n = 0; n < b.images; ++n)
-      transpose(panel + n * pixels_of_image * width, width,
-                grad_output + ((b.n + n) * s.O + channel + c) * plane + b.y * s.OW, plane, columns, pixels_of_image);
-    for (int64_t p = 0; p < pixels && columns < width; ++p)
-      std::fill(panel + p * width + columns, panel + (p + 1) * width, C(0));
-  }
-  return copied;
+  return {copy, panel_offsets<F>(Scratch::b_offsets, panels * width / lanes, pixels, width),
+          multiples(Scratch::b_steps, pixels, width)};
 }
 
 // The pixels of a band of grad_output, one output channel [o, o + count) of group g after the other.
@@ -178,12 +181,10 @@ const Run* runs_of(const Window<C>& w, const Planes<C>& planes, const Band& b, i
 
 // sums[row, vectors] (+)= the sum over the pixels of a band of window(row, pixel) * grad(pixel); row = (channel, tap).
 // If that is worth it, tap by tap over the pixels for which it lies inside.
-template <class T>
-void multiply_along_channels(const Source<T>& s, const Band& band, const Window<Compute<T>>& w,
-                             const Vectors<Compute<T>>& grad, int64_t vectors, Compute<T>* sums, bool accumulate,
-                             bool in_place) {
-  using C = Compute<T>;
-  constexpr int64_t lanes = Vec<C>::size();
+template <class F, class T>
+void multiply_along_channels(const Source<T>& s, const Band& band, const Window<F>& w, const Vectors<F>& grad,
+                             int64_t vectors, Sum<F>* sums, bool accumulate, bool in_place) {
+  constexpr int64_t lanes = Factors<F>::size();
   const bool by_tap = in_place || should_leave_out(s);
   const int64_t rows = band.channels * s.tap_count, run_count = by_tap ? s.tap_count : 1;
   const int64_t* patch = patch_offsets(Scratch::a_offsets, w, s, band.channels);
@@ -202,15 +203,15 @@ void multiply_along_channels(const Source<T>& s, const Band& band, const Window<
     for (int64_t x = 0; x < s.out_width; ++x) taps[line * s.out_width + x] = row_taps & column_taps[x];
   }
 
-  const Target<C> target{sums, targets, multiples(Scratch::target_vectors, vectors, lanes)};
+  const Target<Sum<F>> target{sums, targets, multiples(Scratch::target_vectors, vectors, lanes)};
   const int64_t* pixels = pixel_offsets(Scratch::a_steps, w, band, s.out_width);
   RowRun runs[64];
   int64_t* steps = scratch<int64_t>(Scratch::run_steps, run_count * 2 * KC);
   for_each_chunk(0, pixel_count, [&](int64_t k, int64_t kc, bool first, bool) {
     for (int64_t r = 0; r < run_count; ++r)
-      runs[r] = run_of<C>(rows / run_count, pixels + k, grad.steps + k, kc, steps + r * 2 * KC,
+      runs[r] = run_of<F>(rows / run_count, pixels + k, grad.steps + k, kc, steps + r * 2 * KC,
                           [&](int64_t i) { return (taps[k + i] >> r & 1) != 0; });
-    multiply<C>(runs, run_count, vectors, {w.data, offsets, nullptr}, {grad.data, grad.offsets, nullptr}, target,
+    multiply<F>(runs, run_count, vectors, {w.data, offsets, nullptr}, {grad.data, grad.offsets, nullptr}, target,
                 accumulate || !first, /*last=*/false);
   });
 }
@@ -235,9 +236,9 @@ struct Parts {
   int64_t count, stride;
 };
 
-template <class T>
-Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
-  using C = Compute<T>;
+template <class F, class T>
+Parts<Compute<T>> add_up(const WeightGradient<T>& x, bool along_x) {
+  using C = Sum<F>;
   constexpr int64_t lanes = Vec<C>::size(), most_columns = 256, most_sums = 64 << 10;  // a quarter of an L2 cache
   const Conv2dShape& s = x.shape;
   const Source<T>& source = x.source;
@@ -248,11 +249,9 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
   const Extent extent(source);
   const BandSize size(source, extent, c_block);
   const int64_t row_bands = ceil_div(s.OH, size.rows), bands = ceil_div(s.N, size.images) * row_bands;
-  const double flops = 2.0 * s.N * s.OH * s.OW * s.O * K;
+  const double flops = 2.0 * terms<F> * s.N * s.OH * s.OW * s.O * K;
   const int64_t blocks = s.groups * c_blocks * o_blocks;
   const int64_t parts = std::min(ceil_div(tasks_worth(flops), blocks), bands);
-  const bool along_x = lanes_used<C>(out) < 0.5 * lanes_used<C>(s.OW);
-
   const bool in_place = should_read_in_place(source, s.channels_last && !along_x, c_block);
   C* partial = scratch<C>(Scratch::partial_sums, parts * s.groups * K * out);
   for_each_task(blocks * parts, flops, [&](int64_t task) {
@@ -265,18 +264,20 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
-      const Window<C> w = window_of<C>(source, extent, band, s.channels_last, along_x, in_place);
-      if (along_x) {
-        const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
-        const Planes<C> planes = grad_planes(s, x.grad_output, band, o, columns);
-        const Run* runs = runs_of(w, planes, band, s.OW);
-        multiply_along_x<C>({w.data, patch, planes.data, planes.channel_stride, runs,
-                             band.images * band.rows * ceil_div(s.OW, lanes), sums, stride, i > begin},
-                            rows, columns);
-        continue;
+      const Window<F> w = window_of<F>(source, extent, band, s.channels_last, along_x, in_place);
+      if constexpr (!is_pair<F>) {
+        if (along_x) {
+          const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
+          const Planes<C> planes = grad_planes(s, x.grad_output, band, o, columns);
+          const Run* runs = runs_of(w, planes, band, s.OW);
+          multiply_along_x<C>({w.data, patch, planes.data, planes.channel_stride, runs,
+                               band.images * band.rows * ceil_div(s.OW, lanes), sums, stride, i > begin},
+                              rows, columns);
+          continue;
+        }
       }
-      multiply_along_channels(source, band, w, grad_rows(s, x.grad_output, band, o, columns), vectors, sums, i > begin,
-                              in_place);
+      multiply_along_channels(source, band, w, grad_rows<F>(s, x.grad_output, band, o, columns), vectors, sums,
+                              i > begin, in_place);
     }
     C* target = partial + (part * s.groups + g) * K * out + o;
     for (int64_t r = 0; r < rows; ++r) {
@@ -285,6 +286,16 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x) {
     }
   });
   return {partial, parts, s.groups * K * out};
+}
+
+template <class T>
+Parts<Compute<T>> add_up(WeightGradient<T> x) {
+  const bool along_x = lanes_used<Compute<T>>(x.out()) < 0.5 * lanes_used<Compute<T>>(x.shape.OW);
+  const bool pairs = has_pairs<T>() && !along_x && x.shape.N % 2 == 0;
+  if (pairs) x.shape.N /= 2, x.source = paired_images(x.source);
+  Parts<Compute<T>> parts;
+  dispatch_factor<T>([&](auto factor) { parts = add_up<decltype(factor)>(x, along_x); }, pairs);
+  return parts;
 }
 
 // Narrow groups of channels-last images: image by image, as planes (conv2d_grouped.cpp). 8x128x28x28, 32 groups, 3x3,

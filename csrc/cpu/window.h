@@ -33,7 +33,8 @@ struct Source {
   // The order in which sums run over k = (channel, tap): that of the filters in memory. Channel by channel, or tap by
   // tap.
   bool tap_by_tap = false;
-  // Where channels are multiplied in pairs (factors.h), `channels` of them: how far the second is from the first.
+  // Where values are multiplied in pairs (factors.h), of channels or of images, of which `channels` or `count` are then
+  // the pairs: how far the second is from the first.
   int64_t second = 0;
 
   int64_t pixels() const { return out_height * out_width; }
@@ -46,6 +47,13 @@ struct Source {
 template <class In>
 Source<In> paired(Source<In> s) {
   s.second = s.channel_stride, s.channel_stride *= 2, s.channels /= 2;
+  return s;
+}
+
+// The same of pairs of images.
+template <class In>
+Source<In> paired_images(Source<In> s) {
+  s.second = s.image_stride, s.image_stride *= 2, s.count /= 2;
   return s;
 }
 
@@ -199,7 +207,7 @@ Window<F> window_of(const Source<In>& s, const Extent& e, const Band& b, bool ch
                     bool in_place = false) {
   constexpr int64_t lanes = Factors<F>::size();
   if constexpr (is_pair<F> && !is_pair<In>) {
-    if (channels_last) return window_of<F>(of_pairs(s), e, b, channels_last, along_x, in_place);
+    if (s.second == 1) return window_of<F>(of_pairs(s), e, b, channels_last, along_x, in_place);
   }
   const In* images = s.images + (b.g * s.channels + b.c) * s.channel_stride;
   if constexpr (std::is_same_v<In, F>) {
