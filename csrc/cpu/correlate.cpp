@@ -1,15 +1,17 @@
 // The convolution at the heart of conv2d's forward and input gradient, as products of tile.h over windows of window.h.
 //
-// Three ways to lay the vectors, chosen by vectors_along_images and vectors_along_x; with K = (channel, tap):
+// way_of chooses how to lay the vectors. Two ways are products over windows; with K = (channel, tap):
 //
 //   along x:             output [O, pixels] = filters [O, K]    window [K, pixels]    a filter's values are broadcast
 //   along the channels:  output [pixels, O] = window [pixels, K] filters^T [K, O]     the window's values are
-//   along the images:    conv2d_images.cpp, for batches of small images with few channels
 //
-// In the former two a task is a band of output rows (or several small images) of one group and, if there are few bands,
-// a part of the output channels; along the channels, the filters are transposed once into panels. LeNet's first layer
-// on 64 images, one core with AVX-512, along x: forward 0.13 ms and grad_input 0.39, stock torch 0.33 and 3.1. Patches
-// gathered in cache (im2col) took 2 and 4 times as long. Guarantees: those of gemm.h.
+// A task of theirs is a band of output rows (or several small images) of one group and, if there are few bands, a part
+// of the output channels; along the channels, the filters are transposed once into panels. LeNet's first layer on 64
+// images, one core with AVX-512, along x: forward 0.13 ms and grad_input 0.39, stock torch 0.33 and 3.1. Patches
+// gathered in cache (im2col) took 2 and 4 times as long.
+//
+// An even number of bfloat16 channels is multiplied in pairs where the CPU does that (factors.h): K = (pair, tap).
+// 8x64x56x56 -> 64, 3x3, on another core 4.8 ms, widened to float32 8.1, stock torch 4.7. Guarantees: those of gemm.h.
 #include "correlate.h"
 
 #include "nonfinite.h"
@@ -106,6 +108,24 @@ bool has_narrow_groups(const Correlation<T>& x) {
   return x.groups > 1 && lanes_used<Compute<T>>(x.out_channels) <= 0.5;
 }
 
+enum class Way { planes, along_images, depthwise, along_x, along_channels };
+
+// The first that applies, with what it takes in ms and what the others would; one core with AVX-512, 3x3 but for LeNet.
+template <class T>
+Way way_of(const Correlation<T>* phases, int64_t count) {
+  const Correlation<T>& x = phases[0];
+  // 8x128x28x28 in 32 groups, channels-last: 1.0, along the channels 6.
+  if (x.channels_last && has_narrow_groups(x) && !is_depthwise(x)) return Way::planes;
+  // LeNet's second layer on 64 images: 0.14, along the channels 0.22, along x 0.27.
+  if (count == 1 && vectors_along_images(x, x.source.count)) return Way::along_images;
+  // 8x64x28x28 in 64 groups: 0.09, along x 0.45, along the channels 2.8.
+  if (is_depthwise(x)) return Way::depthwise;
+  // LeNet's first layer on one image: 0.004, along the channels 0.010; 8x64x56x56 -> 3, channels-last: 2.1, 3.0.
+  if (vectors_along_x(x)) return Way::along_x;
+  // 8x512x7x7 -> 512: 7.5, along x 21; 8x64x56x56 -> 64: 9.0, 11.6.
+  return Way::along_channels;
+}
+
 // The classes of each phase's pixels, which products along the channels read.
 struct PhaseClasses {
   const PixelClasses* data = nullptr;
@@ -114,7 +134,6 @@ struct PhaseClasses {
 
 template <class T>
 PhaseClasses classes_of(const Correlation<T>* phases, int64_t count) {
-  if (is_depthwise(phases[0]) || vectors_along_x(phases[0])) return {};
   // Planes are a page or more apart, too far to be read by pixel: they are copied, and get zeros around them.
   bool in_place = phases[0].channels_last && (std::is_same_v<T, Compute<T>> || multiplies_pairs(phases[0]));
   PixelClasses* classes = scratch<PixelClasses>(Scratch::classes, count);
@@ -126,11 +145,11 @@ PhaseClasses classes_of(const Correlation<T>* phases, int64_t count) {
 }
 
 template <class F, class T>
-void multiply_windows(const Correlation<T>* phases, int64_t count, PhaseClasses classes) {
+void multiply_windows(const Correlation<T>* phases, int64_t count, Way way, PhaseClasses classes) {
   constexpr int64_t lanes = Factors<F>::size();
   const Correlation<T>& x = phases[0];
   const Source<T>& s = x.source;
-  const bool along_x = classes.data == nullptr;
+  const bool along_x = way == Way::along_x;
   const Extent extent(phases, count);
   const BandSize size(s, extent, s.channels);
   const int64_t image_bands = ceil_div(s.count, size.images), row_bands = ceil_div(s.out_height, size.rows);
@@ -164,8 +183,8 @@ void multiply_windows(const Correlation<T>* phases, int64_t count, PhaseClasses 
 }
 
 template <class T>
-void correlate_finite(const Correlation<T>* phases, int64_t count, PhaseClasses classes) {
-  if (is_depthwise(phases[0])) {
+void correlate_finite(const Correlation<T>* phases, int64_t count, Way way, PhaseClasses classes) {
+  if (way == Way::depthwise) {
     for (int64_t p = 0; p < count; ++p) correlate_depthwise(phases[p], filters_of_taps(phases[p]));
     return;
   }
@@ -173,7 +192,7 @@ void correlate_finite(const Correlation<T>* phases, int64_t count, PhaseClasses 
   auto* of_pairs = scratch<Correlation<T>>(Scratch::phases_of_pairs, count);
   for (int64_t p = 0; p < count && pairs; ++p) of_pairs[p] = paired(phases[p]);
   dispatch_factor<T>(
-      [&](auto factor) { multiply_windows<decltype(factor)>(pairs ? of_pairs : phases, count, classes); }, pairs);
+      [&](auto factor) { multiply_windows<decltype(factor)>(pairs ? of_pairs : phases, count, way, classes); }, pairs);
 }
 
 template <class T>
@@ -211,16 +230,17 @@ bool multiplies_pairs(const Correlation<T>& x) {
 template <class T>
 void correlate(const Correlation<T>* phases, int64_t count) {
   const Correlation<T>& x = phases[0];
-  if (x.channels_last && has_narrow_groups(x) && !is_depthwise(x)) return correlate_planes(phases, count);
-  if (count == 1 && vectors_along_images(x, x.source.count)) return correlate_images(x);
-  const PhaseClasses classes = classes_of(phases, count);
+  const Way way = way_of(phases, count);
+  if (way == Way::planes) return correlate_planes(phases, count);
+  if (way == Way::along_images) return correlate_images(x);
+  const PhaseClasses classes = way == Way::along_channels ? classes_of(phases, count) : PhaseClasses{};
   if (classes.in_place || !leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
-    return correlate_finite(phases, count, classes);
+    return correlate_finite(phases, count, way, classes);
 
   const std::vector<T> finite = finite_part(x.filters.data, x.filters.count);
   std::vector<Correlation<T>> finite_phases(phases, phases + count);
   for (Correlation<T>& phase : finite_phases) phase.filters.data = finite.data(), phase.relu = false;
-  correlate_finite(finite_phases.data(), count, classes);
+  correlate_finite(finite_phases.data(), count, way, classes);
   for (int64_t p = 0; p < count; ++p) add_nonfinite(phases[p]);
   if (x.relu) rectify(x.output, x.source.count * x.out_lines.image_stride);
 }
