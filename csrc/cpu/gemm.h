@@ -105,20 +105,23 @@ Rows<F> rows_of(const Matrix<In>& a, int64_t elements, int64_t m, int64_t mc, in
 // panel_width.
 template <class F, class In>
 void pack_panels(F* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t n, int64_t nc, int64_t panel_width) {
-  const int64_t steps = ceil_div(kc, terms<F>);
-  for (int64_t c = 0; c < nc; c += panel_width, panels += steps * panel_width) {
-    const int64_t columns = std::min(panel_width, nc - c);
-    if (b.row_stride == 1 && b.column_stride != 1) {
-      transpose_terms(panels, panel_width, b.at(k, n + c), b.column_stride, columns, kc);
-    } else {
+  const int64_t steps = ceil_div(kc, terms<F>), panel = steps * panel_width, odd = nc % panel_width;
+  if (b.row_stride == 1 && b.column_stride != 1) {
+    for (int64_t c = 0; c < nc; c += panel_width)
+      transpose_terms(panels + c * steps, panel_width, b.at(k, n + c), b.column_stride, std::min(panel_width, nc - c),
+                      kc);
+  } else {
+    // Panel by panel, but of 16-bit numbers, whose rows are short in a panel, row by row: linear's input gradient of
+    // 16x4096 <- 4096 in bfloat16 4.8 ms instead of 6.2, in float32 7.5 instead of 6.7.
+    const int64_t at_once = is_reduced<In> ? nc : panel_width;
+    for (int64_t begin = 0; begin < nc; begin += at_once)
       for (int64_t i = 0; i < steps; ++i)
-        copy_factors(panels + i * panel_width, b.at(k + i * terms<F>, n + c), columns, b.column_stride, b.row_stride,
-                     kc - i * terms<F>);
-    }
-    if (columns < panel_width)
-      for (int64_t i = 0; i < steps; ++i)
-        std::fill(panels + i * panel_width + columns, panels + (i + 1) * panel_width, F{});
+        for (int64_t c = begin; c < std::min(begin + at_once, nc); c += panel_width)
+          copy_factors(panels + c * steps + i * panel_width, b.at(k + i * terms<F>, n + c),
+                       std::min(panel_width, nc - c), b.column_stride, b.row_stride, kc - i * terms<F>);
   }
+  F* last = panels + nc / panel_width * panel;
+  for (F* row = last; odd > 0 && row < last + panel; row += panel_width) std::fill(row + odd, row + panel_width, F{});
 }
 
 // The offsets of the vectors in panels of so many steps each.

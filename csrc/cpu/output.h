@@ -40,7 +40,9 @@ template <class In>
 inline Vec<Compute<In>> load(const In* source, int64_t count) {
   using T = Compute<In>;
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_reduced<In>) return load_floats(source, static_cast<__mmask16>((1u << count) - 1));
+  if constexpr (is_reduced<In>)
+    return count == Vec<T>::size() ? load_floats(source)
+                                   : load_floats(source, static_cast<__mmask16>((1u << count) - 1));
 #endif
   if constexpr (is_reduced<In>) {
     T values[Vec<T>::size()] = {};

@@ -20,10 +20,7 @@ template <class F, class In>
 Factors<F> load_factors(const In* p, [[maybe_unused]] int64_t term_stride, [[maybe_unused]] int64_t left,
                         int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_pair<F>) {
-    const auto mask = static_cast<__mmask16>((1u << count) - 1);
-    return pairs_of(load_floats(p, mask), left > 1 ? load_floats(p + term_stride, mask) : _mm512_setzero_ps());
-  }
+  if constexpr (is_pair<F>) return pairs_of(load(p, count), left > 1 ? load(p + term_stride, count) : Vec<float>(0));
 #endif
   return load(p, count);
 }
