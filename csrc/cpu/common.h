@@ -38,23 +38,25 @@ template <class In>
 inline __m512 load_floats(const In* p, __mmask16 mask) {
   return widened(In(), _mm256_maskz_loadu_epi16(mask, p));
 }
-// All 16 of a 16-bit type. Unlike masked loads these set off the hardware's prefetching.
+// All 16. Unlike masked loads these set off the hardware's prefetching.
+inline __m512 load_floats(const float* p) {
+  return _mm512_loadu_ps(p);
+}
 template <class In>
 inline __m512 load_floats(const In* p) {
   return widened(In(), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 // The other way: to the nearest, ties to even, every NaN to one.
-inline void store_floats(c10::BFloat16* p, __m512 v, __mmask16 mask) {
+inline __m256i narrowed(c10::BFloat16, __m512 v) {
   const __m512i bits = _mm512_castps_si512(v),
                 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
-  const __m512i number =
-      _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0xFFFF));
-  _mm512_mask_cvtepi32_storeu_epi16(p, mask, number);
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __m512i rounded = _mm512_srli_epi32(up, 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0xFFFF)));
 }
-inline void store_floats(c10::Half* p, __m512 v, __mmask16 mask) {
-  _mm256_mask_storeu_epi16(p, mask, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+inline __m256i narrowed(c10::Half, __m512 v) {
+  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 #endif
 

@@ -27,7 +27,11 @@ inline void copy_values(T* target, const In* source, int64_t n, int64_t stride) 
 template <class Out>
 inline void store(Out* target, Vec<Compute<Out>> value, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_reduced<Out>) return store_floats(target, value, static_cast<__mmask16>((1u << count) - 1));
+  if constexpr (is_reduced<Out>) {
+    const __m256i numbers = narrowed(Out(), value);
+    if (count == Vec<float>::size()) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), numbers);
+    return _mm256_mask_storeu_epi16(target, static_cast<__mmask16>((1u << count) - 1), numbers);
+  }
 #endif
   if constexpr (is_reduced<Out>) {
     at::vec::convert_from_float<Out>(value, value).store(target, static_cast<int>(count));

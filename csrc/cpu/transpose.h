@@ -47,7 +47,7 @@ inline void load_square(__m512 (&square)[16], const In* source, int64_t source_s
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) {
     const In* row = source + std::min<int64_t>(i, rows - 1) * source_stride;
-    a[i] = load_floats(row, mask);
+    a[i] = columns == square_columns ? load_floats(row) : load_floats(row, mask);
     _mm_prefetch(reinterpret_cast<const char*>(row + 64), _MM_HINT_T0);  // 16 rows are more streams than a core follows
   }
 #pragma GCC unroll 4
