@@ -46,21 +46,25 @@ constexpr const char* linear_batched = "pyops::linear_batched";
 constexpr const char* conv2d = "pyops::conv2d";
 constexpr const char* conv2d_relu = "pyops::conv2d_relu";
 constexpr const char* conv2d_relu_max_pool2d = "pyops::conv2d_relu_max_pool2d";
+constexpr const char* conv2d_relu_max_pool2d_with_argmax = "pyops::conv2d_relu_max_pool2d_with_argmax";
 
 using Ints = at::IntArrayRef;
+
+template <c10::DispatchKey key, class Result>
+using Pooled = InLowerPrecision<key, Result, Ints, Ints, Ints, int64_t, Ints, Ints, Ints, Ints, bool>;
 
 template <c10::DispatchKey key>
 void implement(torch::Library& m) {
   using Linear = InLowerPrecision<key, Tensor>;
   using Conv2d = InLowerPrecision<key, Tensor, Ints, Ints, Ints, int64_t>;
-  using Pooled =
-      InLowerPrecision<key, std::tuple<Tensor, Tensor>, Ints, Ints, Ints, int64_t, Ints, Ints, Ints, Ints, bool>;
   m.impl("linear", &Linear::template call<linear>);
   m.impl("linear_relu", &Linear::template call<linear_relu>);
   m.impl("linear_batched", &Linear::template call<linear_batched>);
   m.impl("conv2d", &Conv2d::template call<conv2d>);
   m.impl("conv2d_relu", &Conv2d::template call<conv2d_relu>);
-  m.impl("conv2d_relu_max_pool2d", &Pooled::template call<conv2d_relu_max_pool2d>);
+  m.impl("conv2d_relu_max_pool2d", &Pooled<key, Tensor>::template call<conv2d_relu_max_pool2d>);
+  m.impl("conv2d_relu_max_pool2d_with_argmax",
+         &Pooled<key, std::tuple<Tensor, Tensor>>::template call<conv2d_relu_max_pool2d_with_argmax>);
 }
 
 }  // namespace

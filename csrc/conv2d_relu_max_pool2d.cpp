@@ -1,5 +1,6 @@
 // conv2d_relu_max_pool2d on tensors: three ops whose intermediate results are never tensors. Kept for the backward are
-// input, weight and the argmax of each window, in which a window that passes no gradient names no tap.
+// input, weight and the argmax of each window, in which a window that passes no gradient names no tap. An op of its own
+// gives the argmax, so that it is computed only where a gradient is wanted.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -17,23 +18,46 @@ at::DimVector conv_size(const Conv2dShape& s, bool batched) {
   return batched ? at::DimVector{s.N, s.O, s.OH, s.OW} : at::DimVector{s.O, s.OH, s.OW};
 }
 
-std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-                                                  IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation,
-                                                  int64_t groups, IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
-                                                  IntArrayRef pool_padding, IntArrayRef pool_dilation, bool ceil_mode) {
-  constexpr const char* op = "conv2d_relu_max_pool2d";
-  const CheckedConv2d conv = checked_conv2d(op, input, weight, bias, {stride, padding, dilation, groups});
+// The output; `argmax`, unless null, is set to that of each window.
+Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+               const Conv2dOptions& options, const PoolOptions& pool_options, Tensor* argmax) {
+  const CheckedConv2d conv = checked_conv2d(op, input, weight, bias, options);
   const Conv2dShape& s = conv.args.shape;
-  MaxPool2dShape pool = checked_pool_shape(op, conv_size(s, conv.batched),
-                                           {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode});
+  MaxPool2dShape pool = checked_pool_shape(op, conv_size(s, conv.batched), pool_options);
   pool.channels_last = s.channels_last;
-  const at::MemoryFormat format = memory_format(s.channels_last);
-  Tensor output = fresh(at::empty({pool.N, pool.C, pool.OH, pool.OW}, input.options(), format));
-  Tensor argmax = fresh(at::empty(output.sizes(), input.options().dtype(argmax_dtype(pool)), format));
-  if (output.numel() > 0)
-    kernels(input)->conv2d_relu_max_pool2d({conv.args, pool, output.mutable_data_ptr(), argmax.mutable_data_ptr()});
+  const auto empty = [&](at::ScalarType dtype) {
+    return fresh(
+        at::empty({pool.N, pool.C, pool.OH, pool.OW}, input.options().dtype(dtype), memory_format(s.channels_last)));
+  };
   // A single image has no memory format: max_pool2d's are contiguous.
-  if (!conv.batched) return {output.squeeze(0).contiguous(), argmax.squeeze(0).contiguous()};
+  const auto result = [&](const Tensor& batch) { return conv.batched ? batch : batch.squeeze(0).contiguous(); };
+  const Tensor output = empty(input.scalar_type());
+  if (argmax) *argmax = empty(argmax_dtype(pool));
+  if (output.numel() > 0)
+    kernels(input)->conv2d_relu_max_pool2d(
+        {conv.args, pool, output.mutable_data_ptr(), argmax ? argmax->mutable_data_ptr() : nullptr});
+  if (argmax) *argmax = result(*argmax);
+  return result(output);
+}
+
+Tensor conv2d_relu_max_pool2d(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, IntArrayRef stride,
+                              IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size,
+                              IntArrayRef pool_stride, IntArrayRef pool_padding, IntArrayRef pool_dilation,
+                              bool ceil_mode) {
+  return forward("conv2d_relu_max_pool2d", input, weight, bias, {stride, padding, dilation, groups},
+                 {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode}, nullptr);
+}
+
+std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d_with_argmax(const Tensor& input, const Tensor& weight,
+                                                              const OptionalTensor& bias, IntArrayRef stride,
+                                                              IntArrayRef padding, IntArrayRef dilation, int64_t groups,
+                                                              IntArrayRef pool_kernel_size, IntArrayRef pool_stride,
+                                                              IntArrayRef pool_padding, IntArrayRef pool_dilation,
+                                                              bool ceil_mode) {
+  Tensor argmax;
+  Tensor output =
+      forward("conv2d_relu_max_pool2d_with_argmax", input, weight, bias, {stride, padding, dilation, groups},
+              {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode}, &argmax);
   return {output, argmax};
 }
 
@@ -72,9 +96,10 @@ Gradients conv2d_relu_max_pool2d_backward(const Tensor& grad_output, const Tenso
 
 #define CONV "int[2] stride, int[2] padding, int[2] dilation, int groups"
 #define POOL "int[2] pool_kernel_size, int[2] pool_stride, int[2] pool_padding, int[2] pool_dilation, bool ceil_mode"
+#define FORWARD "Tensor input, Tensor weight, Tensor? bias, " CONV ", " POOL
 TORCH_LIBRARY_FRAGMENT(pyops, m) {
-  m.def("conv2d_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, " CONV ", " POOL
-        ") -> (Tensor output, Tensor argmax)");
+  m.def("conv2d_relu_max_pool2d(" FORWARD ") -> Tensor");
+  m.def("conv2d_relu_max_pool2d_with_argmax(" FORWARD ") -> (Tensor output, Tensor argmax)");
   m.def(
       "conv2d_relu_max_pool2d_backward(Tensor grad_output, Tensor argmax, Tensor? input, Tensor? weight,"
       " SymInt[] input_size, SymInt[] weight_size, " CONV ", " POOL
@@ -82,9 +107,11 @@ TORCH_LIBRARY_FRAGMENT(pyops, m) {
 }
 #undef CONV
 #undef POOL
+#undef FORWARD
 
 PYOPS_LIBRARY_IMPL(m) {
   m.impl("conv2d_relu_max_pool2d", conv2d_relu_max_pool2d);
+  m.impl("conv2d_relu_max_pool2d_with_argmax", conv2d_relu_max_pool2d_with_argmax);
   m.impl("conv2d_relu_max_pool2d_backward", conv2d_relu_max_pool2d_backward);
 }
 

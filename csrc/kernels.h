@@ -161,7 +161,7 @@ struct Conv2dReluMaxPool2dArgs {
   Conv2dArgs conv;  // its output and relu are not looked at
   MaxPool2dShape pool;
   void* output;
-  void* argmax;
+  void* argmax;  // null: not wanted
 };
 inline int64_t dead_window(int64_t taps) {
   return max_pool2d_argmax_is_u8(taps) ? 255 : -1;

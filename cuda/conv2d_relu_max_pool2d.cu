@@ -1,4 +1,4 @@
-// output = relu(max_pool2d(conv2d(input, weight, bias))) and the argmax of each window, by one of three ways:
+// output = relu(max_pool2d(conv2d(input, weight, bias))) and the argmax of each window if wanted, by one of three ways:
 //   - few channels, windows of 2x2: in one kernel (conv2d_tiny.cu), without the convolution's result in memory;
 //   - where the convolution is generic: one thread for each window, which sums its pixels one after the other;
 //   - else the convolution's result goes to the workspace, and one kernel pools and rectifies it.
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     }
   }
   output[number] = winner.value(/*rectify=*/true);
-  argmax[number] = winner.argmax(/*rectify=*/true, dead);
+  if (argmax != nullptr) argmax[number] = winner.argmax(/*rectify=*/true, dead);
 }
 
 }  // namespace

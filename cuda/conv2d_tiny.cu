@@ -41,8 +41,8 @@ template <class T>
 struct TinyOperands {
   const T *input, *weight, *bias;
   T* output;
-  uint8_t* argmax;
-  uint8_t dead;  // the argmax of a window that passes no gradient
+  uint8_t* argmax;  // null: not wanted
+  uint8_t dead;     // the argmax of a window that passes no gradient
 };
 
 template <class T, int kernel, int outputs, Result result>
@@ -84,7 +84,7 @@ __device__ __forceinline__ void finish(const Tiny& tiny, const TinyOperands<T>& 
   if constexpr (result == Result::pooled) {
     const int32_t offset = tiny.blocks.offset(block.n, channel, block.h, block.w);
     x.output[offset] = winner.value(/*rectify=*/true);
-    x.argmax[offset] = winner.argmax(/*rectify=*/true, x.dead);
+    if (x.argmax != nullptr) x.argmax[offset] = winner.argmax(/*rectify=*/true, x.dead);
   }
 }
 

@@ -33,7 +33,8 @@ cudaError_t max_pool2d_gather(const MaxPool2dGatherArgs&, Workspace&, cudaStream
 cudaError_t max_pool2d_indices(const MaxPool2dIndicesArgs&, Workspace&, cudaStream_t);
 cudaError_t conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs&, Workspace&, cudaStream_t);
 
-// max_pool2d, then relu: windows whose maximum is not above 0 (nor NaN) give 0 and the argmax dead_window.
+// max_pool2d, then relu: windows whose maximum is not above 0 (nor NaN) give 0 and the argmax dead_window. A null
+// argmax is not written.
 cudaError_t max_pool2d_rectified(const MaxPool2dArgs&, cudaStream_t);
 
 // Run<launcher>::run calls the launcher with a workspace and a stream, and deals with errors.

@@ -11,7 +11,7 @@
 //
 // A tap wins if (v > max) || isnan(v): ties keep the first, of several NaNs the last one wins, a window of -inf gives
 // its first tap in bounds. Taps out of bounds never win; an argmax that names no tap in bounds is of no element.
-// Registers (sm_80 and sm_90), with an argmax of bytes and offsets of 32 bits: at most 56, so that an SM holds four
+// Registers (sm_80 and sm_90), with an argmax of bytes and offsets of 32 bits: at most 64, so that an SM holds four
 // blocks of 256 threads; of integers 96, two blocks; else 134 at most. No shared memory.
 #include "max_pool2d.h"
 
@@ -38,8 +38,8 @@ struct Pool {
 };
 
 template <class T, class A, class Index, int count>
-__device__ __forceinline__ void store_winners(const Winner<T, Index> (&winners)[count], T* output, A* argmax,
-                                              bool rectify, A dead) {
+__device__ __forceinline__ void store_winners(const Winner<T, Index> (&winners)[count], int64_t number, T* output,
+                                              A* argmax, bool rectify, A dead) {
   Vector<T, count> values;
   Vector<A, count> taps;
 #pragma unroll
@@ -47,8 +47,8 @@ __device__ __forceinline__ void store_winners(const Winner<T, Index> (&winners)[
     values.values[e] = winners[e].value(rectify);
     taps.values[e] = winners[e].argmax(rectify, dead);
   }
-  *reinterpret_cast<Vector<T, count>*>(output) = values;
-  *reinterpret_cast<Vector<A, count>*>(argmax) = taps;
+  *reinterpret_cast<Vector<T, count>*>(output + number) = values;
+  if (argmax != nullptr) *reinterpret_cast<Vector<A, count>*>(argmax + number) = taps;
 }
 
 // A thread takes `pack` channels of a window side by side, which divides their number; 1: any layout.
@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       for (int e = 0; e < pack; ++e) winners[e].meet(widen(values.values[e]), i * pool.kernel_w + j);
     }
   }
-  store_winners(winners, output + number, argmax + number, rectify, dead);
+  store_winners(winners, number, output, argmax, rectify, dead);
 }
 
 // Windows of 2x2 side by side, N C H W: a thread takes `pack` columns of two rows, which divides their number.
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(block_threads, 1)
 #pragma unroll
     for (int e = 0; e < pack; ++e) winners[e / 2].meet(widen(values.values[e]), i * 2 + e % 2);
   }
-  store_winners(winners, output + number, argmax + number, rectify, dead);
+  store_winners(winners, number, output, argmax, rectify, dead);
 }
 
 // The windows [begin, end) along one dimension that can hold the element at `position`, counted from the padding's.

@@ -279,4 +279,4 @@ def conv2d_relu_max_pool2d(
         return handle_torch_function(conv2d_relu_max_pool2d, (input, weight, bias), input, weight, bias=bias, **options)
     if isinstance(padding, str):
         padding = _padding_by_name(padding, input, weight, stride, dilation)
-    return _ops().conv2d_relu_max_pool2d(input, weight, bias, *_known(stride, padding, dilation, groups, *pool))[0]
+    return _ops().conv2d_relu_max_pool2d(input, weight, bias, *_known(stride, padding, dilation, groups, *pool))

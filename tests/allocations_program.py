@@ -42,7 +42,7 @@ def calls_of_random_shapes(count: int) -> list:
         output = ops.conv2d(image, weight, bias, *conv)
         sizes = (image.shape, weight.shape)
         pooled, argmax = ops.max_pool2d(image, *pool)
-        fused, winners = ops.conv2d_relu_max_pool2d(image, weight, bias, *conv, *pool)
+        fused, winners = ops.conv2d_relu_max_pool2d_with_argmax(image, weight, bias, *conv, *pool)
         rows, matrix = tensor(N, H * W), tensor(C * out, H * W)
         product = ops.linear(rows, matrix, None)
         mask = [True] * 3
@@ -52,6 +52,7 @@ def calls_of_random_shapes(count: int) -> list:
             lambda a=(image, *pool): ops.max_pool2d(*a),
             lambda a=(pooled, argmax, (H, W), *pool): ops.max_pool2d_backward(*a),
             lambda a=(image, weight, bias, *conv, *pool): ops.conv2d_relu_max_pool2d(*a),
+            lambda a=(image, weight, bias, *conv, *pool): ops.conv2d_relu_max_pool2d_with_argmax(*a),
             lambda a=(fused, winners, image, weight, *sizes, *conv, *pool, mask): ops.conv2d_relu_max_pool2d_backward(
                 *a
             ),

@@ -25,7 +25,11 @@ class KernelLog(TorchDispatchMode):
 
 def kernels_of_training(op: str) -> set[str]:
     """The operators that a call of `op` reaches where a gradient is wanted, its backward included."""
-    special = {"relu": {"relu_with_mask", "relu_mask_backward"}, "relu_": {"relu_", "relu_backward"}}
+    special = {
+        "relu": {"relu_with_mask", "relu_mask_backward"},
+        "relu_": {"relu_", "relu_backward"},
+        "conv2d_relu_max_pool2d": {"conv2d_relu_max_pool2d_with_argmax", "conv2d_relu_max_pool2d_backward"},
+    }
     return special.get(op, {op, f"{op}_backward"})
 
 

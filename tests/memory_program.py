@@ -65,7 +65,9 @@ def run(dtype: torch.dtype, where: str, at_end: bool) -> None:
         planes, filters = tensor(17, 4, 5, min(width, 17)), tensor(3, 4, 5, 5)  # vectors along the images
         result = guarded(ops.conv2d(planes, filters, None, 1, 2), at_end)
         ops.conv2d_backward(result, planes, filters, planes.shape, filters.shape, 1, 2, 1, 1, [True, True, True])
-        pooled, codes = ops.conv2d_relu_max_pool2d(planes, filters, None, 1, 2, 1, 1, 2, 2, 0, 1, True)
+        fused = (planes, filters, None, 1, 2, 1, 1, 2, 2, 0, 1, True)
+        ops.conv2d_relu_max_pool2d(*fused)
+        pooled, codes = ops.conv2d_relu_max_pool2d_with_argmax(*fused)
         ops.conv2d_relu_max_pool2d_backward(
             *(guarded(pooled, at_end), guarded(codes, at_end), planes, filters, planes.shape, filters.shape),
             *(1, 2, 1, 1, 2, 2, 0, 1, True, [True, True, True]),

@@ -74,6 +74,14 @@ CASES = {
         lambda *t: pyops.autograd.Conv2dReLUMaxPool2d.apply(*t, 1, 0, 1, 1, 2, 2, 0, 1, False)[0],
         lambda: [leaf(1, 2, 5, 5), leaf(2, 2, 2, 2), leaf(2)],
     ),
+    "conv2d_relu_max_pool2d_op": (
+        lambda *t: ops.conv2d_relu_max_pool2d(*t, 1, 0, 1, 1, 2, 2, 0, 1, False),
+        lambda: [leaf(1, 2, 5, 5), leaf(2, 2, 2, 2), leaf(2)],
+    ),
+    "conv2d_relu_max_pool2d_with_argmax_op": (
+        lambda *t: ops.conv2d_relu_max_pool2d_with_argmax(*t, 1, 0, 1, 1, 2, 2, 0, 1, False)[0],
+        lambda: [leaf(1, 2, 5, 5), leaf(2, 2, 2, 2), leaf(2)],
+    ),
     "max_pool2d": (lambda x: F.max_pool2d(x, 2), lambda: [gradcheck_input(2, 2, 4, 5)]),
     "max_pool2d_overlapping": (lambda x: F.max_pool2d(x, **POOL), lambda: [gradcheck_input(1, 2, 6, 5)]),
     "max_pool2d_unbatched": (lambda x: F.max_pool2d(x, **POOL), lambda: [gradcheck_input(2, 6, 5)]),
@@ -187,7 +195,8 @@ def opcheck_calls(where):
     pool_grad = images(where, *argmax.shape, requires_grad=True)
     fixed = [t.detach() for t in (x, w, grad)]
     pool = (2, 1, 1, 1, True)
-    codes = ops.conv2d_relu_max_pool2d(x, w, bias, *conv, *pool)[1]
+    fused = [(x, w, bias, *conv, *pool), (x[0], w, None, *conv, *pool)]
+    codes = ops.conv2d_relu_max_pool2d_with_argmax(*fused[0])[1]
     fused_grad = images(where, *codes.shape, requires_grad=True)
     return {
         "relu": [(x,), (x[0, 0, 0],), (fixed[0],)],
@@ -228,7 +237,8 @@ def opcheck_calls(where):
             (grad, fixed[2], x, w, *conv_backward, [True, True, True]),
             (grad, fixed[2], x, None, *conv_backward, [False, True, True]),
         ],
-        "conv2d_relu_max_pool2d": [(x, w, bias, *conv, *pool), (x[0], w, None, *conv, *pool)],
+        "conv2d_relu_max_pool2d": fused,
+        "conv2d_relu_max_pool2d_with_argmax": fused,
         "conv2d_relu_max_pool2d_backward": [
             (fused_grad, codes, x, w, *conv_backward, *pool, [True, True, True]),
             (fused_grad, codes, None, w, *conv_backward, *pool, [True, False, True]),
@@ -388,6 +398,8 @@ def test_argmax_and_indices_have_no_gradient():
     assert not F.max_pool2d(x, 2, return_indices=True)[1].requires_grad
     assert not ops.max_pool2d(x, 2)[1].requires_grad
     assert not pyops.autograd.MaxPool2d.apply(x, 2)[1].requires_grad
+    pooled, argmax = ops.conv2d_relu_max_pool2d_with_argmax(x, x[..., 1:, 1:], None, 1, 0, 1, 1, 2, 2, 0, 1, False)
+    assert pooled.requires_grad and not argmax.requires_grad
 
 
 def test_integers_have_no_gradient():

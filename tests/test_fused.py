@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_log import KernelLog
 from tensors import FLOATING
+from torch import func
 
 import pyops
 from pyops import functional as F
@@ -104,7 +106,8 @@ def test_dead_windows(kernel):
     input = torch.full((1, 3, *kernel), -1.0)
     input[0, 1, 3, 4], input[0, 2, 0, 1] = 2.0, float("nan")
     weight = torch.ones(3, 1, 1, 1)
-    output, argmax = ops.conv2d_relu_max_pool2d(input, weight, None, 1, 0, 1, 3, kernel, kernel, 0, 1, False)
+    options = (1, 0, 1, 3, kernel, kernel, 0, 1, False)
+    output, argmax = ops.conv2d_relu_max_pool2d_with_argmax(input, weight, None, *options)
     assert argmax.dtype == (torch.uint8 if kernel[0] * kernel[1] <= 255 else torch.int64)
     assert argmax.flatten().tolist() == [255 if argmax.dtype == torch.uint8 else -1, 3 * kernel[1] + 4, 1]
     assert output.flatten()[:2].tolist() == [0.0, 2.0] and output.flatten()[2].isnan()
@@ -113,6 +116,64 @@ def test_dead_windows(kernel):
         results(lambda *t: composed(*t, groups=3, pool={"pool_kernel_size": kernel}), tensors),
         results(lambda *t: fused(*t, groups=3, pool={"pool_kernel_size": kernel}), tensors),
     )
+
+
+# Input, weight, options of the convolution and of the pooling, which are computed in different ways.
+POOLED = {
+    "2x2 windows, long sums": ((33, 17, 9, 11), (7, 17, 3, 3), {}, (2, 2, 0, 1, False)),
+    "2x2 windows, padded images": ((17, 2, 9, 8), (5, 2, 3, 3), {"padding": 1}, (2, 2, 0, 1, False)),
+    "3x2 windows": ((19, 4, 10, 9), (6, 2, 3, 2), {"groups": 2}, ((3, 2), (3, 2), 0, 1, False)),
+    "overlapping windows": ((70, 3, 30, 29), (8, 3, 3, 3), {"padding": 1}, (3, 2, 1, 1, True)),
+    "few images": ((3, 3, 9, 11), (7, 3, 3, 3), {}, (2, 2, 0, 1, False)),
+    "one image": ((3, 9, 11), (7, 3, 3, 3), {}, (2, 2, 0, 1, False)),
+    "many channels": ((2, 20, 8, 8), (40, 20, 3, 3), {}, (2, 2, 0, 1, False)),
+    "large filters": ((1, 4, 4, 4), (4, 2, 33, 33), {"padding": 16, "groups": 2}, (2, 2, 0, 1, False)),
+    "256 taps": ((2, 2, 18, 17), (3, 2, 1, 1), {}, (16, 1, 0, 1, False)),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("case", POOLED)
+def test_the_output_is_the_same_without_the_argmax(case, memory_format, dtype):
+    """Ties, NaNs with their bits, infinities, and the zeros of windows that pass no gradient, which are positive."""
+    input_size, weight_size, conv, pool = POOLED[case]
+    input, weight = torch.randint(-2, 3, input_size).to(dtype), torch.randint(-1, 2, weight_size).to(dtype)
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=dtype)
+    input = torch.where(torch.rand(input_size) < 0.01, special[torch.randint(4, input_size)], input)
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    input.view(-1, *input_size[-3:])[0], weight[0] = -smallest, smallest  # their products are -0.0
+    if input.dim() == 4:
+        input = input.contiguous(memory_format=memory_format)
+    options = (1, conv.get("padding", 0), 1, conv.get("groups", 1), *pool)
+    output = ops.conv2d_relu_max_pool2d(input, weight, None, *options)
+    expected, _ = ops.conv2d_relu_max_pool2d_with_argmax(input, weight, None, *options)
+    assert output.stride() == expected.stride()
+    assert torch.equal(*(t.contiguous().view(torch.uint8) for t in (output, expected)))
+    assert (output == 0).any() and not output[output == 0].signbit().any()
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    same_bits([composed(input, weight, pool=dict(zip(names, pool, strict=True)), **conv)], [output])
+
+
+def test_argmax_is_computed_where_a_gradient_is_wanted_and_nowhere_else():
+    layer = pyops.nn.ConvReLUMaxPool2d(1, 4, 3, pool_kernel_size=2)
+    x = torch.randn(2, 1, 8, 8)
+
+    def called(function=layer):
+        with KernelLog() as log:
+            function(x)
+        return log.ours
+
+    without, with_argmax = {"conv2d_relu_max_pool2d"}, {"conv2d_relu_max_pool2d_with_argmax"}
+    assert called() == with_argmax
+    with torch.no_grad():
+        assert called() == called(func.vmap(layer)) == without
+        assert called(lambda x: func.jvp(layer, (x,), (x,))) >= with_argmax
+    with torch.inference_mode():
+        assert called() == without
+    layer.requires_grad_(False)
+    assert called() == called(func.vmap(layer)) == without
+    assert called(func.grad(lambda x: layer(x).sum())) >= with_argmax
 
 
 @pytest.mark.parametrize("dtype", FLOATING, ids=str)
@@ -181,6 +242,8 @@ def test_errors_name_the_op():
         F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=7)
     with pytest.raises(RuntimeError, match="conv2d_relu_max_pool2d: pad should be at most half"):
         F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=2, pool_padding=2)
+    with pytest.raises(RuntimeError, match="conv2d_relu_max_pool2d_with_argmax: pad should be at most half"):
+        ops.conv2d_relu_max_pool2d_with_argmax(x, w, None, 1, 0, 1, 1, 2, 2, 2, 1, False)
     with pytest.raises(NotImplementedError, match="conv2d_relu"):
         F.conv2d_relu(x.long(), w.long())
 

@@ -59,10 +59,11 @@ def images(channels_first, dtype, where):
 
 def fused(input, weight, pool):
     options = (1, 1, 1, 1, *pool)
-    output, argmax = ops.conv2d_relu_max_pool2d(input, weight, random(weight.shape[:1], weight.dtype), *options)
+    tensors = (input, weight, random(weight.shape[:1], weight.dtype))
+    output, argmax = ops.conv2d_relu_max_pool2d_with_argmax(*tensors, *options)
     grad, sizes = random(output.shape, output.dtype), (input.shape, weight.shape)
     grads = ops.conv2d_relu_max_pool2d_backward(grad, argmax, input, weight, *sizes, *options, [True] * 3)
-    return [output, argmax, *grads]
+    return [output, argmax, ops.conv2d_relu_max_pool2d(*tensors, *options), *grads]
 
 
 # Each large enough for seven threads, with odd sizes, so that the shares differ.

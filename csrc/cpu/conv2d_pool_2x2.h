@@ -15,10 +15,20 @@
 namespace pyops::cpu {
 
 // The maximum of a window before its first tap: it starts at 0, as if that were one, so that what is not above it is
-// not seen.
-template <class C>
-Best<C, uint8_t> rectified_best(int64_t taps) {
-  return Best<C, uint8_t>(static_cast<uint8_t>(dead_window(taps)), C(0));
+// not seen. A is uint8_t, or void where no argmax is wanted.
+template <class C, class A>
+Best<C, A> rectified_best(int64_t taps) {
+  return Best<C, A>(static_cast<uint8_t>(dead_window(taps)), C(0));
+}
+
+// Writes a vector of windows at `offset` in their block.
+template <class C, class A>
+void store_best(const Best<C, A>& best, C* pooled, uint8_t* argmax, int64_t offset) {
+  best.max().store(pooled + offset);
+  if constexpr (!std::is_void_v<A>) {
+    const auto taps = best.tap();
+    std::copy_n(taps.begin(), kLanes<C>, argmax + offset);
+  }
 }
 
 // What the 16-bit types lose when a tensor of them is written.
@@ -62,7 +72,9 @@ class Pooled2x2 {
       });
   }
 
+  // A null argmax is not written.
   void operator()(const C* source, C* pooled, uint8_t* argmax) const {
+    const auto& tiles = argmax ? tiles_with_argmax : tiles_without_argmax;
     const Source<T>& s = x_.source;
     const Layout out(pool_.C, pool_.OH, pool_.OW, pool_.channels_last);
     const int64_t right = s.step_w * s.x_stride * kLanes<T>, below = s.step_h * s.y_stride * kLanes<T>;
@@ -77,7 +89,7 @@ class Pooled2x2 {
             const int64_t window = channel * out.channel_stride + y * out.y_stride + x * out.x_stride;
             tiles[rows - 1](*this, {pixel, pixel + right, pixel + below, pixel + below + right},
                             filters + o * x_.depth(), x_.bias ? x_.bias + channel : nullptr,
-                            {pooled + window * kLanes<T>, argmax + window * kLanes<T>, out.channel_stride * kLanes<T>});
+                            {pooled, argmax, window * kLanes<T>, out.channel_stride * kLanes<T>});
           });
         }
       }
@@ -102,18 +114,18 @@ class Pooled2x2 {
     }
   }
 
-  // The windows of one pixel, a channel's at distance `stride`.
+  // The windows of one pixel in a block, a channel's at distance `stride`.
   struct Target {
     C* pooled;
     uint8_t* argmax;
-    int64_t stride;
+    int64_t first, stride;
   };
 
 // A false alarm: what a chunk reads of `totals`, the one before it has written.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-  template <int rows>
+  template <class A, int rows>
   static void tile(const Pooled2x2& x, const std::array<const C*, 4>& pixels, const C* filters, const T* bias,
                    const Target& target) {
     C totals[rows][4][kLanes<T>];
@@ -147,23 +159,22 @@ class Pooled2x2 {
 #pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) {
           const V bias_of_row(bias ? static_cast<C>(bias[i]) : C(0));
-          auto best = rectified_best<C>(4);
+          auto best = rectified_best<C, A>(4);
 #pragma GCC unroll 4
           for (int j = 0; j < 4; ++j) best.update(rounded<T>(bias ? sum[i][j] + bias_of_row : sum[i][j]), j);
-          best.max().store(target.pooled + i * target.stride);
-          const auto taps = best.tap();
-          std::copy_n(taps.begin(), kLanes<T>, target.argmax + i * target.stride);
+          store_best(best, target.pooled, target.argmax, target.first + i * target.stride);
         }
       }
     });
   }
 #pragma GCC diagnostic pop
 
-  template <int... I>
+  template <class A, int... I>
   static constexpr auto all_tiles(std::integer_sequence<int, I...>) {
-    return std::array{&tile<I + 1>...};
+    return std::array{&tile<A, I + 1>...};
   }
-  static constexpr auto tiles = all_tiles(std::make_integer_sequence<int, most_rows>{});
+  static constexpr auto tiles_with_argmax = all_tiles<uint8_t>(std::make_integer_sequence<int, most_rows>{});
+  static constexpr auto tiles_without_argmax = all_tiles<void>(std::make_integer_sequence<int, most_rows>{});
 
   const Correlation<T> x_;
   const MaxPool2dShape pool_;

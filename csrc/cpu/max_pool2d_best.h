@@ -66,6 +66,30 @@ class Best<C, uint8_t> {
   Vec<C> tap_;
 };
 
+// The maximum alone, where nobody asks for the tap: the same to the last bit.
+template <class C>
+class Best<C, void> {
+ public:
+  explicit Best(uint8_t /*first*/, C start) : max_(start) {}
+
+  // clamp_min and max_ps keep a maximum that is NaN, and the one of two zeros; a value that is NaN is blended in.
+  void update(const Vec<C>& values, int64_t /*tap*/) {
+#ifdef CPU_CAPABILITY_AVX512
+    if constexpr (std::is_same_v<C, float>) {
+      const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+      max_ = _mm512_mask_mov_ps(_mm512_max_ps(values, max_), nan, values);
+      return;
+    }
+#endif
+    max_ = Vec<C>::blendv(at::vec::clamp_min(max_, values), values, values.isnan());
+  }
+
+  Vec<C> max() const { return max_; }
+
+ private:
+  Vec<C> max_;
+};
+
 #ifdef CPU_CAPABILITY_AVX512
 // Vectorized has no mask registers: it turns every comparison into a vector of ones and back, 1.3 to 2 times the work.
 template <>

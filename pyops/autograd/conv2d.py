@@ -1,7 +1,7 @@
 """conv2d: 2-D cross-correlation of images with a bank of filters, and its gradients."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,6 @@ import torch
 from pyops.autograd._bilinear import Bilinear, BilinearBackward, MaybeTensor
 from pyops.autograd._function import (
     Dims,
-    OpFunction,
     batch_first,
     dims_of,
     fold,
@@ -43,7 +42,7 @@ def has_many_images(size: Sequence[int]) -> bool:
     return len(size) == 4 and size[0] >= MANY_IMAGES
 
 
-def vmap_images(function: type[OpFunction], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
+def vmap_images(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
     """The batching rule of a convolution, also a fused one: images of a shared weight become one batch, weights of a
     shared image one of as many more output channels; else each sample is a group of channels."""
     input, weight, bias, stride, padding, dilation, groups, *pool = args
@@ -51,7 +50,7 @@ def vmap_images(function: type[OpFunction], info: Any, in_dims: Dims, args: tupl
     size = int(info.batch_size)
     if by_weight is None and by_bias is None:
         x = input.movedim(by_input, 0)
-        outputs = function.call(fold(x), *args[1:])
+        outputs = call(fold(x), *args[1:])
         batch = x.shape[:-3]
 
         def undo(output: torch.Tensor) -> torch.Tensor:
@@ -62,10 +61,10 @@ def vmap_images(function: type[OpFunction], info: Any, in_dims: Dims, args: tupl
         if by_input is not None:
             x = input.movedim(by_input, 0)
             if has_many_images(x.shape[1:]):
-                return vmap_by_loop(function.call, info, in_dims, args)
+                return vmap_by_loop(call, info, in_dims, args)
             parts, x, groups = 1, merge(x, -3), size * groups
         w, b = batch_first(weight, by_weight, size), batch_first(bias, by_bias, size)
-        outputs = function.call(x, merge(w, -4, parts), merge(b, -1, parts), stride, padding, dilation, groups, *pool)
+        outputs = call(x, merge(w, -4, parts), merge(b, -1, parts), stride, padding, dilation, groups, *pool)
 
         def undo(output: torch.Tensor) -> torch.Tensor:
             return split(output, -3, size, parts)
@@ -200,7 +199,7 @@ class Conv2d(Bilinear):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:
-        return vmap_images(Conv2d, info, in_dims, args)
+        return vmap_images(Conv2d.call, info, in_dims, args)
 
     @staticmethod
     def fake(

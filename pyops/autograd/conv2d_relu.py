@@ -64,4 +64,4 @@ class Conv2dReLU(Conv2d):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:
-        return vmap_images(Conv2dReLU, info, in_dims, args)
+        return vmap_images(Conv2dReLU.call, info, in_dims, args)

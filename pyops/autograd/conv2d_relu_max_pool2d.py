@@ -39,7 +39,7 @@ def conv2d_relu_max_pool2d_backward(
     return Conv2dBackward.call(grad_conv, input, weight, input_size, weight_size, *conv, mask)
 
 
-@implements("conv2d_relu_max_pool2d")
+@implements("conv2d_relu_max_pool2d_with_argmax")
 class Conv2dReLUMaxPool2d(Bilinear):
     """``Conv2dReLUMaxPool2d.apply(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
     pool_stride, pool_padding, pool_dilation, ceil_mode)`` -> (output, argmax): ``MaxPool2d`` of ``ReLU`` of ``Conv2d``,
@@ -57,7 +57,7 @@ class Conv2dReLUMaxPool2d(Bilinear):
 
     @staticmethod
     def forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.ops.pyops.conv2d_relu_max_pool2d.default(*args)
+        return torch.ops.pyops.conv2d_relu_max_pool2d_with_argmax.default(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -77,9 +77,24 @@ class Conv2dReLUMaxPool2d(Bilinear):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-        return vmap_images(Conv2dReLUMaxPool2d, info, in_dims, args)
+        return vmap_images(Conv2dReLUMaxPool2d.call, info, in_dims, args)
 
     @staticmethod
     def fake(input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, *options: Any) -> tuple[Any, Any]:
         conv = Conv2d.fake(input, weight, bias, *options[:CONV_OPTIONS])
         return MaxPool2d.fake(conv, *options[CONV_OPTIONS:])
+
+
+def _output_fake(*args: Any) -> torch.Tensor:
+    return Conv2dReLUMaxPool2d.fake(*args)[0]
+
+
+def _output_vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, int]:
+    return vmap_images(torch.ops.pyops.conv2d_relu_max_pool2d.default, info, in_dims, args)
+
+
+@composition("conv2d_relu_max_pool2d", _output_fake, _output_vmap)
+def conv2d_relu_max_pool2d(*args: Any) -> torch.Tensor:
+    """The output alone of :class:`Conv2dReLUMaxPool2d`, whose argmax the operator does without where no derivative is
+    wanted."""
+    return Conv2dReLUMaxPool2d.call(*args)[0]
