@@ -66,7 +66,7 @@ def calls(module) -> dict[str, tuple[Callable[..., torch.Tensor], list[Sequence[
 
 
 def every_op(device: str) -> None:
-    """Every op, forward and backward, in each dtype and layout."""
+    """Every op, forward, without a gradient and with it, and backward, in each dtype and layout."""
     ours, stock = calls(functional), calls(torch.nn.functional)
     for name, (function, sizes) in ours.items():
         for dtype in TOLERANCE:
@@ -76,7 +76,9 @@ def every_op(device: str) -> None:
                 if tensors[0].dim() == 4:
                     tensors[0] = tensors[0].contiguous(memory_format=format)
                 expected = results(stock[name][0], [tensor.double() for tensor in tensors])
-                actual = results(function, [tensor.to(device) for tensor in tensors])
+                tensors = [tensor.to(device) for tensor in tensors]
+                actual = results(function, tensors)
+                assert torch.equal(function(*tensors), actual[0]), f"{name}, {dtype}: another output without gradient"
                 if dtype in (torch.bfloat16, torch.float16) and ("pool" in name or "relu" in name):
                     actual, expected = actual[:1], expected[:1]  # rounding decides the winners, and with them gradients
                 for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
