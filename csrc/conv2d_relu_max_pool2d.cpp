@@ -18,9 +18,11 @@ at::DimVector conv_size(const Conv2dShape& s, bool batched) {
   return batched ? at::DimVector{s.N, s.O, s.OH, s.OW} : at::DimVector{s.O, s.OH, s.OW};
 }
 
-// The output; `argmax`, unless null, is set to that of each window.
-Tensor forward(const char* op, const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
-               const Conv2dOptions& options, const PoolOptions& pool_options, Tensor* argmax) {
+// The output; `argmax`, unless null, is set to that of each window. Errors name the op that the user calls, who does
+// not know which of the two a layer takes.
+Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dOptions& options,
+               const PoolOptions& pool_options, Tensor* argmax) {
+  constexpr const char* op = "conv2d_relu_max_pool2d";
   const CheckedConv2d conv = checked_conv2d(op, input, weight, bias, options);
   const Conv2dShape& s = conv.args.shape;
   MaxPool2dShape pool = checked_pool_shape(op, conv_size(s, conv.batched), pool_options);
@@ -44,7 +46,7 @@ Tensor conv2d_relu_max_pool2d(const Tensor& input, const Tensor& weight, const O
                               IntArrayRef padding, IntArrayRef dilation, int64_t groups, IntArrayRef pool_kernel_size,
                               IntArrayRef pool_stride, IntArrayRef pool_padding, IntArrayRef pool_dilation,
                               bool ceil_mode) {
-  return forward("conv2d_relu_max_pool2d", input, weight, bias, {stride, padding, dilation, groups},
+  return forward(input, weight, bias, {stride, padding, dilation, groups},
                  {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode}, nullptr);
 }
 
@@ -55,9 +57,8 @@ std::tuple<Tensor, Tensor> conv2d_relu_max_pool2d_with_argmax(const Tensor& inpu
                                                               IntArrayRef pool_padding, IntArrayRef pool_dilation,
                                                               bool ceil_mode) {
   Tensor argmax;
-  Tensor output =
-      forward("conv2d_relu_max_pool2d_with_argmax", input, weight, bias, {stride, padding, dilation, groups},
-              {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode}, &argmax);
+  Tensor output = forward(input, weight, bias, {stride, padding, dilation, groups},
+                          {pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode}, &argmax);
   return {output, argmax};
 }
 

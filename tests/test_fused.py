@@ -242,7 +242,7 @@ def test_errors_name_the_op():
         F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=7)
     with pytest.raises(RuntimeError, match="conv2d_relu_max_pool2d: pad should be at most half"):
         F.conv2d_relu_max_pool2d(x, w, pool_kernel_size=2, pool_padding=2)
-    with pytest.raises(RuntimeError, match="conv2d_relu_max_pool2d_with_argmax: pad should be at most half"):
+    with pytest.raises(RuntimeError, match="conv2d_relu_max_pool2d: pad should be at most half"):
         ops.conv2d_relu_max_pool2d_with_argmax(x, w, None, 1, 0, 1, 1, 2, 2, 2, 1, False)
     with pytest.raises(NotImplementedError, match="conv2d_relu"):
         F.conv2d_relu(x.long(), w.long())
