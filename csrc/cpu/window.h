@@ -161,7 +161,7 @@ struct CopiedAxis {
 
   CopiedAxis(int64_t pixels, int64_t source_step, int64_t span)
       : source_step(source_step), step(std::min(source_step, span)), size((pixels - 1) * step + span) {}
-  int64_t source(int64_t i) const { return i / step * source_step + i % step; }
+  int64_t source(int64_t i) const { return step == source_step ? i : i / step * source_step + i % step; }
 };
 
 // Elements x, x + step, ... of a row of `width`, zeros where there are none. May write up to a vector more than
@@ -239,6 +239,8 @@ Window<F> window_of(const Source<In>& s, const Extent& e, const Band& b, bool ch
         const bool inside = y >= 0 && y < s.height;
         const In* source = images + (b.n + n) * s.image_stride + c * s.channel_stride + (inside ? y : 0) * s.y_stride;
         const int64_t width = !inside ? 0 : joined ? plane : s.width;  // a row outside is all zeros
+        // The next plane's part of the band: too short a piece for the hardware to follow it.
+        if (!by_pixel) prefetch(source + s.channel_stride, row_length * int64_t{sizeof(In)});
         F* target = copy + n * image + c * plane + i * row;
         if (!by_pixel) {
           for (int64_t r = 0; r < remainders; ++r)
