@@ -40,6 +40,15 @@ inline void store(Out* target, Vec<Compute<Out>> value, int64_t count) {
   }
 }
 
+// The same with gaps.
+template <class Out>
+inline void store(Out* target, Vec<Compute<Out>> value, int64_t count, int64_t stride) {
+  if (stride == 1) return store(target, value, count);
+  Out values[Vec<Compute<Out>>::size()];
+  store(values, value, count);
+  for (int64_t i = 0; i < count; ++i) target[i * stride] = values[i];
+}
+
 template <class In>
 inline Vec<Compute<In>> load(const In* source, int64_t count) {
   using T = Compute<In>;
@@ -73,11 +82,10 @@ struct Axis {
     const int64_t n = i / pixels, p = i % pixels;
     return n * image_stride + p / width * y_stride + p % width * x_stride;
   }
-  // How many indices from i on lie next to each other in memory.
+  // How many indices from i on lie x_stride apart in memory.
   int64_t run(int64_t i) const {
-    if (x_stride != 1) return 1;
     if (pixels == endless) return endless;
-    return y_stride == width ? pixels - i % pixels : width - i % width;
+    return y_stride == width * x_stride ? pixels - i % pixels : width - i % width;
   }
 };
 
@@ -162,7 +170,7 @@ void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride
         if (out.column_bias) value = value + runs[i].bias;
         if (out.row_bias) value = value + row_bias;
         if (out.relu) value = at::vec::clamp_min(value, Vec<T>(0));
-        store(target + runs[i].offset, value, runs[i].count);
+        store(target + runs[i].offset, value, runs[i].count, out.columns.x_stride);
       }
     }
   }
