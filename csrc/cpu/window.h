@@ -164,14 +164,24 @@ struct CopiedAxis {
   int64_t source(int64_t i) const { return step == source_step ? i : i / step * source_step + i % step; }
 };
 
+struct Inside {
+  int64_t begin, end;
+};
+
+// Which of the elements x, x + step, ... exist in a row of `width`. Rows are short: a division would take as long as
+// to copy one.
+inline Inside inside_of_row(int64_t x, int64_t step, int64_t count, int64_t width) {
+  const int64_t before = step == 1 ? -x : ceil_div(-x, step), until = step == 1 ? width - x : ceil_div(width - x, step);
+  const int64_t begin = std::clamp(before, int64_t{0}, count);
+  return {begin, std::clamp(until, begin, count)};
+}
+
 // Elements x, x + step, ... of a row of `width`, zeros where there are none. May write up to a vector more than
 // `count`.
 template <class F, class In>
 void copy_row(F* target, const In* row, int64_t x, int64_t step, int64_t count, int64_t width, int64_t x_stride,
               int64_t second) {
-  // Elements [begin, end) of the target lie inside of the image. Rows are short: a division would take as long as one.
-  const int64_t before = step == 1 ? -x : ceil_div(-x, step), until = step == 1 ? width - x : ceil_div(width - x, step);
-  const int64_t begin = std::clamp(before, int64_t{0}, count), end = std::clamp(until, begin, count);
+  const auto [begin, end] = inside_of_row(x, step, count, width);
   const In* source = row + (x + begin * step) * x_stride;
   if constexpr (std::is_same_v<In, F>) {
     if (step * x_stride == 1) {
@@ -188,6 +198,19 @@ void copy_row(F* target, const In* row, int64_t x, int64_t step, int64_t count, 
   std::fill(target, target + begin, F{});
   copy_factors(target + begin, source, end - begin, step * x_stride, second, terms<F>);
   std::fill(target + end, target + count, F{});
+}
+
+// The same of `channels` that lie next to each other, into planes. Pairs are moved as if they were floats.
+template <class F, class In>
+void copy_channels(F* target, int64_t plane, const In* row, int64_t x, int64_t step, int64_t count, int64_t width,
+                   int64_t x_stride, int64_t channels) {
+  using To = std::conditional_t<is_pair<F>, float, F>;
+  using From = std::conditional_t<is_pair<In>, float, In>;
+  const auto [begin, end] = inside_of_row(x, step, count, width);
+  transpose(reinterpret_cast<To*>(target + begin), plane,
+            reinterpret_cast<const From*>(row + (x + begin * step) * x_stride), step * x_stride, end - begin, channels);
+  for (int64_t c = 0; c < channels; ++c, target += plane)
+    std::fill(target, target + begin, F{}), std::fill(target + end, target + count, F{});
 }
 
 // The window of `band` in the tensor itself.
@@ -230,10 +253,11 @@ Window<F> window_of(const Source<In>& s, const Extent& e, const Band& b, bool ch
   // Whole rows that follow one another are copied as if they were one.
   const bool joined = !by_pixel && s.step_h == 1 && s.step_w * s.x_stride == 1 && row == s.width && row == s.y_stride &&
                       !leaves_image(s, e);
+  const bool transposed = is_pair<F> == is_pair<In> && !by_pixel && channels_last;
   const int64_t row_count = joined ? 1 : vertical.size, row_length = joined ? plane : per_remainder;
   // In the order of the copy, because a row may be written a bit too long.
   for (int64_t n = 0; n < b.images; ++n) {
-    for (int64_t c = 0; c < (by_pixel ? 1 : b.channels); ++c) {
+    for (int64_t c = 0; c < (by_pixel || transposed ? 1 : b.channels); ++c) {
       for (int64_t i = 0; i < row_count; ++i) {
         const int64_t y = b.y * s.step_h + e.top + vertical.source(i);
         const bool inside = y >= 0 && y < s.height;
@@ -243,9 +267,13 @@ Window<F> window_of(const Source<In>& s, const Extent& e, const Band& b, bool ch
         if (!by_pixel) prefetch(source + s.channel_stride, row_length * int64_t{sizeof(In)});
         F* target = copy + n * image + c * plane + i * row;
         if (!by_pixel) {
-          for (int64_t r = 0; r < remainders; ++r)
-            copy_row(target + r * per_remainder, source, e.left + r, sorted ? s.step_w : 1, row_length, width,
-                     s.x_stride, s.second);
+          for (int64_t r = 0; r < remainders; ++r) {
+            F* part = target + r * per_remainder;
+            const int64_t x = e.left + r, step = sorted ? s.step_w : 1;
+            if constexpr (is_pair<F> == is_pair<In>)
+              if (transposed) copy_channels(part, plane, source, x, step, row_length, width, s.x_stride, b.channels);
+            if (!transposed) copy_row(part, source, x, step, row_length, width, s.x_stride, s.second);
+          }
         } else if (b.channels == s.x_stride && horizontal.step == s.step_w) {
           copy_row(target, source, e.left * b.channels, 1, row, width * b.channels, 1, s.second);
         } else {
