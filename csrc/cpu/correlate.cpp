@@ -14,23 +14,30 @@
 // 8x64x56x56 -> 64, 3x3, on another core 4.8 ms, widened to float32 8.1, stock torch 4.7. Guarantees: those of gemm.h.
 #include "correlate.h"
 
+#include <cmath>
+
 #include "nonfinite.h"
 
 namespace pyops::cpu {
 namespace {
 
-// Which way the vectors run: along x, with a broadcast weight, or along the output channels, with a broadcast value of
-// the source. Whichever leaves fewer lanes idle; the latter transposes an output that is channels-first.
+// Whether the vectors should run along x, with a broadcast weight, rather than along the output channels, with a
+// broadcast value of the source: what a pixel and term takes in lanes, weighed by what was measured.
 template <class T>
 bool vectors_along_x(const Correlation<T>& x) {
+  constexpr double lanes = Vec<Compute<T>>::size();
+  const auto taps = static_cast<double>(x.source.tap_count), O = static_cast<double>(x.out_channels);
+  const double vectors = std::ceil(O / lanes);
   // Of a single tap the rows are neighbours, in the image or in the window copied from it.
   const bool joined = x.source.tap_count == 1 && x.x_phases == 1;
-  const double pixels = lanes_used<Compute<T>>(joined ? x.source.pixels() : x.source.out_width);
-  const double channels = lanes_used<Compute<T>>(x.out_channels);
-  if (x.channels_last) return channels < 0.25 * pixels;
-  // Transposing the output costs as much as this many terms, and so does writing columns that are not neighbours.
-  const double depth = static_cast<double>(x.depth()), transpose = x.x_phases == 1 ? 36 : 0;
-  return channels * depth / (depth + transpose) < pixels;
+  const double used = lanes_used<Compute<T>>(joined ? x.source.pixels() : x.source.out_width);
+  // The tiles of a line are shorter; channels-last images are transposed, and their output.
+  const double along_x = (x.channels_last ? 1.25 * (O + 9 / taps) : 1.15 * O) / used;
+  // A tile of one vector waits for its few chains of sums. Transposing a channels-first output takes as long as some
+  // terms, unless along x its columns would not be neighbours, which costs the same.
+  const double transpose = x.channels_last || x.x_phases > 1 ? 0 : 23 / static_cast<double>(x.depth());
+  const double along_channels = (vectors == 1 ? 1.5 : 1) * vectors * lanes * (1 + transpose);
+  return along_x < along_channels;
 }
 
 // Whether the vectors should run along the images: where lanes would be idle or multiply the zeros around an image,
@@ -120,7 +127,7 @@ Way way_of(const Correlation<T>* phases, int64_t count) {
   if (count == 1 && vectors_along_images(x, x.source.count)) return Way::along_images;
   // 8x64x28x28 in 64 groups: 0.09, along x 0.45, along the channels 2.8.
   if (is_depthwise(x)) return Way::depthwise;
-  // LeNet's first layer on one image: 0.004, along the channels 0.010; 8x64x56x56 -> 3, channels-last: 2.1, 3.0.
+  // LeNet's first layer on one image: 0.004, along the channels 0.010; 8x64x56x56 -> 3, channels-last: 1.3, 3.0.
   if (vectors_along_x(x)) return Way::along_x;
   // 8x512x7x7 -> 512: 7.5, along x 21; 8x64x56x56 -> 64: 9.0, 11.6.
   return Way::along_channels;
