@@ -2,19 +2,20 @@
 // NCHW or NHWC, the same for all operands. The element of a window is the one its argmax names; an argmax that names no
 // tap in bounds names no element, and its gradient goes nowhere.
 //
-// The obvious backward zeroes grad_input and scatters into it. Here, where windows are small, every input element
-// gathers: it asks each window over it, of which there are kernel / stride along an axis, whether the argmax is this
-// very tap, a vector of elements at a time. Every element is written once and nothing is zeroed first.
-// 64x6x28x28, 2x2 windows, one core with AVX-512: 41 us, scattered 180, stock torch 85. Where windows are large or
-// leave most lanes idle the elements are scattered after all, one image at a time, so that it is still in cache.
+// The obvious backward zeroes grad_input and scatters into it. Here, where the lanes of vectors are put to use, every
+// input element gathers: it asks each window over it, of which there are kernel / stride along an axis, whether the
+// argmax is this very tap, a vector of elements at a time. Every element is written once and nothing is zeroed first.
+// Else the elements are scattered after all, one image or plane at a time, so that it is still in cache. `backward`
+// chooses.
 //
-// Both ways add in window order, so the result depends neither on threads nor on the way taken; 16-bit types add in
+// All ways add in window order, so the result depends neither on threads nor on the way taken; 16-bit types add in
 // float32 and round once. No argmax is trusted: gathering only ever compares it, scattering checks it.
 #include <algorithm>
 
 #include "max_pool2d.h"
 #include "max_pool2d_backward_avx512.h"
 #include "max_pool2d_backward_patterns.h"
+#include "max_pool2d_backward_scatter.h"
 #include "max_pool2d_elements.h"
 #include "scratch.h"
 
@@ -156,95 +157,6 @@ class ChannelGather {
   const Windows<T> windows_;
 };
 
-// NCHW with stride_w = kStride, 1 or 2: strips of kStride vectors of columns, the even and the odd columns apart until
-// they are stored, because they are different taps of the same run of windows. A kKernel other than 0 stands for a
-// square kernel of that size, padding_w = kPadding and no dilation, so that the loops over taps disappear.
-template <int64_t kStride, int64_t kKernel, int64_t kPadding, class T>
-class ColumnGather {
- public:
-  ColumnGather(const MaxPool2dShape& shape, Windows<T> windows) : s_(shape), windows_(windows) {}
-
-  // Rows of the input, [begin, end) of N * C * H.
-  void rows(int64_t begin, int64_t end, T* grad_input) const {
-    while (begin < end) {
-      const int64_t plane = begin / s_.H, h = begin % s_.H, plane_end = std::min(end, (plane + 1) * s_.H);
-      // The last strip comes first, so that its surplus lanes fall on a row's start that is yet to be written.
-      for (int64_t w = (s_.W - 1) / kStrip * kStrip; w >= 0; w -= kStrip) {
-        strip(plane, h, h + plane_end - begin, w, grad_input + begin * s_.W + w, (end - begin) * s_.W - w);
-      }
-      begin = plane_end;
-    }
-  }
-
- private:
-  static constexpr int64_t kStrip = kStride * kLanes<T>;
-
-  // Columns from w on of the rows [h, h_end) of a plane.
-  void strip(int64_t plane, int64_t h, int64_t h_end, int64_t w, T* grad_input, int64_t room) const {
-    Cover rows(kernel(s_.kernel_h), s_.stride_h, s_.padding_h, dilation(s_.dilation_h), s_.OH);
-    const int64_t x = w / kStride, live = std::min(kLanes<T>, (s_.W - w + kStride - 1) / kStride);
-    const int64_t reach_begin = x + (padding() - (kernel(s_.kernel_w) - 1) * dilation(s_.dilation_w)) / kStride;
-    const int64_t reach_end = x + (kStride - 1 + padding()) / kStride + 1;  // of the first windows of all vectors
-    const bool inside = reach_begin >= 0 && reach_end - 1 + live <= s_.OW;
-    for (; h < h_end; ++h) {
-      rows.move_to(h);
-      Vec<Compute<T>> even(0), odd(0);
-      for (int64_t y = rows.begin(); y < rows.end(); ++y) {
-        const int64_t i = rows.tap(y);
-        if (i < 0) continue;
-        const int64_t first = (plane * s_.OH + y) * s_.OW, tap = i * kernel(s_.kernel_w);
-        if (inside && windows_.grad.holds(first, reach_end - 1 + kLanes<T>)) {
-          even = add_row<0>(even, first, x, tap);
-          if (kStride == 2) odd = add_row<1>(odd, first, x, tap);
-        } else {
-          even = add_row_edge<0>(even, first, x, live, tap);
-          if (kStride == 2) odd = add_row_edge<1>(odd, first, x, live, tap);
-        }
-      }
-      if constexpr (kStride == 1) {
-        store_lanes(grad_input, even, room);
-      } else {
-        const auto [low, high] = at::vec::interleave2(even, odd);
-        store_lanes(grad_input, low, room);
-        store_lanes(grad_input + kLanes<T>, high, room - kLanes<T>);
-      }
-      grad_input += s_.W;
-      room -= s_.W;
-    }
-  }
-
-  // Adds what one row of windows gives to the columns of one phase. Descending taps are ascending windows.
-  template <int64_t kPhase>
-  C10_ALWAYS_INLINE Vec<Compute<T>> add_row(Vec<Compute<T>> sum, int64_t first, int64_t x, int64_t tap) const {
-#pragma GCC unroll 3
-    for (int64_t j = kernel(s_.kernel_w) - 1; j >= 0; --j) {
-      const int64_t distance = kPhase + padding() - j * dilation(s_.dilation_w);
-      if (distance % kStride == 0) sum = windows_.add(sum, first + x + distance / kStride, tap + j);
-    }
-    return sum;
-  }
-
-  template <int64_t kPhase>
-  Vec<Compute<T>> add_row_edge(Vec<Compute<T>> sum, int64_t first, int64_t x, int64_t live, int64_t tap) const {
-#pragma GCC unroll 3
-    for (int64_t j = kernel(s_.kernel_w) - 1; j >= 0; --j) {
-      const int64_t distance = kPhase + padding() - j * dilation(s_.dilation_w);
-      if (distance % kStride != 0) continue;
-      const int64_t window = x + distance / kStride;
-      const LaneRange lanes{std::max<int64_t>(-window, 0), std::min(live, s_.OW - window)};
-      sum = windows_.add_edge(sum, first + window, tap + j, lanes);
-    }
-    return sum;
-  }
-
-  static int64_t kernel(int64_t size) { return kKernel ? kKernel : size; }
-  static int64_t dilation(int64_t size) { return kKernel ? 1 : size; }
-  int64_t padding() const { return kKernel ? kPadding : s_.padding_w; }
-
-  const MaxPool2dShape s_;
-  const Windows<T> windows_;
-};
-
 // NCHW with 2x2 windows side by side, the most common of all: a vector of windows is four vectors of elements.
 template <class T>
 class TileBackward {
@@ -305,7 +217,7 @@ class ChannelTiles {
   ChannelTiles(const MaxPool2dShape& shape, Windows<T> windows) : s_(shape), windows_(windows) {}
 
   static bool take(const MaxPool2dShape& s) {
-    return s.channels_last && s.C % kLanes<T> == 0 && s.kernel_h == s.stride_h && s.kernel_w == s.stride_w &&
+    return s.taps() <= kLanes<T> && s.C % kLanes<T> == 0 && s.kernel_h == s.stride_h && s.kernel_w == s.stride_w &&
            s.padding_h == 0 && s.padding_w == 0 && s.dilation_h == 1 && s.dilation_w == 1 && s.OH * s.kernel_h <= s.H &&
            s.OW * s.kernel_w <= s.W;
   }
@@ -336,7 +248,7 @@ class ChannelTiles {
   const Windows<T> windows_;
 };
 
-// Zeroes an image, then adds window by window; a 16-bit image in float32 first.
+// NHWC, or any layout of large windows: zeroes an image, then adds window by window; a 16-bit image in float32 first.
 template <class T, class A>
 void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
   using C = Compute<T>;
@@ -362,36 +274,18 @@ void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* 
   });
 }
 
-template <class T>
-void gather(const MaxPool2dShape& s, Windows<T> windows, T* grad_input) {
+// kernel.rows() over `rows`, each of so many vectors, on a copy in every chunk, because a store through grad_input
+// might otherwise alias the original.
+template <class T, class Kernel>
+void run(const MaxPool2dShape& s, int64_t rows, int64_t vectors, const Kernel& kernel, T* grad_input) {
   const int64_t windows_of_element = at::divup(s.taps(), s.stride_h * s.stride_w);
-  // kernel.rows() on a copy in every chunk, because a store through grad_input might otherwise alias the original.
-  const auto run = [&](int64_t rows, int64_t vectors_of_row, const auto& kernel) {
-    at::parallel_for(0, rows, rows_per_fork(vectors_of_row * (1 + windows_of_element)),
-                     [&](int64_t begin, int64_t end) {
-                       const auto own = kernel;
-                       own.rows(begin, end, grad_input);
-                     });
-  };
-  const auto run_columns = [&](const auto& kernel) { run(s.N * s.C * s.H, at::divup(s.W, kLanes<T>), kernel); };
-
-  if (ChannelTiles<T>::take(s)) {
-    run(s.N * s.OH, s.OW * s.taps() * at::divup(s.C, kLanes<T>), ChannelTiles<T>(s, windows));
-  } else if (s.channels_last) {
-    run(s.N * s.H, s.W * at::divup(s.C, kLanes<T>), ChannelGather<T>(s, windows));
-  } else if (is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0) {
-    run(TileBackward<T>::row_pairs(s), 2 * at::divup(s.W, kLanes<T>), TileBackward<T>(s, windows));
-  } else if (is_square(s, 3, 2) && s.padding_w == 1) {
-    run_columns(ColumnGather<2, 3, 1, T>(s, windows));
-  } else if (is_square(s, 3, 1) && s.padding_w == 1) {
-    run_columns(ColumnGather<1, 3, 1, T>(s, windows));
-  } else if (s.stride_w == 2) {
-    run_columns(ColumnGather<2, 0, 0, T>(s, windows));
-  } else {
-    run_columns(ColumnGather<1, 0, 0, T>(s, windows));
-  }
+  at::parallel_for(0, rows, rows_per_fork(vectors * (1 + windows_of_element)), [&](int64_t begin, int64_t end) {
+    const auto own = kernel;
+    own.rows(begin, end, grad_input);
+  });
 }
 
+// The first way that applies, with what it takes in us and what the next one would; one core with AVX-512.
 template <class T, class A>
 void backward(const MaxPool2dBackwardArgs& args) {
   const MaxPool2dShape& s = args.shape;
@@ -399,25 +293,36 @@ void backward(const MaxPool2dBackwardArgs& args) {
   const auto* argmax = static_cast<const A*>(args.argmax);
   auto* grad_input = static_cast<T*>(args.grad_input);
   if constexpr (std::is_same_v<A, uint8_t>) {
+    const Windows<T> windows{{grad_output, s.N * s.C * s.OH * s.OW}, argmax};
+    const bool are_tiles =
+        !s.channels_last && is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0;
 #ifdef CPU_CAPABILITY_AVX512
     if constexpr (std::is_same_v<T, float>) {
-      if (PatternBackward::takes(s)) {
+      if (PatternBackward::takes(s)) {  // 64x16x10x10, 2x2: 7, by pairs of rows 15
         const PatternBackward patterns(s);
         if (patterns.fits()) return patterns.run(grad_output, argmax, grad_input);
       }
-      const bool by_pairs = !s.channels_last && s.stride_h == 2;
-      if (by_pairs && is_square(s, 2, 2) && s.padding_h == 0 && s.padding_w == 0)
-        return backward_by_row_pairs<RowPair2x2>(s, grad_output, argmax, grad_input);
-      if (by_pairs && is_square(s, 3, 2) && s.padding_h == 1 && s.padding_w == 1)
+      // 64x6x28x28: 37, by vectors of windows 40.
+      if (are_tiles) return backward_by_row_pairs<RowPair2x2>(s, grad_output, argmax, grad_input);
+      // 8x64x112x112: 1480, by planes 2700; but of 14x14 48, by planes 41.
+      if (!s.channels_last && s.W > 16 && is_square(s, 3, 2) && s.stride_h == 2 && s.padding_h == 1 && s.padding_w == 1)
         return backward_by_row_pairs<RowPair3x3>(s, grad_output, argmax, grad_input);
     }
 #endif
-    // To gather one element costs about taps / kLanes of what it costs to scatter one, and more with idle lanes.
-    const bool lanes_busy =
-        s.channels_last ? s.C >= ChannelGather<T>::kMany * kLanes<T> || ChannelTiles<T>::take(s) : s.stride_w <= 2;
-    if (s.taps() <= kLanes<T> && lanes_busy) {
-      return gather(s, Windows<T>{{grad_output, s.N * s.C * s.OH * s.OW}, argmax}, grad_input);
-    }
+    // 64x6x28x28 in bfloat16: 53, by planes 177.
+    if (are_tiles)
+      return run(s, TileBackward<T>::row_pairs(s), 2 * at::divup(s.W, kLanes<T>), TileBackward<T>(s, windows),
+                 grad_input);
+    // 8x64x55x55, 3x3 at distance 2: 310, a vector of columns gathered at a time 890.
+    if (!s.channels_last) return PlaneScatter<T>(s).run(grad_output, argmax, grad_input);
+    const int64_t vectors = at::divup(s.C, kLanes<T>);
+    // 8x64x56x56, 2x2: 129, scattered 377.
+    if (ChannelTiles<T>::take(s))
+      return run(s, s.N * s.OH, s.OW * s.taps() * vectors, ChannelTiles<T>(s, windows), grad_input);
+    // To gather an element costs about taps / kLanes of what it costs to scatter one. 8x64x28x28, 3x3: 159, scattered
+    // 341.
+    if (s.taps() <= kLanes<T> && s.C >= ChannelGather<T>::kMany * kLanes<T>)
+      return run(s, s.N * s.H, s.W * vectors, ChannelGather<T>(s, windows), grad_input);
   }
   scatter(as_channels_last(s), grad_output, argmax, grad_input);
 }

@@ -44,7 +44,7 @@ inline void store(Out* target, Vec<Compute<Out>> value, int64_t count) {
 template <class Out>
 inline void store(Out* target, Vec<Compute<Out>> value, int64_t count, int64_t stride) {
   if (stride == 1) return store(target, value, count);
-  Out values[Vec<Compute<Out>>::size()];
+  Out values[Vec<Out>::size()] = {};
   store(values, value, count);
   for (int64_t i = 0; i < count; ++i) target[i * stride] = values[i];
 }
