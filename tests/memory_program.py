@@ -75,6 +75,9 @@ def run(dtype: torch.dtype, where: str, at_end: bool) -> None:
         image, weight = tensor(2, width, 6, 19), tensor(width, 1, 3, 3)  # depthwise
         result = guarded(ops.conv2d_relu(image, weight, None, 1, 1, 1, width), at_end)
         ops.conv2d_backward(result, image, weight, image.shape, weight.shape, 1, 1, 1, width, [True, True, True])
+        image, weight = tensor(2, 40, 3, width), tensor(40, 4, 3, 3)  # narrow groups
+        result = guarded(ops.conv2d_relu(image, weight, tensor(40), 1, 1, 1, 10), at_end)
+        ops.conv2d_backward(result, image, weight, image.shape, weight.shape, 1, 1, 1, 10, [True, True, True])
         for channels, groups, kernel, options in (
             (3, 1, 3, (1, 1, 1)),
             (4, 2, 3, (2, 0, 1)),

@@ -56,6 +56,16 @@ GEOMETRIES = [
     ((40, 2, 9, 9), (3, 2, 2, 2), {"stride": 2}),
     ((19, 20, 4, 4), (16, 20, 3, 3), {"padding": 2}),  # K beyond one chunk, classes of pixels
     ((2, 24, 9, 8), (12, 8, 3, 3), {"groups": 3}),
+    # Groups that share a vector of channels-last images: odd sizes, vectors that are not full, unequal channels.
+    ((2, 32, 5, 19), (32, 4, 3, 3), {"groups": 8, "padding": 1}),
+    ((1, 18, 7, 6), (18, 2, 5, 5), {"groups": 9, "padding": (2, 5)}),
+    ((2, 24, 9, 8), (24, 8, 3, 3), {"groups": 3, "padding": 1, "stride": 2}),
+    ((3, 40, 1, 1), (40, 4, 3, 3), {"groups": 10, "padding": 1}),
+    ((2, 21, 6, 35), (21, 3, 1, 1), {"groups": 7}),
+    ((1, 16, 10, 9), (32, 2, 3, 3), {"groups": 8, "padding": 4, "dilation": 2}),
+    ((2, 32, 6, 7), (16, 4, 2, 4), {"groups": 8, "stride": (1, 2)}),
+    ((2, 32, 6, 7), (32, 16, 5, 5), {"groups": 2, "padding": 2}),  # K beyond one chunk
+    ((1, 16, 3, 170), (16, 4, 1, 7), {"groups": 4, "padding": (0, 3)}),  # rows beyond one chunk
     *[  # depthwise, 3x3: every place of a border in a vector, and no whole vector
         ((2, channels, height, width), (channels, 1, 3, 3), {"groups": channels, "padding": padding})
         for channels, height, width, padding in (
@@ -192,14 +202,19 @@ BORDERS = [
 @pytest.mark.parametrize("options", BORDERS, ids=str)
 @pytest.mark.parametrize("infinite", ["weight", "input", "grad_output", "weight_nan", "all"])
 @pytest.mark.parametrize(
-    "channels", [(4, 3), pytest.param((40, 34), marks=pytest.mark.not_emulated)], ids=["few", "pairs"]
+    ("channels", "groups"),
+    [
+        pytest.param((4, 3), 1, id="few"),
+        pytest.param((32, 24), 8, id="groups", marks=pytest.mark.not_emulated),
+        pytest.param((40, 34), 1, id="pairs", marks=pytest.mark.not_emulated),
+    ],
 )
-def test_the_border_is_not_multiplied(channels, infinite, options, where, dtype):
+def test_the_border_is_not_multiplied(channels, groups, infinite, options, where, dtype):
     """An infinite value times the padding would be NaN; but the sum runs over the taps inside the image only."""
     out_channels, in_channels = channels
     input = random((2, in_channels, 8, 9), dtype, where)
-    weight = random((out_channels, in_channels, 3, 3), dtype, where)
-    shape = in_bounds_conv2d(input, weight, **options).shape
+    weight = random((out_channels, in_channels // groups, 3, 3), dtype, where)
+    shape = conv2d(input, weight, **options, groups=groups).shape
     grad = random(shape, dtype, where)
     if infinite in ("weight", "all"):
         weight[0, 0, 0, 0], weight[1, 2, 2, 1], weight[3, :, 1, 2] = math.inf, -math.inf, math.inf
@@ -211,10 +226,11 @@ def test_the_border_is_not_multiplied(channels, infinite, options, where, dtype)
         grad[0, 0, 0, 0], grad[1, 3, -1, -1], grad[1, 1, 0, 2] = math.inf, -math.inf, math.inf
 
     def ours(*tensors):
-        return conv2d(*tensors, **options)
+        return conv2d(*tensors, **options, groups=groups)
 
-    def reference(*tensors):
-        return in_bounds_conv2d(*tensors, **options)
+    def reference(input, weight):
+        pairs = zip(input.chunk(groups, 1), weight.chunk(groups), strict=True)
+        return torch.cat([in_bounds_conv2d(*pair, **options) for pair in pairs], 1)
 
     tensors = [input, weight]
     doubles, magnitudes = [t.double() for t in tensors], [t.double().abs() for t in tensors]

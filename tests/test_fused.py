@@ -87,13 +87,17 @@ def test_linear_equals_the_single_ops(size, dtype):
 
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("weight_size", [(5, 3, 3, 3), (3, 1, 3, 3)], ids=["dense", "depthwise"])
-def test_infinite_weights(weight_size, memory_format, padding):
+@pytest.mark.parametrize(
+    ("channels", "weight_size"),
+    [(3, (5, 3, 3, 3)), (3, (3, 1, 3, 3)), (16, (16, 4, 3, 3))],
+    ids=["dense", "depthwise", "narrow groups"],
+)
+def test_infinite_weights(channels, weight_size, memory_format, padding):
     """The border is exact and rectified after all terms are there."""
-    input = torch.randn(2, 3, 6, 7).contiguous(memory_format=memory_format)
+    input = torch.randn(2, channels, 6, 7).contiguous(memory_format=memory_format)
     weight = torch.randn(weight_size)
     weight[1, 0, 0, 0], weight[2, 0, 1, 1] = float("inf"), float("-inf")
-    conv = {"padding": padding, "groups": 3 // weight_size[1]}
+    conv = {"padding": padding, "groups": channels // weight_size[1]}
     for pool in (None, {"pool_kernel_size": 2}):
         expected = composed(input, weight, pool=pool, **conv)
         assert expected.isinf().any()

@@ -80,6 +80,9 @@ CASES = {
     "conv2d_groups": lambda dtype, where: convolved(
         images((3, 12, 41, 43), dtype, where), images((24, 1, 3, 3), dtype, where), *CONV[:-1], 12
     ),
+    "conv2d_narrow_groups": lambda dtype, where: convolved(
+        images((3, 40, 41, 43), dtype, where), images((40, 4, 3, 3), dtype, where), *CONV[:-1], 10
+    ),
     "conv2d_small_planes": lambda dtype, where: convolved(  # vectors along the images
         images((85, 7, 9, 10), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 3, 1, 1
     ),

@@ -16,6 +16,7 @@
 
 #include <cmath>
 
+#include "conv2d_grouped_lanes.h"
 #include "nonfinite.h"
 
 namespace pyops::cpu {
@@ -237,6 +238,7 @@ bool multiplies_pairs(const Correlation<T>& x) {
 template <class T>
 void correlate(const Correlation<T>* phases, int64_t count) {
   const Correlation<T>& x = phases[0];
+  if (correlate_group_lanes(phases, count)) return;
   const Way way = way_of(phases, count);
   if (way == Way::planes) return correlate_planes(phases, count);
   if (way == Way::along_images) return correlate_images(x);

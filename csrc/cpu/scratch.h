@@ -56,6 +56,8 @@ enum class Scratch {
   patterns,
   pooled_block,
   argmax_block,
+  tap_runs,
+  permutations,
   count
 };
 
