@@ -107,6 +107,8 @@ POOLS = [
     ((8, 64, 112, 112), None, (3, 2, 1)),  # kernel_size, stride, padding
 ]
 
+OTHER_POOLS = [((8, 64, 55, 55), None, (3, 2)), ((8, 192, 28, 28), None, (3, 1, 1))]  # AlexNet's, GoogLeNet's
+
 LENET_CONVS = {  # 5x5 and 3x3
     n: [
         *[((n, 1, 32, 32), (6, 1, 5, 5)), ((n, 6, 14, 14), (16, 6, 5, 5))],
@@ -123,6 +125,7 @@ LARGE_CONVS = [  # the planes of residual networks; options are stride and paddi
         ((4 * channels, channels, 1, 1), (stride, 0)),
     )
 ]
+NARROW_CONVS = [((8, 16, 32, 32), (16, 16, 3, 3), (1, 1))]  # of residual networks for CIFAR
 SPECIAL_CONVS = [  # stride, padding, dilation, groups
     ((8, 3, 224, 224), (64, 3, 7, 7), (2, 3)),
     ((8, 64, 28, 28), (64, 1, 3, 3), (1, 1, 1, 64)),
@@ -149,6 +152,10 @@ GROUPS = [
         + cases("max_pool2d", POOLS, "forward", "grad_input", layout=NHWC),
     ),
     Group(
+        "max_pool2d, other windows",
+        [case for layout in (NCHW, NHWC) for case in cases("max_pool2d", OTHER_POOLS, *PASSES[:2], layout=layout)],
+    ),
+    Group(
         "conv2d, LeNet",
         [case for n in BATCHES for case in cases("conv2d", LENET_CONVS[n], *PASSES, gate=1)],
         mean_gate=2,
@@ -161,6 +168,10 @@ GROUPS = [
             for case in cases("conv2d", LARGE_CONVS, *PASSES, layout=layout, bias=False, gate=0.95)
         ],
         mean_gate=1.05,
+    ),
+    Group(
+        "conv2d 3x3, 16 channels",
+        [case for layout in (NCHW, NHWC) for case in cases("conv2d", NARROW_CONVS, *PASSES, layout=layout, bias=False)],
     ),
     Group(
         "conv2d 7x7, depthwise, grouped",
@@ -194,7 +205,13 @@ GROUPS = [
     Group(
         "bfloat16, large",
         cases("linear", LARGE_LINEARS, *PASSES, dtype=torch.bfloat16, gate=0.5)
-        + cases("conv2d", LARGE_CONVS[:2], *PASSES, dtype=torch.bfloat16, bias=False, gate=0.5),
+        + [
+            case
+            for layout in (NCHW, NHWC)
+            for case in cases(
+                "conv2d", LARGE_CONVS[:2], *PASSES, layout=layout, dtype=torch.bfloat16, bias=False, gate=0.5
+            )
+        ],
     ),
     Group(
         "fused",  # against the single ops of stock

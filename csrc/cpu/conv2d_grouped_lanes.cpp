@@ -64,13 +64,6 @@ struct GroupLanes {
   int64_t groups, in, out;
   int64_t groups_at_once = lanes / std::max(in, out);
 
-  bool should_share() const {
-    const int64_t wider = std::max(in, out);
-#if defined(CPU_CAPABILITY_AVX2)
-    if (wider > lanes || !is_full(0)) return false;  // without masks, a part of a vector goes through memory
-#endif
-    return groups > 1 && 1 < wider && wider <= lanes && 2 * std::min(groups, groups_at_once) * out >= lanes;
-  }
   int64_t vectors() const { return ceil_div(groups, groups_at_once); }
   int64_t first_group(int64_t vector) const { return vector * groups_at_once; }
   int64_t groups_of(int64_t vector) const { return std::min(groups_at_once, groups - first_group(vector)); }
@@ -388,19 +381,16 @@ void write_sums(const GroupLanes<Compute<T>>& groups, int64_t v, int64_t K, Comp
 }  // namespace
 
 template <class T>
-bool correlate_group_lanes(const Correlation<T>* phases, int64_t count) {
+void correlate_group_lanes(const Correlation<T>* phases, int64_t count) {
   const Correlation<T>& x = phases[0];
   const GroupLanes<Compute<T>> groups{x.groups, x.source.channels, x.out_channels};
-  if (!x.channels_last || !groups.should_share()) return false;
   for (int64_t p = 0; p < count; ++p) correlate_phase(phases[p], groups);
-  return true;
 }
 
 template <class T>
-bool weight_gradient_group_lanes(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
+void weight_gradient_group_lanes(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
   using C = Compute<T>;
   const GroupLanes<C> groups{s.groups, source.channels, s.O / s.groups};
-  if (!s.channels_last || !groups.should_share() || source.tap_count < s.kernel_h * s.kernel_w) return false;
   const TapRuns runs(source);
   const Permutation* permutations = groups.permutations();
   const int64_t band_rows = std::clamp(KC / s.OW, int64_t{1}, s.OH), bands_of_image = ceil_div(s.OH, band_rows);
@@ -433,27 +423,14 @@ bool weight_gradient_group_lanes(const Conv2dShape& s, const Source<T>& source, 
   });
   for_each_task(groups.vectors(), 4.0 * parts * part_size,
                 [&](int64_t v) { write_sums(groups, v, K, sums + v * size, parts, part_size, grad_weight); });
-  return true;
 }
-
-#else
-
-// Without an instruction that permutes a vector.
-template <class T>
-bool correlate_group_lanes(const Correlation<T>*, int64_t) {
-  return false;
-}
-template <class T>
-bool weight_gradient_group_lanes(const Conv2dShape&, const Source<T>&, const T*, T*) {
-  return false;
-}
-
-#endif
 
 #define INSTANTIATE(T)                                                 \
-  template bool correlate_group_lanes(const Correlation<T>*, int64_t); \
-  template bool weight_gradient_group_lanes(const Conv2dShape&, const Source<T>&, const T*, T*);
+  template void correlate_group_lanes(const Correlation<T>*, int64_t); \
+  template void weight_gradient_group_lanes(const Conv2dShape&, const Source<T>&, const T*, T*);
 FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
+
+#endif
 
 }  // namespace pyops::cpu

@@ -2,29 +2,26 @@
 //
 //   grad_weight [O, K] = grad_output [O, pixels] window(input) [pixels, K]
 //
-// Three ways to lay the vectors, chosen by weight_gradient_finite:
+// way_of chooses for groups; else there are two ways to lay the vectors:
 //   along the output channels: rows of K are broadcast from a window of the input where it lies, and a band of
 //     grad_output is transposed to [pixels, O] (channels-last it is so already).
-//   along the input channels, for 1x1 kernels over channels-first images with more channels out than in: the same with
-//     input and grad_output exchanged, so that the smaller one is transposed and the result comes out in its final
-//     order.
-//   along x, where output channels would leave most lanes idle: each weight is a dot product of a window and a
-//     gradient, 6 x 4 of them at a time in registers. LeNet's first layer, 64 images, one core with AVX-512: 0.19 ms;
-//     along the output channels 0.99, stock torch 0.52.
+//   along x, where output channels would leave most lanes idle: conv2d_weight_gradient_along_x.h.
+//
+// Of an even batch in bfloat16, pairs of images are multiplied where the CPU does that (factors.h). 8x64x56x56 -> 64,
+// 3x3, one core: 5.0 ms, widened to float32 8.6, stock torch 5.7.
 //
 // The batch is cut into parts whose number depends on the shape only; their sums are added in order. The sums run over
 // the taps inside of the image only, also where values are infinite.
 #include "borders.h"
-#include "conv2d.h"
 #include "conv2d_grouped_lanes.h"
-#include "dot.h"
+#include "conv2d_weight_gradient_along_x.h"
 #include "nonfinite.h"
 
 namespace pyops::cpu {
 namespace {
 
-// What is summed, for output channel o and row (channel, tap) of group g. F: the factors that are multiplied; where
-// they are pairs (factors.h), of two images one after the other, the shape and the source count pairs of images.
+// What is summed, for output channel o and row (channel, tap) of group g. Where two images are multiplied as pairs
+// (factors.h), the shape and the source count pairs of images.
 template <class T>
 struct WeightGradient {
   Conv2dShape shape;
@@ -68,116 +65,6 @@ Vectors<F> grad_rows(const Conv2dShape& s, const T* grad_output, const Band& b, 
   }
   return {copy, panel_offsets<F>(Scratch::b_offsets, panels * width / lanes, pixels, width),
           multiples(Scratch::b_steps, pixels, width)};
-}
-
-// The pixels of a band of grad_output, one output channel [o, o + count) of group g after the other.
-template <class C>
-struct Planes {
-  const C* data;
-  int64_t channel_stride, image_stride;
-};
-
-template <class T>
-Planes<Compute<T>> grad_planes(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
-  using C = Compute<T>;
-  const Layout layout(s.O, s.OH, s.OW, s.channels_last);
-  const T* source = grad_output + (b.g * (s.O / s.groups) + o) * layout.channel_stride + b.n * layout.image_stride +
-                    b.y * layout.y_stride;
-  if constexpr (std::is_same_v<T, C>) {
-    if (layout.x_stride == 1) return {source, layout.channel_stride, layout.image_stride};
-  }
-  const int64_t pixels = b.rows * s.OW;  // of one image: they lie x_stride apart
-  C* planes = scratch<C>(Scratch::grad_rows, count * b.images * pixels);
-  for (int64_t c = 0; c < count; ++c)
-    for (int64_t n = 0; n < b.images; ++n)
-      copy_values(planes + (c * b.images + n) * pixels, source + c * layout.channel_stride + n * layout.image_stride,
-                  pixels, layout.x_stride);
-  return {planes, b.images * pixels, pixels};
-}
-
-// A run of pixels along x, up to a vector of them: where it begins in the window and in a plane.
-struct Run {
-  int64_t window, plane;
-  int64_t lanes;
-};
-
-template <class C>
-struct DotArgs {
-  const C* window;
-  const int64_t* offsets;  // of the rows in the window
-  const C* planes;
-  int64_t plane_stride;
-  const Run* runs;
-  int64_t run_count;
-  C* sums;
-  int64_t sums_stride;
-  bool accumulate;
-};
-
-// sums[r, o] (+)= the sum over all pixels of window(offsets[r], pixel) * plane o(pixel). One plain loop, or else gcc
-// keeps the sums in memory.
-template <class C, int rows, int columns>
-void dot_products(const DotArgs<C>& x) {
-  using V = Vec<C>;
-  V sum[rows][columns];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int o = 0; o < columns; ++o) sum[r][o] = V(0);
-  const C* row[rows];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) row[r] = x.window + x.offsets[r];
-  for (int64_t i = 0; i < x.run_count; ++i) {
-    const Run run = x.runs[i];
-    const C* plane = x.planes + run.plane;
-    V g[columns];
-#pragma GCC unroll 8
-    for (int o = 0; o < columns; ++o) g[o] = V::loadu(plane + o * x.plane_stride, run.lanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const V value = V::loadu(row[r] + run.window, run.lanes);
-#pragma GCC unroll 8
-      for (int o = 0; o < columns; ++o) sum[r][o] = at::vec::fmadd(value, g[o], sum[r][o]);
-    }
-  }
-  C lanes[rows][columns][V::size()];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int o = 0; o < columns; ++o) sum[r][o].store(lanes[r][o]);
-  for (int r = 0; r < rows; ++r) {
-    for (int o = 0; o < columns; ++o) {
-      C& target = x.sums[r * x.sums_stride + o];
-      const C total = at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, V::loadu(lanes[r][o]));
-      target = x.accumulate ? target + total : total;
-    }
-  }
-}
-
-// The dot products of all rows (channel, tap) of the window with all planes of the gradient.
-template <class C>
-void multiply_along_x(const DotArgs<C>& x, int64_t rows, int64_t columns) {
-  for_each_dot_tile(rows, columns, [&](auto tile_rows, auto tile_columns, int64_t row, int64_t column) {
-    DotArgs<C> tile = x;
-    tile.offsets += row;
-    tile.planes += column * x.plane_stride;
-    tile.sums += row * x.sums_stride + column;
-    dot_products<C, decltype(tile_rows)::value, decltype(tile_columns)::value>(tile);
-  });
-}
-
-// All runs of a band, row by row.
-template <class C>
-const Run* runs_of(const Window<C>& w, const Planes<C>& planes, const Band& b, int64_t width) {
-  constexpr int64_t lanes = Vec<C>::size();
-  Run* runs = scratch<Run>(Scratch::a_steps, b.images * b.rows * ceil_div(width, lanes));
-  int64_t i = 0;
-  for (int64_t n = 0; n < b.images; ++n)
-    for (int64_t y = 0; y < b.rows; ++y)
-      for (int64_t x = 0; x < width; x += lanes)
-        runs[i++] = {n * w.image_stride + y * w.y_step + x, n * planes.image_stride + y * width + x,
-                     std::min(lanes, width - x)};
-  return runs;
 }
 
 // sums[row, vectors] (+)= the sum over the pixels of a band of window(row, pixel) * grad(pixel); row = (channel, tap).
@@ -329,29 +216,30 @@ void weight_gradient_of_planes(const Conv2dShape& s, const Source<T>& source, co
   sum_weight_parts(s, grad_weight, sums, parts, size);
 }
 
-// A 1x1 convolution that meets every pixel once has no window: input and grad_output may change places.
-bool is_pointwise(const Conv2dShape& s) {
-  return s.kernel_h == 1 && s.kernel_w == 1 && s.OH == s.H && s.OW == s.W && s.stride_h == 1 && s.stride_w == 1;
+enum class Way { group_lanes, depthwise, planes, windows };
+
+// The first that applies, with what it takes in ms and what the next one would; one core with AVX-512, 3x3.
+template <class T>
+Way way_of(const Conv2dShape& s, const Source<T>& source) {
+  using C = Compute<T>;
+  const int64_t in = s.C / s.groups, out = s.O / s.groups;
+  const bool all_met = source.tap_count == s.kernel_h * s.kernel_w;
+  // 8x128x28x28 in 32 groups, channels-last: 0.35, as planes 0.99.
+  if (s.channels_last && all_met && should_share_lanes<C>(s.groups, in, out)) return Way::group_lanes;
+  // 8x64x28x28 in 64 groups: 0.18, by windows 0.41.
+  if (s.groups > 1 && in == 1 && out == 1) return Way::depthwise;
+  // 8x128x28x28 in 32 groups, channels-last, without shared vectors: 1.0, group by group 2.05.
+  if (s.channels_last && all_met && s.groups > 1 && lanes_used<C>(out) <= 0.5) return Way::planes;
+  return Way::windows;
 }
 
 template <class T>
-void weight_gradient_finite(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
+void weight_gradient_finite(Way way, const Conv2dShape& s, const Source<T>& source, const T* grad_output,
+                            T* grad_weight) {
   using C = Compute<T>;
   const int64_t taps = source.tap_count, kernel = s.kernel_h * s.kernel_w, K = source.channels * taps;
-  if (is_pointwise(s) && s.O > s.C && !s.channels_last) {
-    Conv2dShape exchanged = s;
-    std::swap(exchanged.C, exchanged.O);
-    const Parts<C> parts = add_up<T>({exchanged, input_source<T>(exchanged, grad_output), source.images});
-    const int64_t out = s.O / s.groups;
-    for (int64_t g = 0; g < s.groups; ++g)
-      sum_parts(Output<T>{grad_weight + g * out * K, Axis::plain(K), Axis::plain(1)}, parts.sums + g * K * out,
-                parts.count, parts.stride, out, K);
-    return;
-  }
-  if (s.groups > 1 && s.C == s.groups && s.O == s.groups)
-    return weight_gradient_depthwise(s, source, grad_output, grad_weight);
-  if (taps == kernel && s.channels_last && s.groups > 1 && lanes_used<C>(s.O / s.groups) <= 0.5)
-    return weight_gradient_of_planes(s, source, grad_output, grad_weight);
+  if (way == Way::depthwise) return weight_gradient_depthwise(s, source, grad_output, grad_weight);
+  if (way == Way::planes) return weight_gradient_of_planes(s, source, grad_output, grad_weight);
   if (taps == kernel) {
     const Parts<C> parts = add_up<T>({s, source, grad_output});
     return sum_weight_parts(s, grad_weight, parts.sums, parts.count, parts.stride);
@@ -390,11 +278,13 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
   const T* grad_output = static_cast<const T*>(x.grad_output);
   T* grad_weight = static_cast<T*>(x.grad_weight);
   const int64_t count = s.N * s.O * s.OH * s.OW;
-  if (weight_gradient_group_lanes(s, source, grad_output, grad_weight)) return;
+  const Way way = way_of(s, source);
+  if constexpr (can_permute)
+    if (way == Way::group_lanes) return weight_gradient_group_lanes(s, source, grad_output, grad_weight);
   if (!leaves_image(source, Extent(source)) || all_finite(grad_output, count))
-    return weight_gradient_finite(s, source, grad_output, grad_weight);
+    return weight_gradient_finite(way, s, source, grad_output, grad_weight);
 
-  weight_gradient_finite(s, source, finite_part(grad_output, count).data(), grad_weight);
+  weight_gradient_finite(way, s, source, finite_part(grad_output, count).data(), grad_weight);
   const Layout grad(s.O, s.OH, s.OW, s.channels_last);
   const WeightLayout weight(s);
   const int64_t in = source.channels, taps = source.tap_count;
