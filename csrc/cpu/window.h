@@ -222,74 +222,101 @@ Window<In> window_in_place(const Source<In>& s, const Band& b) {
           s.y_stride,           s.step_w,       s.x_stride,       x_step};
 }
 
+// Row y of image n: all of its `width`, or nothing if there is no such row.
+template <class In>
+struct SourceRow {
+  const In* data;
+  int64_t width;
+
+  SourceRow(const Source<In>& s, const In* images, int64_t n, int64_t y) {
+    const bool inside = y >= 0 && y < s.height;
+    data = images + n * s.image_stride + (inside ? y : 0) * s.y_stride, width = inside ? s.width : 0;
+  }
+};
+
+// The window of `band` copied pixel by pixel, from images that are channels-last.
+template <class F, class In>
+Window<F> copied_pixels(const Source<In>& s, const In* images, const Extent& e, const Band& b) {
+  const CopiedAxis vertical(b.rows, s.step_h, e.span_h), horizontal(e.out_width, s.step_w, e.span_w);
+  const int64_t channels = b.channels, line = horizontal.size * channels, image = vertical.size * line;
+  const bool whole_lines = channels == s.x_stride && horizontal.step == s.step_w;
+  F* copy = scratch<F>(Scratch::b, b.images * image + Factors<F>::size());
+  // In the order of the copy, because a row may be written a bit too long.
+  for (int64_t n = 0; n < b.images; ++n) {
+    for (int64_t i = 0; i < vertical.size; ++i) {
+      const SourceRow<In> row(s, images, b.n + n, b.y * s.step_h + e.top + vertical.source(i));
+      F* target = copy + n * image + i * line;
+      if (whole_lines) {
+        copy_row(target, row.data, e.left * channels, 1, line, row.width * channels, 1, s.second);
+        continue;
+      }
+      for (int64_t j = 0; j < horizontal.size; ++j) {
+        const int64_t x = e.left + horizontal.source(j);
+        const bool there = x >= 0 && x < row.width;
+        copy_row(target + j * channels, row.data + (there ? x : 0) * s.x_stride, 0, 1, channels, there ? channels : 0,
+                 s.channel_stride, s.second);
+      }
+    }
+  }
+  return {copy, image, 1, vertical.step * line, horizontal.step * channels, e.top, e.left, line, 1, 0, channels};
+}
+
+// The same plane by plane; `sorted`: columns by their remainder.
+template <class F, class In>
+Window<F> copied_planes(const Source<In>& s, const In* images, const Extent& e, const Band& b, bool channels_last,
+                        bool sorted) {
+  const CopiedAxis vertical(b.rows, s.step_h, e.span_h), horizontal(e.out_width, s.step_w, e.span_w);
+  const int64_t remainders = sorted ? horizontal.step : 1, step = sorted ? s.step_w : 1;
+  const int64_t per_remainder = ceil_div(horizontal.size, remainders), line = per_remainder * remainders;
+  const int64_t plane = vertical.size * line, image = b.channels * plane;
+  F* copy = scratch<F>(Scratch::b, b.images * image + Factors<F>::size());
+  // Whole rows that follow one another are copied as if they were one.
+  const bool joined =
+      s.step_h == 1 && s.step_w * s.x_stride == 1 && line == s.width && line == s.y_stride && !leaves_image(s, e);
+  const bool transposed = is_pair<F> == is_pair<In> && channels_last;
+  const int64_t row_count = joined ? 1 : vertical.size, row_length = joined ? plane : per_remainder;
+  // In the order of the copy, because a row may be written a bit too long.
+  for (int64_t n = 0; n < b.images; ++n) {
+    for (int64_t c = 0; c < (transposed ? 1 : b.channels); ++c) {
+      for (int64_t i = 0; i < row_count; ++i) {
+        const SourceRow<In> row(s, images + c * s.channel_stride, b.n + n, b.y * s.step_h + e.top + vertical.source(i));
+        const int64_t width = joined ? plane : row.width;
+        // The next plane's part of the band: too short a piece for the hardware to follow it.
+        prefetch(row.data + s.channel_stride, row_length * int64_t{sizeof(In)});
+        F* target = copy + n * image + c * plane + i * line;
+        for (int64_t r = 0; r < remainders; ++r, target += per_remainder) {
+          if constexpr (is_pair<F> == is_pair<In>)
+            if (transposed)
+              copy_channels(target, plane, row.data, e.left + r, step, row_length, width, s.x_stride, b.channels);
+          if (!transposed) copy_row(target, row.data, e.left + r, step, row_length, width, s.x_stride, s.second);
+        }
+      }
+    }
+  }
+  return {copy,       image,         plane, vertical.step * line, sorted ? 1 : horizontal.step, e.top, e.left, line,
+          remainders, per_remainder, 1};
+}
+
 // The window of `band`, with zeros around the images unless it is to be read in place. `along_x`: whether the reader
 // takes whole vectors of neighbouring pixels, up to a vector past the last one. Images that are channels-last are
 // copied so unless the reader goes along x.
 template <class F, class In>
 Window<F> window_of(const Source<In>& s, const Extent& e, const Band& b, bool channels_last, bool along_x,
                     bool in_place = false) {
-  constexpr int64_t lanes = Factors<F>::size();
   if constexpr (is_pair<F> && !is_pair<In>) {
     if (s.second == 1) return window_of<F>(of_pairs(s), e, b, channels_last, along_x, in_place);
   }
-  const In* images = s.images + (b.g * s.channels + b.c) * s.channel_stride;
   if constexpr (std::is_same_v<In, F>) {
     const int64_t last = (b.g * s.channels + b.c + b.channels - 1) * s.channel_stride +
                          (b.n + b.images - 1) * s.image_stride +
                          (e.bottom - (e.out_height - b.y - b.rows) * s.step_h) * s.y_stride + e.right * s.x_stride;
-    if (in_place || (!leaves_image(s, e) && (!along_x || (s.step_w * s.x_stride == 1 && last + lanes < s.end))))
-      return window_in_place(s, b);
+    const bool whole_vectors = s.step_w * s.x_stride == 1 && last + Factors<F>::size() < s.end;
+    if (in_place || (!leaves_image(s, e) && (!along_x || whole_vectors))) return window_in_place(s, b);
   }
-
-  const CopiedAxis vertical(b.rows, s.step_h, e.span_h);
-  const CopiedAxis horizontal(e.out_width, s.step_w, e.span_w);
-  const bool by_pixel = channels_last && !along_x;
+  const In* images = s.images + (b.g * s.channels + b.c) * s.channel_stride;
+  if (channels_last && !along_x) return copied_pixels<F>(s, images, e, b);
   // Only vectors along x, and gaps between the pixels, ask for columns sorted by remainder.
-  const bool sorted = along_x || horizontal.step < s.step_w;
-  const int64_t remainders = sorted ? horizontal.step : 1, per_remainder = ceil_div(horizontal.size, remainders);
-  const int64_t row = by_pixel ? horizontal.size * b.channels : per_remainder * remainders;
-  const int64_t plane = vertical.size * row, image = by_pixel ? plane : b.channels * plane;
-  F* copy = scratch<F>(Scratch::b, b.images * image + lanes);
-  // Whole rows that follow one another are copied as if they were one.
-  const bool joined = !by_pixel && s.step_h == 1 && s.step_w * s.x_stride == 1 && row == s.width && row == s.y_stride &&
-                      !leaves_image(s, e);
-  const bool transposed = is_pair<F> == is_pair<In> && !by_pixel && channels_last;
-  const int64_t row_count = joined ? 1 : vertical.size, row_length = joined ? plane : per_remainder;
-  // In the order of the copy, because a row may be written a bit too long.
-  for (int64_t n = 0; n < b.images; ++n) {
-    for (int64_t c = 0; c < (by_pixel || transposed ? 1 : b.channels); ++c) {
-      for (int64_t i = 0; i < row_count; ++i) {
-        const int64_t y = b.y * s.step_h + e.top + vertical.source(i);
-        const bool inside = y >= 0 && y < s.height;
-        const In* source = images + (b.n + n) * s.image_stride + c * s.channel_stride + (inside ? y : 0) * s.y_stride;
-        const int64_t width = !inside ? 0 : joined ? plane : s.width;  // a row outside is all zeros
-        // The next plane's part of the band: too short a piece for the hardware to follow it.
-        if (!by_pixel) prefetch(source + s.channel_stride, row_length * int64_t{sizeof(In)});
-        F* target = copy + n * image + c * plane + i * row;
-        if (!by_pixel) {
-          for (int64_t r = 0; r < remainders; ++r) {
-            F* part = target + r * per_remainder;
-            const int64_t x = e.left + r, step = sorted ? s.step_w : 1;
-            if constexpr (is_pair<F> == is_pair<In>)
-              if (transposed) copy_channels(part, plane, source, x, step, row_length, width, s.x_stride, b.channels);
-            if (!transposed) copy_row(part, source, x, step, row_length, width, s.x_stride, s.second);
-          }
-        } else if (b.channels == s.x_stride && horizontal.step == s.step_w) {
-          copy_row(target, source, e.left * b.channels, 1, row, width * b.channels, 1, s.second);
-        } else {
-          for (int64_t j = 0; j < horizontal.size; ++j) {
-            const int64_t x = e.left + horizontal.source(j);
-            const bool there = x >= 0 && x < width;
-            copy_row(target + j * b.channels, source + (there ? x : 0) * s.x_stride, 0, 1, b.channels,
-                     there ? b.channels : 0, s.channel_stride, s.second);
-          }
-        }
-      }
-    }
-  }
-  const int64_t y_step = vertical.step * row;
-  if (by_pixel) return {copy, image, 1, y_step, horizontal.step * b.channels, e.top, e.left, row, 1, 0, b.channels};
-  return {copy, image, plane, y_step, sorted ? 1 : horizontal.step, e.top, e.left, row, remainders, per_remainder, 1};
+  return copied_planes<F>(s, images, e, b, channels_last, along_x || e.span_w < s.step_w);
 }
 
 // How many output rows of how many images make a window of a good size: one that fits into cache, and with enough
