@@ -4,6 +4,9 @@
 // leaving them out.
 #pragma once
 
+#include <bit>
+
+#include "tile.h"
 #include "window.h"
 
 namespace pyops::cpu {
@@ -115,5 +118,52 @@ struct PixelClasses {
 
   const PixelClass& operator[](int64_t i) const { return classes[i]; }
 };
+
+// ---- runs over what lies inside, for multiply() of tile.h ----
+
+// Over those of kc terms whose tap, the bit taps[i], is in `set`.
+template <class F>
+RowRun run_of_terms(int64_t rows, TapSet set, const TapSet* taps, const int64_t* a_steps, const int64_t* b_steps,
+                    int64_t kc, int64_t* steps) {
+  constexpr int64_t bytes = sizeof(F);
+  int64_t kept = 0, i = 0;
+#if defined(CPU_CAPABILITY_AVX512)
+  // One by one they took 3.4 % of the time of 8x256x14x14 -> 256, 3x3.
+  for (; i + 8 <= kc; i += 8) {
+    const __mmask8 inside = _mm512_test_epi64_mask(_mm512_loadu_si512(taps + i), _mm512_set1_epi64(set));
+    const auto copy = [&](int64_t* to, const int64_t* from) {
+      const __m512i in_bytes = _mm512_slli_epi64(_mm512_loadu_si512(from), std::countr_zero(uint64_t{bytes}));
+      _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(inside, in_bytes));
+    };
+    copy(steps + kept, a_steps + i), copy(steps + KC + kept, b_steps + i);
+    kept += std::popcount(static_cast<unsigned>(inside));
+  }
+#endif
+  for (; i < kc; ++i) {
+    steps[kept] = a_steps[i] * bytes, steps[KC + kept] = b_steps[i] * bytes;
+    kept += int64_t{(set & taps[i]) != 0};
+  }
+  return {rows, kept, steps, steps + KC};
+}
+
+// Over those of the pixels [begin, end) of a band for which `tap` lies inside; over all of them without a tap.
+template <class F, class In>
+RowRun run_of_pixels(int64_t rows, const Source<In>& s, const Band& band, const Tap* tap, const int64_t* a_steps,
+                     const int64_t* b_steps, int64_t begin, int64_t end, int64_t* steps) {
+  constexpr int64_t bytes = sizeof(F);
+  Inside lines{0, band.rows}, columns{0, s.out_width};
+  if (tap != nullptr) {
+    lines = inside_of_row(band.y * s.step_h + tap->dy, s.step_h, band.rows, s.height);
+    columns = inside_of_row(tap->dx, s.step_w, s.out_width, s.width);
+  }
+  int64_t kept = 0;
+  for (int64_t line = begin / s.out_width; line * s.out_width < end; ++line) {
+    const int64_t row = line % band.rows, first = line * s.out_width, until = std::min(first + columns.end, end);
+    if (row < lines.begin || row >= lines.end) continue;
+    for (int64_t i = std::max(first + columns.begin, begin); i < until; ++i, ++kept)
+      steps[kept] = a_steps[i] * bytes, steps[KC + kept] = b_steps[i] * bytes;
+  }
+  return {rows, kept, steps, steps + KC};
+}
 
 }  // namespace pyops::cpu

@@ -83,22 +83,14 @@ void multiply_along_channels(const Source<T>& s, const Band& band, const Window<
     offsets[i] = patch[row], targets[i] = row * vectors * lanes;
   }
   const int64_t pixel_count = band.images * band.rows * s.out_width;
-  TapSet* taps = scratch<TapSet>(Scratch::taps_of_terms, pixel_count + s.out_width);
-  TapSet* column_taps = taps + pixel_count;
-  for (int64_t x = 0; x < s.out_width; ++x) column_taps[x] = by_tap ? taps_of_column(s, x) : all_taps;
-  for (int64_t line = 0; line < band.images * band.rows; ++line) {
-    const TapSet row_taps = by_tap ? taps_of_row(s, band.y + line % band.rows) : all_taps;
-    for (int64_t x = 0; x < s.out_width; ++x) taps[line * s.out_width + x] = row_taps & column_taps[x];
-  }
-
   const Target<Sum<F>> target{sums, targets, multiples(Scratch::target_vectors, vectors, lanes)};
   const int64_t* pixels = pixel_offsets(Scratch::a_steps, w, band, s.out_width);
   RowRun runs[64];
   int64_t* steps = scratch<int64_t>(Scratch::run_steps, run_count * 2 * KC);
   for_each_chunk(0, pixel_count, [&](int64_t k, int64_t kc, bool first, bool) {
     for (int64_t r = 0; r < run_count; ++r)
-      runs[r] = run_of<F>(rows / run_count, pixels + k, grad.steps + k, kc, steps + r * 2 * KC,
-                          [&](int64_t i) { return (taps[k + i] >> r & 1) != 0; });
+      runs[r] = run_of_pixels<F>(rows / run_count, s, band, by_tap ? s.taps + r : nullptr, pixels, grad.steps, k,
+                                 k + kc, steps + r * 2 * KC);
     multiply<F>(runs, run_count, vectors, {w.data, offsets, nullptr}, {grad.data, grad.offsets, nullptr}, target,
                 accumulate || !first, /*last=*/false);
   });

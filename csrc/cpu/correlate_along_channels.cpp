@@ -142,8 +142,7 @@ void multiply_phase(const Task<T, F>& t, int64_t q, const Lines& lines, int64_t 
     const Vectors<F> b = filters(k, kc);
     for (int64_t c = 0; c < classes.count; ++c)
       if (runs[c].rows > 0)
-        runs[c] = run_of<F>(runs[c].rows, patch + k, b.steps, kc, steps + c * 2 * KC,
-                            [&](int64_t i) { return (classes[c].taps & taps[k + i]) != 0; });
+        runs[c] = run_of_terms<F>(runs[c].rows, classes[c].taps, taps + k, patch + k, b.steps, kc, steps + c * 2 * KC);
     multiply<F>(runs, classes.count, vectors, {w.data, offsets, nullptr, in_one_piece && first ? bytes : 0},
                 {b.data, b.offsets, nullptr}, target, !first, last && sums.direct);
   });

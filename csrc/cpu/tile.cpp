@@ -190,7 +190,7 @@ template <class T>
 void multiply(int64_t rows, int64_t vectors, int64_t kc, Rows<T> a, Vectors<T> b, Target<Sum<T>> target,
               bool accumulate, bool last) {
   int64_t steps[2 * KC];
-  const RowRun run = run_of<T>(rows, a.steps, b.steps, kc, steps, [](int64_t) { return true; });
+  const RowRun run = run_of<T>(rows, a.steps, b.steps, kc, steps);
   multiply(&run, 1, vectors, a, b, target, accumulate, last);
 }
 

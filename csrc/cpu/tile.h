@@ -77,17 +77,12 @@ struct RowRun {
   const int64_t *a_steps, *b_steps;
 };
 
-// The terms i of [0, kc) with keep(i), for `rows` rows. `steps` is room for 2 KC steps.
-template <class T, class Keep>
-RowRun run_of(int64_t rows, const int64_t* a_steps, const int64_t* b_steps, int64_t kc, int64_t* steps,
-              const Keep& keep) {
+// All of kc terms, for `rows` rows. `steps` is room for 2 KC steps.
+template <class T>
+RowRun run_of(int64_t rows, const int64_t* a_steps, const int64_t* b_steps, int64_t kc, int64_t* steps) {
   constexpr int64_t bytes = sizeof(T);
-  int64_t kept = 0;
-  for (int64_t i = 0; i < kc; ++i) {
-    steps[kept] = a_steps[i] * bytes, steps[KC + kept] = b_steps[i] * bytes;
-    kept += int64_t{keep(i)};
-  }
-  return {rows, kept, steps, steps + KC};
+  for (int64_t i = 0; i < kc; ++i) steps[i] = a_steps[i] * bytes, steps[KC + i] = b_steps[i] * bytes;
+  return {rows, kc, steps, steps + KC};
 }
 
 // The same for runs of rows that follow one another, each over steps of its own.
