@@ -44,6 +44,7 @@ enum class Scratch {
   class_pixels,
   met_taps,
   taps_of_terms,
+  sum_rows,
   row_offsets,
   run_steps,
   filter_steps,
