@@ -50,6 +50,7 @@ GEOMETRIES = [
     ((3, 36, 9, 8), (72, 4, 3, 2), {"groups": 9, "padding": 1, "stride": (2, 3)}),  # narrow groups, several phases
     ((1, 20, 5, 5), (20, 2, 3, 3), {"groups": 10, "dilation": 2}),
     ((1, 70, 4, 5), (67, 70, 3, 3), {"padding": 1}),  # K beyond one chunk, odd channels
+    ((1, 66, 4, 5), (112, 66, 3, 3), {"padding": 1}),  # the same in whole vectors, panels of 4 and 3
     ((3, 5, 30, 31), (33, 5, 3, 3), {"padding": 1}),
     ((33, 3, 7, 6), (5, 3, 3, 2), {}),  # over blocks of images, the last of one
     ((17, 6, 8, 7), (14, 3, 3, 3), {"groups": 2, "dilation": 2}),

@@ -14,21 +14,6 @@
 #include "dot.h"
 
 namespace pyops::cpu {
-namespace {
-
-// The values in the compute type: where they are, or converted.
-template <class T>
-const Compute<T>* computable(Scratch use, const T* values, int64_t count) {
-  if constexpr (std::is_same_v<T, Compute<T>>) {
-    return values;
-  } else {
-    Compute<T>* converted = scratch<Compute<T>>(use, count);
-    copy_values(converted, values, count, 1);
-    return converted;
-  }
-}
-
-}  // namespace
 
 // ---- correlation ----
 
@@ -85,7 +70,7 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
   class_pixels_ = class_pixels, chunk_begins_ = begins, from_ = from, to_ = to;
   filter_steps_ = filter_steps, source_steps_ = source_steps;
   filters_ = computable(Scratch::weight, x.filters.data, x.filters.count);
-  bias_ = x.bias ? computable(Scratch::bias, x.bias, x.groups * O) : nullptr;
+  bias_ = computable(Scratch::bias, x.bias, x.groups * O);
   filter_rows_ = multiples(Scratch::filter_rows, O, x.filters.out_stride);
   target_rows_ = multiples(Scratch::output_channels, O, x.out_channel_stride * lanes);
 }

@@ -1,8 +1,9 @@
 // A convolution with the vectors along the output channels: output [pixels, O] = window [pixels, K] filters^T [K, O].
 // The filters are packed into panels, the window's values broadcast; the taps outside of the image are left out where
-// they are many, and all of them of channels-last images, which are read where they lie (borders.h). Sums of the
-// compute type go to a channels-last output at once, others are transposed. Guarantees: those of gemm.h.
+// they are many, and all of them of channels-last images, which are read where they lie (borders.h). Sums go to a
+// channels-last output at once where they can (sum_to.h), others are transposed. Guarantees: those of gemm.h.
 #include "correlate.h"
+#include "sum_to.h"
 
 namespace pyops::cpu {
 namespace {
@@ -56,17 +57,19 @@ struct Lines {
   int64_t row(int64_t i) const { return (first + i) % rows_of_image; }
 };
 
-// Where the sums of a line's pixels go: into the output at once, or one after the other, `stride` apart.
+// Where the sums of a block go: into the output at once, or one pixel after the other, `stride` apart.
+template <class T>
 struct Sums {
-  Axis pixels;
+  const Output<T>& out;
   bool direct;
   int64_t stride;
+  Compute<T>* data;  // where they do not go into the output
 
   int64_t line(const Band& band, const Lines& lines, int64_t i) const {
-    if (!direct) return i * pixels.width * stride;
-    return (band.n + lines.image(i)) * pixels.image_stride + (band.y + lines.row(i)) * pixels.y_stride;
+    if (!direct) return i * out.rows.width * stride;
+    return (band.n + lines.image(i)) * out.rows.image_stride + (band.y + lines.row(i)) * out.rows.y_stride;
   }
-  int64_t step() const { return direct ? pixels.x_stride : stride; }
+  int64_t step() const { return direct ? out.rows.x_stride : stride; }
 };
 
 // The tap of each term, as a bit.
@@ -81,8 +84,8 @@ const TapSet* taps_of_terms(const Source<T>& s) {
 
 // The products of phase q: of the lines with the filters of output channels [n, n + columns).
 template <class T, class F>
-void multiply_phase(const Task<T, F>& t, int64_t q, const Lines& lines, int64_t n, int64_t columns, const Sums& sums,
-                    Target<Sum<F>> target) {
+void multiply_phase(const Task<T, F>& t, int64_t q, const Lines& lines, int64_t n, int64_t columns,
+                    const Sums<T>& sums) {
   using C = Sum<F>;
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& phase = t.phases[q];
@@ -90,10 +93,11 @@ void multiply_phase(const Task<T, F>& t, int64_t q, const Lines& lines, int64_t 
   const Window<F>& w = t.window;
   const int64_t K = phase.depth(), vectors = ceil_div(columns, lanes);
 
-  if (K == 0 && sums.direct && !target.column_bias) {  // no tap falls on these pixels of an input gradient
+  const Output<T>& out = sums.out;
+  if (K == 0 && sums.direct && !out.column_bias) {  // no tap falls on these pixels of an input gradient
     for (int64_t i = 0; i < lines.count; ++i) {
-      C* line = target.data + sums.line(t.band, lines, i) + phase.x_phase * sums.step();
-      for (int64_t x = 0; x < s.out_width; ++x) std::fill_n(line + x * phase.x_phases * sums.step(), columns, C(0));
+      T* line = out.data + n + sums.line(t.band, lines, i) + phase.x_phase * sums.step();
+      for (int64_t x = 0; x < s.out_width; ++x) std::fill_n(line + x * phase.x_phases * sums.step(), columns, T(0));
     }
     return;
   }
@@ -116,7 +120,6 @@ void multiply_phase(const Task<T, F>& t, int64_t q, const Lines& lines, int64_t 
     }
     runs[c].rows = pixel - first;
   }
-  target.rows = targets;
 
   const int64_t* patch = patch_offsets(Scratch::a_steps, w, s, s.channels);
   const int64_t* panel_steps = multiples(Scratch::b_steps, K, t.width);
@@ -138,14 +141,29 @@ void multiply_phase(const Task<T, F>& t, int64_t q, const Lines& lines, int64_t 
                             s.channels <= 4 * KC && n == t.o;
   const TapSet* taps = taps_of_terms(s);
   int64_t* steps = scratch<int64_t>(Scratch::run_steps, classes.count * 2 * KC);
-  for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
-    const Vectors<F> b = filters(k, kc);
-    for (int64_t c = 0; c < classes.count; ++c)
-      if (runs[c].rows > 0)
-        runs[c] = run_of_terms<F>(runs[c].rows, classes[c].taps, taps + k, patch + k, b.steps, kc, steps + c * 2 * KC);
-    multiply<F>(runs, classes.count, vectors, {w.data, offsets, nullptr, in_one_piece && first ? bytes : 0},
-                {b.data, b.offsets, nullptr}, target, !first, last && sums.direct);
-  });
+  const auto product = [&](const Target<C>& target) {
+    for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
+      const Vectors<F> b = filters(k, kc);
+      for (int64_t c = 0; c < classes.count; ++c)
+        if (runs[c].rows > 0)
+          runs[c] =
+              run_of_terms<F>(runs[c].rows, classes[c].taps, taps + k, patch + k, b.steps, kc, steps + c * 2 * KC);
+      multiply<F>(runs, classes.count, vectors, {w.data, offsets, nullptr, in_one_piece && first ? bytes : 0},
+                  {b.data, b.offsets, nullptr}, target, !first, last);
+    });
+  };
+  const int64_t* target_vectors = multiples(Scratch::target_vectors, vectors, lanes);
+  if constexpr (go_at_once<F, T>) {
+    if (sums.direct) {
+      const Target<T> target{out.data + n,   targets,
+                             target_vectors, column_lanes<C>(columns),
+                             nullptr,        out.column_bias ? out.column_bias + n : nullptr,
+                             out.relu};
+      sum_to<F>(target, pixel, columns, product);
+      return;
+    }
+  }
+  product({sums.data, targets, target_vectors});
 }
 
 }  // namespace
@@ -156,7 +174,7 @@ void multiply_along_channels(const Task<T, F>& t, int64_t p) {
   constexpr int64_t lanes = Vec<C>::size();
   const Correlation<T>& x = t.phases[p];
   const Axis& pixels = x.out_lines;
-  const bool direct = std::is_same_v<T, C> && x.out_channel_stride == 1;
+  const bool direct = go_at_once<F, T> && x.out_channel_stride == 1;
   const int64_t group = t.band.g * x.out_channels, line_width = pixels.width;
   const Output<T> out{x.output + group * x.out_channel_stride, pixels, Axis::plain(x.out_channel_stride), nullptr,
                       x.bias ? x.bias + group : nullptr,       x.relu};
@@ -171,23 +189,14 @@ void multiply_along_channels(const Task<T, F>& t, int64_t p) {
   for (int64_t n = t.o; n < t.o + t.o_count; n += columns_at_once) {
     const int64_t columns = std::min(columns_at_once, t.o + t.o_count - n), vectors = ceil_div(columns, lanes);
     const int64_t stride = vectors * lanes;
-    Target<C> target{nullptr, nullptr, multiples(Scratch::target_vectors, vectors, lanes)};
-    if constexpr (std::is_same_v<T, C>) {
-      if (direct) {
-        target.data = out.data + n;
-        target.lanes = column_lanes<C>(columns);
-        if (out.column_bias) target.column_bias = out.column_bias + n;
-        target.relu = x.relu;
-      }
-    }
     for (int64_t line = 0; line < lines; line += lines_at_once) {
       const Lines here{line, std::min(lines_at_once, lines - line), band_rows};
-      if (!direct) target.data = scratch<C>(Scratch::sums, here.count * line_width * stride);
-      for (int64_t q = p; q < p + x.x_phases; ++q)
-        multiply_phase(t, q, here, n, columns, {pixels, direct, stride}, target);
+      const Sums<T> sums{out, direct, stride,
+                         direct ? nullptr : scratch<C>(Scratch::sums, here.count * line_width * stride)};
+      for (int64_t q = p; q < p + x.x_phases; ++q) multiply_phase(t, q, here, n, columns, sums);
       for (int64_t i = 0; i < here.count && !direct;) {  // the lines of one image follow one another
         const int64_t count = std::min(here.count - i, band_rows - here.row(i));
-        write(out, target.data + i * line_width * stride, stride,
+        write(out, sums.data + i * line_width * stride, stride,
               (t.band.n + here.image(i)) * pixels.pixels + (t.band.y + here.row(i)) * line_width, count * line_width, n,
               columns);
         i += count;

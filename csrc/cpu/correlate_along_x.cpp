@@ -1,7 +1,8 @@
 // A convolution with the vectors along x: output [O, pixels] = filters [O, K] window [K, pixels]. A row of pixels
-// begins a vector of its own; a filter's values are read where they lie and broadcast. Sums of the compute type go to a
-// channels-first output at once. Guarantees: those of gemm.h.
+// begins a vector of its own; a filter's values are read where they lie and broadcast. Sums go to a channels-first
+// output at once where they can (sum_to.h). Guarantees: those of gemm.h.
 #include "correlate.h"
+#include "sum_to.h"
 
 namespace pyops::cpu {
 
@@ -13,7 +14,7 @@ void multiply_along_x(const Task<T, F>& t, int64_t p) {
   const Window<F>& w = t.window;
   const int64_t K = x.depth(), width = x.source.out_width;
   const Axis pixels = x.out_pixels();
-  const bool direct = std::is_same_v<T, C> && pixels.x_stride == 1;
+  const bool direct = go_at_once<F, T> && pixels.x_stride == 1;
   const int64_t group = t.band.g * x.out_channels;
   const Output<T> out{x.first_pixel() + group * x.out_channel_stride,
                       Axis::plain(x.out_channel_stride),
@@ -57,14 +58,19 @@ void multiply_along_x(const Task<T, F>& t, int64_t p) {
       const auto product = [&](const Target<C>& target) {
         for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
           multiply<F>(mc, count, kc, {t.filters[p], filter_rows + m, filter_steps + k},
-                      {w.data, offsets + v, patch + k}, target, !first, last && direct);
+                      {w.data, offsets + v, patch + k}, target, !first, last);
         });
       };
-      if constexpr (std::is_same_v<T, C>) {
+      if constexpr (go_at_once<F, T>) {
         if (direct) {
-          product({out.data, multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m, targets + v,
-                   line_width % lanes == 0 ? nullptr : target_lanes + v, out.row_bias ? out.row_bias + m : nullptr,
-                   nullptr, x.relu});
+          const Target<T> target{out.data,
+                                 multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m,
+                                 targets + v,
+                                 line_width % lanes == 0 ? nullptr : target_lanes + v,
+                                 out.row_bias ? out.row_bias + m : nullptr,
+                                 nullptr,
+                                 x.relu};
+          sum_to<F>(target, mc, count * lanes, product);
           continue;
         }
       }

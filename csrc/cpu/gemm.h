@@ -15,9 +15,8 @@
 
 #include <algorithm>
 
-#include "scratch.h"
 #include "steps.h"
-#include "tile.h"
+#include "sum_to.h"
 
 namespace pyops::cpu {
 
@@ -75,7 +74,7 @@ struct Matrix {
 template <class In, class Out, class F>
 struct GemmArgs {
   Matrix<In> a, b;
-  Output<Out> out;
+  Output<Out> out;         // row-major
   int64_t k_begin, k_end;  // the part of K to sum over
 };
 
@@ -288,32 +287,31 @@ void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, 
   }
 #endif
   if (M == 1 && x.b.column_stride == 1 && x.k_end > x.k_begin) return multiply_row_by_rows(x, n, nc);
-  const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes), sums_stride = vectors * lanes;
+  const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes);
   const bool b_in_place = K * N * int64_t{sizeof(T)} <= in_place_bytes || M <= tile_rows[max_vectors - 1];
-  Target<T> target{};
-  target.vectors = multiples(Scratch::target_vectors, vectors, lanes);
-  bool direct = false;  // the sums go to C at once
-  if constexpr (std::is_same_v<Out, T>) {
-    direct = x.out.rows.pixels == Axis::endless && x.out.columns.pixels == Axis::endless && x.out.columns.x_stride == 1;
-    if (direct) {
-      target.data = x.out.data + m * x.out.rows.x_stride + n;
-      target.rows = multiples(Scratch::target_rows, mc, x.out.rows.x_stride);
-      target.lanes = column_lanes<T>(nc);
-      if (x.out.row_bias) target.row_bias = x.out.row_bias + m;
-      if (x.out.column_bias) target.column_bias = x.out.column_bias + n;
-      target.relu = x.out.relu;
-    }
+  const auto product = [&](const Target<T>& target) {
+    for_each_chunk<KC * terms<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
+      const Rows<F> a = rows_of<F>(x.a, M * K, m, mc, k, kc);
+      const Vectors<F> b = vectors_of<F>(x.b, b_in_place, k, kc, n, nc);
+      multiply<F>(mc, vectors, ceil_div(kc, terms<F>), a, b, target, !first, last);
+    });
+  };
+  const Output<Out>& out = x.out;
+  if constexpr (go_at_once<F, Out>) {
+    const Target<Out> target{out.data + m * out.rows.x_stride + n,
+                             multiples(Scratch::target_rows, mc, out.rows.x_stride),
+                             multiples(Scratch::target_vectors, vectors, lanes),
+                             column_lanes<T>(nc),
+                             out.row_bias ? out.row_bias + m : nullptr,
+                             out.column_bias ? out.column_bias + n : nullptr,
+                             out.relu};
+    sum_to<F>(target, mc, nc, product);
+  } else {
+    const int64_t stride = vectors * lanes;
+    T* sums = scratch<T>(Scratch::sums, mc * stride);
+    product({sums, multiples(Scratch::target_rows, mc, stride), multiples(Scratch::target_vectors, vectors, lanes)});
+    write(out, sums, stride, m, mc, n, nc);
   }
-  if (!direct) {
-    target.data = scratch<T>(Scratch::sums, mc * sums_stride);
-    target.rows = multiples(Scratch::target_rows, mc, sums_stride);
-  }
-  for_each_chunk<KC * terms<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
-    const Rows<F> a = rows_of<F>(x.a, M * K, m, mc, k, kc);
-    const Vectors<F> b = vectors_of<F>(x.b, b_in_place, k, kc, n, nc);
-    multiply<F>(mc, vectors, ceil_div(kc, terms<F>), a, b, target, !first, last && direct);
-    if (last && !direct) write(x.out, target.data, sums_stride, m, mc, n, nc);
-  });
 }
 
 // One product. args(i) of `parts` of them, all of the same M and N, in parallel; K is only for the amount of work.

@@ -22,6 +22,21 @@ struct TileArgs {
   int64_t lines_ahead = 0;
 };
 
+#if defined(CPU_CAPABILITY_AVX512)
+// To the nearest, ties to even; denormal numbers are zeros, as in the products. In assembly as those are.
+C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 sum, int lanes) {
+  __m256i numbers;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(numbers) : "v"(sum));
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << lanes) - 1), numbers);
+}
+// Two neighbours.
+C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 first, __m512 second) {
+  __m512i numbers;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(numbers) : "v"(first), "v"(second));
+  _mm512_storeu_si512(to, numbers);
+}
+#endif
+
 // Stores one vector of sums in a way that the plain cases need not pay for.
 template <class T>
 C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Sum<T>* to, Vec<Sum<T>> sum) {
@@ -33,6 +48,9 @@ C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Sum<T>* to, Ve
     if (target.row_bias) sum = sum + V(target.row_bias[i]);
     if (target.column_bias) sum = sum + V::loadu(target.column_bias + j * V::size(), lanes);
     if (target.relu) sum = at::vec::clamp_min(sum, V(0));
+    if constexpr (is_pair<T>)
+      if (target.rounded)
+        return store_rounded(target.rounded + target.rounded_rows[i] + target.rounded_vectors[j], sum, lanes);
   }
   sum.store(to, lanes);
 }
@@ -99,7 +117,7 @@ void tile(const TileArgs<T>& x) {
   };
   if (target.lanes) {
     for_each_sum([&](int i, int j, Sum<T>* to, V value) { finish(x, i, j, to, value); });
-  } else if (x.last && (target.row_bias || target.column_bias || target.relu)) {
+  } else if (x.last && (target.row_bias || target.column_bias || target.relu || target.rounded)) {
     if (x.accumulate) for_each_sum([&](int i, int j, Sum<T>* to, V value) { sum[i][j] = V::loadu(to) + value; });
     if (target.row_bias)
       for_each_sum([&](int i, int j, Sum<T>*, V value) { sum[i][j] = value + V(target.row_bias[i]); });
@@ -107,6 +125,26 @@ void tile(const TileArgs<T>& x) {
       for_each_sum(
           [&](int i, int j, Sum<T>*, V value) { sum[i][j] = value + V::loadu(target.column_bias + j * lanes); });
     if (target.relu) for_each_sum([&](int i, int j, Sum<T>*, V value) { sum[i][j] = at::vec::clamp_min(value, V(0)); });
+    if constexpr (is_pair<T>) {
+      if (target.rounded) {
+        // In registers: what is stored may be the pointers themselves, as far as the compiler knows.
+        c10::BFloat16* const rounded = target.rounded + (adjacent ? target.rounded_vectors[0] : 0);
+        const int64_t* const rounded_rows = target.rounded_rows;
+#pragma GCC unroll 32
+        for (int i = 0; i < rows; ++i) {
+          c10::BFloat16* const row = rounded + rounded_rows[i];
+#pragma GCC unroll 32
+          for (int j = 0; j < vectors; ++j) {
+            c10::BFloat16* const to = adjacent ? row + j * lanes : row + target.rounded_vectors[j];
+            if (!adjacent || (j + 1 == vectors && vectors % 2 != 0))
+              store_rounded(to, sum[i][j], static_cast<int>(lanes));
+            else if (j % 2 == 0)
+              store_rounded(to, sum[i][j], sum[i][std::min(j + 1, vectors - 1)]);
+          }
+        }
+        return;
+      }
+    }
     for_each_sum([](int, int, Sum<T>* to, V value) { value.store(to); });
   } else if (x.accumulate) {
     for_each_sum([](int, int, Sum<T>* to, V value) { (V::loadu(to) + value).store(to); });
@@ -161,7 +199,8 @@ void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a,
   const int64_t panels = ceil_div(vectors, widest);
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t width = vectors / panels + (panel < vectors % panels), most_rows = tile_rows[width - 1];
-    const bool adjacent = are_adjacent<T>(b.offsets, width) && are_adjacent<T>(target.vectors, width);
+    const bool adjacent = are_adjacent<T>(b.offsets, width) && are_adjacent<T>(target.vectors, width) &&
+                          (target.rounded == nullptr || are_adjacent<T>(target.rounded_vectors, width));
     const auto& tiles_here = (adjacent ? tiles<T, true> : tiles<T, false>)[width - 1];
     TileArgs<T> args{0, a, b, target, accumulate, last};
     if (target.lanes && are_full<T>(target.lanes, width)) args.target.lanes = nullptr;
@@ -175,12 +214,14 @@ void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a,
         tiles_here[height - 1](args);
         args.a.offsets += height;
         args.target.rows += height;
+        if (target.rounded) args.target.rounded_rows += height;
         if (target.row_bias) args.target.row_bias += height;
       }
     }
     a.bytes_ahead = 0;  // they are in cache now
     b.offsets += width;
     target.vectors += width;
+    if (target.rounded) target.rounded_vectors += width;
     if (target.lanes) target.lanes += width;
     if (target.column_bias) target.column_bias += width * Factors<T>::size();
   }

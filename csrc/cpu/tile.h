@@ -64,6 +64,10 @@ struct Target {
   const T* row_bias = nullptr;
   const T* column_bias = nullptr;
   bool relu = false;
+  // Of pairs of bfloat16: where the last call puts the sums instead, rounded, in the same way; null: nowhere.
+  c10::BFloat16* rounded = nullptr;
+  const int64_t* rounded_rows = nullptr;
+  const int64_t* rounded_vectors = nullptr;
 };
 
 // kc <= KC.
