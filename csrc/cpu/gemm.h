@@ -264,31 +264,16 @@ void multiply_row_by_squares(const GemmArgs<In, Out, F>& x, int64_t n, int64_t n
     }
   }
 }
-
-template <class In, class Out, class F>
-bool should_multiply_row_by_squares(const GemmArgs<In, Out, F>& x, int64_t M) {
-  return M == 1 && x.b.row_stride == 1 && x.out.columns.x_stride == 1 && x.out.columns.pixels == Axis::endless &&
-         x.out.row_bias == nullptr && (!is_pair<F> || are_factors<F, In>(1, x.k_end - x.k_begin, x.b.column_stride));
-}
 #endif
 
-// The block of C from (m, n) on, of mc x nc.
+// The block of C from (m, n) on, of mc x nc, in register tiles. b_in_place: where whole vectors of B are neighbours,
+// they are read where they lie.
 template <class In, class Out, class F>
-void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
+void multiply_by_tiles(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t mc, int64_t n, int64_t nc,
+                       bool b_in_place) {
   using T = Sum<F>;
   constexpr int64_t lanes = Vec<T>::size();
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_squared<In>) {
-    if (should_multiply_row_by_squares(x, M)) {
-      // From memory, the rows of two chains are more streams than a core follows: 1x4096 -> 4096 is 7 to 20 % slower.
-      const bool cached = (x.k_end - x.k_begin) * N * int64_t{sizeof(In)} <= in_place_bytes;
-      return cached ? multiply_row_by_squares<2>(x, n, nc) : multiply_row_by_squares<1>(x, n, nc);
-    }
-  }
-#endif
-  if (M == 1 && x.b.column_stride == 1 && x.k_end > x.k_begin) return multiply_row_by_rows(x, n, nc);
   const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes);
-  const bool b_in_place = K * N * int64_t{sizeof(T)} <= in_place_bytes || M <= tile_rows[max_vectors - 1];
   const auto product = [&](const Target<T>& target) {
     for_each_chunk<KC * terms<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
       const Rows<F> a = rows_of<F>(x.a, M * K, m, mc, k, kc);
@@ -297,21 +282,62 @@ void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, 
     });
   };
   const Output<Out>& out = x.out;
+  const int64_t* target_vectors = multiples(Scratch::target_vectors, vectors, lanes);
   if constexpr (go_at_once<F, Out>) {
     const Target<Out> target{out.data + m * out.rows.x_stride + n,
                              multiples(Scratch::target_rows, mc, out.rows.x_stride),
-                             multiples(Scratch::target_vectors, vectors, lanes),
+                             target_vectors,
                              column_lanes<T>(nc),
-                             out.row_bias ? out.row_bias + m : nullptr,
+                             nullptr,
                              out.column_bias ? out.column_bias + n : nullptr,
                              out.relu};
     sum_to<F>(target, mc, nc, product);
   } else {
     const int64_t stride = vectors * lanes;
     T* sums = scratch<T>(Scratch::sums, mc * stride);
-    product({sums, multiples(Scratch::target_rows, mc, stride), multiples(Scratch::target_vectors, vectors, lanes)});
+    product({sums, multiples(Scratch::target_rows, mc, stride), target_vectors});
     write(out, sums, stride, m, mc, n, nc);
   }
+}
+
+enum class GemmWay { row_by_two_squares, row_by_squares, row_by_rows, tiles_in_place, tiles_of_panels };
+
+// The first that applies, with what it takes and what others would; linear M x K -> N, one core with AVX-512.
+template <class In, class Out, class F>
+GemmWay gemm_way(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N) {
+  const int64_t K = x.k_end - x.k_begin;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_squared<In>) {
+    if (M == 1 && x.b.row_stride == 1 && (!is_pair<F> || are_factors<F, In>(1, K, x.b.column_stride))) {
+      // 1x400 -> 120: 3.4 us, one chain 4.1, tiles 6.8.
+      if (K * N * int64_t{sizeof(In)} <= in_place_bytes) return GemmWay::row_by_two_squares;
+      // 1x4096 -> 4096: 2.1 ms, two chains, whose rows are more streams than a core follows from memory, 2.3,
+      // tiles 4.1.
+      return GemmWay::row_by_squares;
+    }
+  }
+#endif
+  // The input gradient of 1x4096 -> 4096: 2.5 ms, tiles in place 2.8, of panels 5.2.
+  if (M == 1 && x.b.column_stride == 1 && K > 0) return GemmWay::row_by_rows;
+  // Those of 64x120 -> 400 and 4x4096 -> 4096: 38 us and 4.0 ms, of panels 40 and 5.3.
+  const bool few_rows = M <= tile_rows[max_vectors - 1];
+  if (few_rows || K * N * int64_t{sizeof(Sum<F>)} <= in_place_bytes) return GemmWay::tiles_in_place;
+  // That of 1024x1024 -> 1024: 9.5 ms, in place 9.7.
+  return GemmWay::tiles_of_panels;
+}
+
+// The block of C from (m, n) on, of mc x nc.
+template <class In, class Out, class F>
+void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
+  const GemmWay way = gemm_way(x, M, N);
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_squared<In>) {
+    if (way == GemmWay::row_by_two_squares) return multiply_row_by_squares<2>(x, n, nc);
+    if (way == GemmWay::row_by_squares) return multiply_row_by_squares<1>(x, n, nc);
+  }
+#endif
+  if (way == GemmWay::row_by_rows) return multiply_row_by_rows(x, n, nc);
+  multiply_by_tiles(x, M, m, mc, n, nc, way == GemmWay::tiles_in_place);
 }
 
 // One product. args(i) of `parts` of them, all of the same M and N, in parallel; K is only for the amount of work.
