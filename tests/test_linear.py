@@ -34,6 +34,7 @@ def test_leading_dimensions(leading, bias, dtype):
 # Around the register tiles (up to 16 rows, 4 vectors of 16), the chunks of K (256) and the blocks (192 x 384).
 SIZES = [(1, 1, 1), (2, 16, 15), (5, 17, 65), (6, 31, 64), (13, 33, 63), (17, 257, 10), (64, 400, 120), (193, 20, 130)]
 SIZES += [(33, 600, 385), (600, 7, 9), (1, 1030, 70), (3, 2, 400)]
+SIZES += [(20, 704, 400), (70, 704, 400)]  # a weight of more than 1 MB, of few and of many rows
 
 
 @every_dtype

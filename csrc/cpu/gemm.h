@@ -80,6 +80,13 @@ struct GemmArgs {
 
 // Multiplying a matrix where it lies saves the copy, but past this size it costs more in cache and TLB misses.
 constexpr int64_t in_place_bytes = 1 << 20;
+// Unless it is read for few rows of C, and by pieces of some cache lines: linear's input gradient of 64x2048 -> 2048
+// takes 2.3 ms, of panels 2.6, but 7.5 and 5.5 with AVX2, whose tiles are a cache line wide.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t few_rows = 64;
+#else
+constexpr int64_t few_rows = tile_rows[max_vectors - 1];
+#endif
 
 // Rows m.. of A, columns k.. of it; all of A has `elements`.
 template <class F, class In>
@@ -319,9 +326,8 @@ GemmWay gemm_way(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N) {
 #endif
   // The input gradient of 1x4096 -> 4096: 2.5 ms, tiles in place 2.8, of panels 5.2.
   if (M == 1 && x.b.column_stride == 1 && K > 0) return GemmWay::row_by_rows;
-  // Those of 64x120 -> 400 and 4x4096 -> 4096: 38 us and 4.0 ms, of panels 40 and 5.3.
-  const bool few_rows = M <= tile_rows[max_vectors - 1];
-  if (few_rows || K * N * int64_t{sizeof(Sum<F>)} <= in_place_bytes) return GemmWay::tiles_in_place;
+  // Those of 64x400 -> 120, 16x4096 -> 4096 and 64x2048 -> 2048: 38 us, 5.3 and 2.3 ms, of panels 40, 6.7 and 2.6.
+  if (M <= few_rows || K * N * int64_t{sizeof(Sum<F>)} <= in_place_bytes) return GemmWay::tiles_in_place;
   // That of 1024x1024 -> 1024: 9.5 ms, in place 9.7.
   return GemmWay::tiles_of_panels;
 }
