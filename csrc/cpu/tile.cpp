@@ -195,15 +195,17 @@ template <class T>
 void multiply(const RowRun* runs, int64_t run_count, int64_t vectors, Rows<T> a, Vectors<T> b, Target<Sum<T>> target,
               bool accumulate, bool last) {
   const int64_t widest = run_count == 1 && runs[0].rows == 1 ? most_vectors : max_vectors;
+  // Sums that wait to be rounded are whole vectors, next to each other.
+  const bool rounds = target.rounded && last, waits = target.rounded && !last;
   // In parts as even as can be: 13 vectors in panels of 4, 3, 3, 3.
   const int64_t panels = ceil_div(vectors, widest);
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t width = vectors / panels + (panel < vectors % panels), most_rows = tile_rows[width - 1];
     const bool adjacent = are_adjacent<T>(b.offsets, width) && are_adjacent<T>(target.vectors, width) &&
-                          (target.rounded == nullptr || are_adjacent<T>(target.rounded_vectors, width));
+                          (!rounds || are_adjacent<T>(target.rounded_vectors, width));
     const auto& tiles_here = (adjacent ? tiles<T, true> : tiles<T, false>)[width - 1];
     TileArgs<T> args{0, a, b, target, accumulate, last};
-    if (target.lanes && are_full<T>(target.lanes, width)) args.target.lanes = nullptr;
+    if (target.lanes && (waits || are_full<T>(target.lanes, width))) args.target.lanes = nullptr;
     for (const RowRun* run = runs; run < runs + run_count; ++run) {
       args.kc = run->kc, args.a.steps = run->a_steps, args.b.steps = run->b_steps;
       if (run->rows == 0) continue;
