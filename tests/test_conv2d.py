@@ -290,6 +290,11 @@ def test_more_than_2_to_the_31_elements(where):
         ((1, 6, 40, 41), (70, 6, 3, 3), (None, 3, 1)),  # an input gradient that no tap falls on in most places
         ((2, 36, 9, 7), (70, 18, 3, 3), (None, 2, 2, 2, 2)),  # of bfloat16: pairs of channels in groups
         ((4, 34, 8, 7), (40, 34, 3, 2), (None, (1, 3), 0)),  # columns sorted by remainder; pairs of images
+        # Gradients of the weight along the inputs: taps that share vectors, that do not, one in place, one with gaps.
+        ((2, 24, 9, 10), (10, 24, 3, 3), (None, 1, 1)),
+        ((3, 18, 8, 9), (12, 18, 3, 3), (None, 1, 2, 2)),
+        ((2, 64, 6, 7), (12, 64, 1, 1), ()),
+        ((2, 64, 9, 8), (8, 64, 1, 1), (None, 2)),
     ],
 )
 @pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])

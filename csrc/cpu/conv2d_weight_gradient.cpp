@@ -2,10 +2,11 @@
 //
 //   grad_weight [O, K] = grad_output [O, pixels] window(input) [pixels, K]
 //
-// way_of chooses for groups; else there are two ways to lay the vectors:
+// way_of chooses for groups; else along_of does how to lay the vectors, by the lanes that they use:
 //   along the output channels: rows of K are broadcast from a window of the input where it lies, and a band of
 //     grad_output is transposed to [pixels, O] (channels-last it is so already).
-//   along x, where output channels would leave most lanes idle: conv2d_weight_gradient_along_x.h.
+//   along the inputs, where output channels are few: conv2d_weight_gradient_along_inputs.h.
+//   along x, where either would leave most lanes idle: conv2d_weight_gradient_along_x.h.
 //
 // Of an even batch in bfloat16, pairs of images are multiplied where the CPU does that (factors.h). 8x64x56x56 -> 64,
 // 3x3, one core: 5.0 ms, widened to float32 8.6, stock torch 5.7.
@@ -14,6 +15,7 @@
 // the taps inside of the image only, also where values are infinite.
 #include "borders.h"
 #include "conv2d_grouped_lanes.h"
+#include "conv2d_weight_gradient_along_inputs.h"
 #include "conv2d_weight_gradient_along_x.h"
 #include "nonfinite.h"
 
@@ -96,6 +98,27 @@ void multiply_along_channels(const Source<T>& s, const Band& band, const Window<
   });
 }
 
+// The same for a reader that broadcasts them: where they lie, of either layout, unless they are to be converted.
+template <class F, class T>
+Rows<F> grad_values(const Conv2dShape& s, const T* grad_output, const Band& b, int64_t o, int64_t count) {
+  constexpr int64_t lanes = Factors<F>::size();
+  if constexpr (std::is_same_v<T, F>) {
+    const Layout layout(s.O, s.OH, s.OW, s.channels_last);
+    const int64_t row = b.rows * s.OW;
+    int64_t* steps = scratch<int64_t>(Scratch::a_steps, b.images * row);
+    for (int64_t n = 0; n < b.images; ++n)
+      for (int64_t p = 0; p < row; ++p) steps[n * row + p] = n * layout.image_stride + p * layout.x_stride;
+    return {grad_output + b.n * layout.image_stride + b.y * layout.y_stride +
+                (b.g * (s.O / s.groups) + o) * layout.channel_stride,
+            multiples(Scratch::a_offsets, count, layout.channel_stride), steps};
+  } else {
+    const Vectors<F> vectors = grad_rows<F>(s, grad_output, b, o, count);
+    int64_t* offsets = scratch<int64_t>(Scratch::a_offsets, count);
+    for (int64_t i = 0; i < count; ++i) offsets[i] = vectors.offsets[i / lanes] + i % lanes;
+    return {vectors.data, offsets, vectors.steps};
+  }
+}
+
 // Whether to read the images where they lie, of each tap the pixels inside. A tile then goes over the channels of one
 // tap, and over pixels that lie 256 bytes apart at most: with more, they fall into few sets of the L1 cache.
 template <class T>
@@ -109,6 +132,31 @@ int64_t even_block(int64_t count, int64_t most) {
   return ceil_div(count, ceil_div(count, std::clamp(most, int64_t{1}, count)));
 }
 
+enum class Along { outputs, inputs, x };
+
+// The one that uses most lanes, weighed by what was measured: a tile of one or two vectors loads more for each product.
+// One core with AVX-512, 3x3: 8x16x32x32 -> 16 along the inputs 0.19 ms, along the outputs 0.32; 8x64x28x28 -> 64,
+// channels-last, 2.0 and 1.9; 8x16x32x32 -> 4, 0.08 along the inputs, along x 0.11.
+template <class T>
+Along along_of(const WeightGradient<T>& x) {
+  using C = Compute<T>;
+  constexpr int64_t lanes = Vec<C>::size();
+  const bool channels_last = x.shape.channels_last;
+  const auto share = [](int64_t used, int64_t vectors) {
+    const double of_tiles = vectors == 1 ? 0.65 : vectors == 2 ? 0.95 : 1;
+    return of_tiles * static_cast<double>(used) / static_cast<double>(vectors * lanes);
+  };
+  const int64_t taps = x.source.tap_count, row = tap_begins(x.source, x.source.channels)[taps];
+  const double transpose = channels_last ? 0 : 11 / static_cast<double>(x.out() * taps);
+  // Zeros around the images are multiplied.
+  const double inputs = share(x.depth(), row / lanes) * share_inside(x.source) / (1 + transpose);
+  // Channels-first, both operands are copied.
+  const double outputs = share(x.out(), ceil_div(x.out(), lanes)) * (channels_last ? 1 : 0.9);
+  const double along_x = 0.3 * lanes_used<C>(x.shape.OW);
+  if (along_x > std::max(inputs, outputs)) return Along::x;
+  return inputs > outputs ? Along::inputs : Along::outputs;
+}
+
 // The sums of the parts of the batch, [parts, groups, K, O / groups].
 template <class C>
 struct Parts {
@@ -117,12 +165,13 @@ struct Parts {
 };
 
 template <class F, class T>
-Parts<Compute<T>> add_up(const WeightGradient<T>& x, bool along_x) {
+Parts<Compute<T>> add_up(const WeightGradient<T>& x, Along along) {
   using C = Sum<F>;
   constexpr int64_t lanes = Vec<C>::size(), most_columns = 256;
   const Conv2dShape& s = x.shape;
   const Source<T>& source = x.source;
-  const bool by_pixel = s.channels_last && !along_x;
+  const bool along_x = along == Along::x, along_inputs = along == Along::inputs;
+  const bool by_pixel = s.channels_last && along == Along::outputs;
   // At most a quarter of an L2 cache of 1 MB. Pixels of fewer channels lie closer: with the larger block 8x128x28x28 ->
   // 128, 3x3, channels-last is 1 to 3 % slower, with the smaller one channels-first 8x512x7x7 -> 512 4 %.
   const int64_t most_sums = by_pixel ? 36 << 10 : 64 << 10;
@@ -142,19 +191,27 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x, bool along_x) {
     const int64_t part = task % parts, o = task / parts % o_blocks * o_block;
     const int64_t c = task / parts / o_blocks % c_blocks * c_block, g = task / parts / o_blocks / c_blocks;
     const int64_t channels = std::min(c_block, source.channels - c), rows = channels * taps;
-    const int64_t columns = std::min(o_block, out - o), vectors = ceil_div(columns, lanes), stride = vectors * lanes;
+    const int64_t columns = std::min(o_block, out - o), vectors = ceil_div(columns, lanes);
+    const int64_t* begins = tap_begins(source, channels);
+    const int64_t stride = along_inputs ? begins[taps] : vectors * lanes;
     C* target = partial + (part * s.groups + g) * K * out + o;
     const auto row_of = [&](int64_t r) {
       return source.tap_by_tap ? r / channels * source.channels + c + r % channels : c * taps + r;
     };
-    const bool direct = !along_x && columns == stride;  // the products add to `partial` at once
-    C* sums = direct ? target : scratch<C>(Scratch::sums, rows * stride);
+    const bool direct = along == Along::outputs && columns == stride;  // the products add to `partial` at once
+    C* sums = direct ? target : scratch<C>(Scratch::sums, (along_inputs ? columns : rows) * stride);
     int64_t* sum_rows = scratch<int64_t>(Scratch::sum_rows, rows);
     for (int64_t r = 0; r < rows; ++r) sum_rows[r] = direct ? row_of(r) * out : r * stride;
     const int64_t begin = part * bands / parts, end = (part + 1) * bands / parts;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
+      if (along_inputs) {
+        const Window<F> w = window_of_pixels<F>(source, extent, band);
+        multiply_along_inputs(source, band, w, grad_values<F>(s, x.grad_output, band, o, columns), columns, begins,
+                              sums, i > begin);
+        continue;
+      }
       const Window<F> w = window_of<F>(source, extent, band, s.channels_last, along_x, in_place);
       if constexpr (!is_pair<F>) {
         if (along_x) {
@@ -170,18 +227,22 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x, bool along_x) {
       multiply_along_channels(source, band, w, grad_rows<F>(s, x.grad_output, band, o, columns), vectors, sums,
                               sum_rows, i > begin, in_place);
     }
-    for (int64_t r = 0; r < rows && !direct; ++r) std::copy_n(sums + r * stride, columns, target + row_of(r) * out);
+    const int64_t c_step = source.tap_by_tap ? 1 : taps, tap_step = source.tap_by_tap ? source.channels : 1;
+    for (int64_t t = 0; t < taps && along_inputs; ++t)
+      transpose(target + (c * c_step + t * tap_step) * out, c_step * out, sums + begins[t], stride, columns, channels);
+    for (int64_t r = 0; r < rows && !along_inputs && !direct; ++r)
+      std::copy_n(sums + r * stride, columns, target + row_of(r) * out);
   });
   return {partial, parts, s.groups * K * out};
 }
 
 template <class T>
 Parts<Compute<T>> add_up(WeightGradient<T> x) {
-  const bool along_x = lanes_used<Compute<T>>(x.out()) < 0.5 * lanes_used<Compute<T>>(x.shape.OW);
-  const bool pairs = has_pairs<T>() && !along_x && x.shape.N % 2 == 0;
+  const Along along = along_of(x);
+  const bool pairs = has_pairs<T>() && along != Along::x && x.shape.N % 2 == 0;
   if (pairs) x.shape.N /= 2, x.source = paired_images(x.source);
   Parts<Compute<T>> parts;
-  dispatch_factor<T>([&](auto factor) { parts = add_up<decltype(factor)>(x, along_x); }, pairs);
+  dispatch_factor<T>([&](auto factor) { parts = add_up<decltype(factor)>(x, along); }, pairs);
   return parts;
 }
 

@@ -62,6 +62,7 @@ enum class Scratch {
   pooled_block,
   argmax_block,
   tap_runs,
+  tap_begins,
   permutations,
   count
 };

@@ -213,6 +213,16 @@ void copy_channels(F* target, int64_t plane, const In* row, int64_t x, int64_t s
     std::fill(target, target + begin, F{}), std::fill(target + end, target + count, F{});
 }
 
+// The same of planes, into pixels, the channels of each one after the other.
+template <class F, class In>
+void copy_planes(F* target, const In* row, int64_t plane, int64_t x, int64_t count, int64_t width, int64_t channels,
+                 int64_t second) {
+  const auto [begin, end] = inside_of_row(x, 1, count, width);
+  std::fill(target, target + begin * channels, F{});
+  transpose_factors(target + begin * channels, channels, row + x + begin, plane, second, channels, end - begin);
+  std::fill(target + end * channels, target + count * channels, F{});
+}
+
 // The window of `band` in the tensor itself.
 template <class In>
 Window<In> window_in_place(const Source<In>& s, const Band& b) {
@@ -234,12 +244,13 @@ struct SourceRow {
   }
 };
 
-// The window of `band` copied pixel by pixel, from images that are channels-last.
+// The window of `band` copied pixel by pixel, from images of either layout.
 template <class F, class In>
 Window<F> copied_pixels(const Source<In>& s, const In* images, const Extent& e, const Band& b) {
   const CopiedAxis vertical(b.rows, s.step_h, e.span_h), horizontal(e.out_width, s.step_w, e.span_w);
   const int64_t channels = b.channels, line = horizontal.size * channels, image = vertical.size * line;
   const bool whole_lines = channels == s.x_stride && horizontal.step == s.step_w;
+  const bool planes = s.x_stride == 1 && horizontal.step == s.step_w;
   F* copy = scratch<F>(Scratch::b, b.images * image + Factors<F>::size());
   // In the order of the copy, because a row may be written a bit too long.
   for (int64_t n = 0; n < b.images; ++n) {
@@ -249,6 +260,12 @@ Window<F> copied_pixels(const Source<In>& s, const In* images, const Extent& e, 
       if (whole_lines) {
         copy_row(target, row.data, e.left * channels, 1, line, row.width * channels, 1, s.second);
         continue;
+      }
+      if constexpr (!is_pair<In>) {
+        if (planes) {
+          copy_planes(target, row.data, s.channel_stride, e.left, horizontal.size, row.width, channels, s.second);
+          continue;
+        }
       }
       for (int64_t j = 0; j < horizontal.size; ++j) {
         const int64_t x = e.left + horizontal.source(j);
@@ -317,6 +334,16 @@ Window<F> window_of(const Source<In>& s, const Extent& e, const Band& b, bool ch
   if (channels_last && !along_x) return copied_pixels<F>(s, images, e, b);
   // Only vectors along x, and gaps between the pixels, ask for columns sorted by remainder.
   return copied_planes<F>(s, images, e, b, channels_last, along_x || e.span_w < s.step_w);
+}
+
+// The same pixel by pixel, for a reader that takes whole vectors of a pixel's channels, up to a vector past the last.
+template <class F, class In>
+Window<F> window_of_pixels(const Source<In>& s, const Extent& e, const Band& b) {
+  if constexpr (std::is_same_v<In, F>) {
+    if (b.channels == s.x_stride && b.channels % Factors<F>::size() == 0 && !leaves_image(s, e))
+      return window_in_place(s, b);
+  }
+  return copied_pixels<F>(s, s.images + (b.g * s.channels + b.c) * s.channel_stride, e, b);
 }
 
 // How many output rows of how many images make a window of a good size: one that fits into cache, and with enough
