@@ -337,12 +337,17 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
   const Source<T> source = input_source<T>(s, x.input);
   const T* grad_output = static_cast<const T*>(x.grad_output);
   T* grad_weight = static_cast<T*>(x.grad_weight);
-  const int64_t count = s.N * s.O * s.OH * s.OW;
+  const int64_t count = s.N * s.O * s.OH * s.OW, size = s.O * source.channels * s.kernel_h * s.kernel_w;
   const Way way = way_of(s, source);
   if constexpr (can_permute)
     if (way == Way::group_lanes) return weight_gradient_group_lanes(s, source, grad_output, grad_weight);
-  if (!leaves_image(source, Extent(source)) || all_finite(grad_output, count))
-    return weight_gradient_finite(way, s, source, grad_output, grad_weight);
+  // A value that is not finite makes its sums so too. They are looked at instead where they are fewer: a pass over the
+  // gradients of 8x16x32x32 takes 6 us, all their products 160.
+  const bool exact = !leaves_image(source, Extent(source)), look_at_sums = size < count;
+  if (exact || look_at_sums || all_finite(grad_output, count)) {
+    weight_gradient_finite(way, s, source, grad_output, grad_weight);
+    if (exact || !look_at_sums || all_finite(grad_weight, size) || all_finite(grad_output, count)) return;
+  }
 
   weight_gradient_finite(way, s, source, finite_part(grad_output, count).data(), grad_weight);
   const Layout grad(s.O, s.OH, s.OW, s.channels_last);
