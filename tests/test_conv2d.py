@@ -208,6 +208,7 @@ BORDERS = [
         pytest.param((4, 3), 1, id="few"),
         pytest.param((32, 24), 8, id="groups", marks=pytest.mark.not_emulated),
         pytest.param((40, 34), 1, id="pairs", marks=pytest.mark.not_emulated),
+        pytest.param((8, 470), 1, id="triples", marks=pytest.mark.not_emulated),
     ],
 )
 def test_the_border_is_not_multiplied(channels, groups, infinite, options, where, dtype):
@@ -295,6 +296,13 @@ def test_more_than_2_to_the_31_elements(where):
         ((3, 18, 8, 9), (12, 18, 3, 3), (None, 1, 2, 2)),
         ((2, 64, 6, 7), (12, 64, 1, 1), ()),
         ((2, 64, 9, 8), (8, 64, 1, 1), (None, 2)),
+        # Three taps at once: for a vector of 16 and of 8 channels, in groups, and for gradients of the input.
+        ((2, 40, 25, 37), (13, 40, 3, 3), (None, 1, 1)),
+        ((1, 70, 26, 19), (7, 70, 3, 3), (None, (2, 1), (3, 1))),
+        ((2, 48, 28, 30), (24, 24, 2, 3), (None, 1, (1, 0), 1, 2)),
+        ((1, 96, 20, 20), (16, 48, 3, 3), (None, 1, 1, 1, 2)),
+        ((2, 12, 30, 29), (40, 12, 3, 3), (None, 1, 1)),
+        ((1, 8, 31, 40), (40, 8, 3, 3), (None, 1, 1)),
     ],
 )
 @pytest.mark.parametrize("weight_layout", [torch.contiguous_format, torch.channels_last])

@@ -83,6 +83,9 @@ CASES = {
     "conv2d_narrow_groups": lambda dtype, where: convolved(
         images((3, 40, 41, 43), dtype, where), images((40, 4, 3, 3), dtype, where), *CONV[:-1], 10
     ),
+    "conv2d_few_outputs": lambda dtype, where: convolved(  # three taps at once; gradient of the weight along the inputs
+        images((3, 40, 33, 37), dtype, where), images((13, 40, 3, 3), dtype, where), *CONV
+    ),
     "conv2d_small_planes": lambda dtype, where: convolved(  # vectors along the images
         images((85, 7, 9, 10), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 3, 1, 1
     ),

@@ -10,6 +10,8 @@
 // images, one core with AVX-512, along x: forward 0.13 ms and grad_input 0.39, stock torch 0.33 and 3.1. Patches
 // gathered in cache (im2col) took 2 and 4 times as long.
 //
+// Few output channels of channels-last images under kernels of three columns: correlate_by_triples.cpp.
+//
 // An even number of bfloat16 channels is multiplied in pairs where the CPU does that (factors.h): K = (pair, tap).
 // 8x64x56x56 -> 64, 3x3, on another core 4.8 ms, widened to float32 8.1, stock torch 4.7. Guarantees: those of gemm.h.
 #include "correlate.h"
@@ -21,25 +23,6 @@
 
 namespace pyops::cpu {
 namespace {
-
-// Whether the vectors should run along x, with a broadcast weight, rather than along the output channels, with a
-// broadcast value of the source: what a pixel and term takes in lanes, weighed by what was measured.
-template <class T>
-bool vectors_along_x(const Correlation<T>& x) {
-  constexpr double lanes = Vec<Compute<T>>::size();
-  const auto taps = static_cast<double>(x.source.tap_count), O = static_cast<double>(x.out_channels);
-  const double vectors = std::ceil(O / lanes);
-  // Of a single tap the rows are neighbours, in the image or in the window copied from it.
-  const bool joined = x.source.tap_count == 1 && x.x_phases == 1;
-  const double used = lanes_used<Compute<T>>(joined ? x.source.pixels() : x.source.out_width);
-  // The tiles of a line are shorter; channels-last images are transposed, and their output.
-  const double along_x = (x.channels_last ? 1.25 * (O + 9 / taps) : 1.15 * O) / used;
-  // A tile of one vector waits for its few chains of sums. Transposing a channels-first output takes as long as some
-  // terms, unless along x its columns would not be neighbours, which costs the same.
-  const double transpose = x.channels_last || x.x_phases > 1 ? 0 : 23 / static_cast<double>(x.depth());
-  const double along_channels = (vectors == 1 ? 1.5 : 1) * vectors * lanes * (1 + transpose);
-  return along_x < along_channels;
-}
 
 // Whether the vectors should run along the images: where lanes would be idle or multiply the zeros around an image,
 // more than what transposing a block of images into cache and back costs.
@@ -56,6 +39,37 @@ bool vectors_along_images(const Correlation<T>& x, int64_t count) {
   const double channels = lanes_used<Compute<T>>(x.out_channels) * (x.out_channels <= lanes ? 0.6 : 1);
   const double others = std::max(along_x, channels);
   return lanes_used<Compute<T>>(count) * products / (products + transposes) > inside * others;
+}
+
+// Whether a broadcast value of the source can serve three taps at once. Never in a convolution that goes along the
+// images for some batch size: its sums are taken in another order.
+template <class T>
+bool takes_triples(const Correlation<T>& x, int64_t count) {
+  constexpr int64_t lanes = Vec<Compute<T>>::size();
+  if constexpr (std::is_same_v<T, Compute<T>>)
+    return count == 1 && x.channels_last && x.out_channels <= lanes && has_triples(x.source) &&
+           !vectors_along_images(x, lanes);
+  return false;
+}
+
+// Whether the vectors should run along x, with a broadcast weight, rather than along the output channels, with a
+// broadcast value of the source: what a pixel and term takes in lanes, weighed by what was measured.
+template <class T>
+bool vectors_along_x(const Correlation<T>& x, bool triples) {
+  constexpr double lanes = Vec<Compute<T>>::size();
+  const auto taps = static_cast<double>(x.source.tap_count), O = static_cast<double>(x.out_channels);
+  const double vectors = std::ceil(O / lanes);
+  // Of a single tap the rows are neighbours, in the image or in the window copied from it.
+  const bool joined = x.source.tap_count == 1 && x.x_phases == 1;
+  const double used = lanes_used<Compute<T>>(joined ? x.source.pixels() : x.source.out_width);
+  // The tiles of a line are shorter; channels-last images are transposed, and their output.
+  const double along_x = (x.channels_last ? 1.25 * (O + 9 / taps) : 1.15 * O) / used;
+  // A tile of one vector takes a load for every product, by triples fewer. Transposing a channels-first output takes as
+  // long as some terms, unless along x its columns would not be neighbours, which costs the same.
+  const double transpose = x.channels_last || x.x_phases > 1 ? 0 : 23 / static_cast<double>(x.depth());
+  const double of_tiles = vectors > 1 ? 1 : triples ? 1.1 : 1.5;
+  const double along_channels = of_tiles * vectors * lanes * (1 + transpose);
+  return along_x < along_channels;
 }
 
 // The filters of all groups of all phases as the products read them: filters[g * count + p].
@@ -116,7 +130,7 @@ bool has_narrow_groups(const Correlation<T>& x) {
   return x.groups > 1 && lanes_used<Compute<T>>(x.out_channels) <= 0.5;
 }
 
-enum class Way { group_lanes, planes, along_images, depthwise, along_x, along_channels };
+enum class Way { group_lanes, planes, along_images, depthwise, along_x, triples, along_channels };
 
 // The first that applies, with what it takes in ms and what the others would; one core with AVX-512, 3x3 but for LeNet.
 template <class T>
@@ -132,7 +146,10 @@ Way way_of(const Correlation<T>* phases, int64_t count) {
   // 8x64x28x28 in 64 groups: 0.09, along x 0.45, along the channels 2.8.
   if (is_depthwise(x)) return Way::depthwise;
   // LeNet's first layer on one image: 0.004, along the channels 0.010; 8x64x56x56 -> 3, channels-last: 1.3, 3.0.
-  if (vectors_along_x(x)) return Way::along_x;
+  const bool triples = takes_triples(x, count);
+  if (vectors_along_x(x, triples)) return Way::along_x;
+  // 8x16x32x32 -> 16, channels-last: 0.16, along x 0.22.
+  if (triples) return Way::triples;
   // 8x512x7x7 -> 512: 7.5, along x 21; 8x64x56x56 -> 64: 9.0, 11.6.
   return Way::along_channels;
 }
@@ -246,6 +263,8 @@ void correlate(const Correlation<T>* phases, int64_t count) {
     if (way == Way::group_lanes) return correlate_group_lanes(phases, count);
   if (way == Way::planes) return correlate_planes(phases, count);
   if (way == Way::along_images) return correlate_images(x);
+  if constexpr (std::is_same_v<T, Compute<T>>)
+    if (way == Way::triples) return correlate_by_triples(x);
   const PhaseClasses classes = way == Way::along_channels ? classes_of(phases, count) : PhaseClasses{};
   if (classes.in_place || !leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
     return correlate_finite(phases, count, way, classes);

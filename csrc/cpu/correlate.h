@@ -1,4 +1,5 @@
-// The two ways of correlate.cpp that go through windows: vectors along x, and along the output channels.
+// The ways of correlate.cpp that are products of tile.h over windows, vectors along x and along the output channels,
+// and the one of few output channels.
 #pragma once
 
 #include "borders.h"
@@ -29,6 +30,15 @@ void multiply_along_x(const Task<T, F>& t, int64_t p);
 // correlate_along_channels.cpp.
 template <class T, class F>
 void multiply_along_channels(const Task<T, F>& t, int64_t p);
+
+// Whether the taps are rows of three neighbours, of which no pixel's middle one lies outside to the left or right.
+template <class T>
+bool has_triples(const Source<T>& s);
+
+// The same for those, of one phase, for channels-last images with at most a vector of output channels, of the compute
+// type: correlate_by_triples.cpp.
+template <class T>
+void correlate_by_triples(const Correlation<T>& x);
 
 // Rows [k, k + kc) of the panel of filters [o, o + columns) of group g, with zeros up to `width`.
 template <class T, class F>
