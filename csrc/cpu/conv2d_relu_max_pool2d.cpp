@@ -98,18 +98,6 @@ void forward_of_blocks(const Conv2dReluMaxPool2dArgs& x, double flops, const Poo
   });
 }
 
-// The gradients whose argmax is `tap`, zeros elsewhere.
-template <class C>
-Vec<C> won_by(int64_t tap, const Vec<C>& grad, const uint8_t* argmax) {
-#ifdef CPU_CAPABILITY_AVX512
-  if constexpr (std::is_same_v<C, float>) {
-    const __m128i taps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(argmax));
-    return _mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(taps, _mm_set1_epi8(static_cast<char>(tap))), grad);
-  }
-#endif
-  return grad & (widen<C>(argmax) == Vec<C>(static_cast<C>(tap)));
-}
-
 template <class T>
 void backward_of_pooled_blocks(const Conv2dReluMaxPool2dBackwardArgs& x) {
   using C = Compute<T>;

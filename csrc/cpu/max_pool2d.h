@@ -89,6 +89,18 @@ std::array<uint8_t, kLanes<C>> narrow(const Vec<C>& lanes) {
   return bytes;
 }
 
+// The gradients whose argmax is `tap`, zeros elsewhere.
+template <class C>
+Vec<C> won_by(int64_t tap, const Vec<C>& grad, const uint8_t* argmax) {
+#ifdef CPU_CAPABILITY_AVX512
+  if constexpr (std::is_same_v<C, float>) {
+    const __m128i taps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(argmax));
+    return _mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(taps, _mm_set1_epi8(static_cast<char>(tap))), grad);
+  }
+#endif
+  return grad & (widen<C>(argmax) == Vec<C>(static_cast<C>(tap)));
+}
+
 // The lanes [begin, end) of a vector.
 struct LaneRange {
   int64_t begin, end;

@@ -188,21 +188,34 @@ class TileBackward {
  private:
   static constexpr int64_t kStrip = 2 * kLanes<T>;
 
-  // The windows from `first` on, of which `columns` are left in their row.
+  // The windows from `first` on, of which `columns` are left in their row. The surplus lanes are masked once, and what
+  // all four taps win is found before any is stored, for a store may change an argmax for all gcc knows: 64x16x10x10
+  // with AVX2 32 us, 78 where each tap masked and loaded for itself.
   void tile(int64_t first, int64_t columns, T* upper, T* lower, T* chunk_end) const {
+    using V = Vec<Compute<T>>;
     const LaneRange lanes{0, std::min(kLanes<T>, columns)};
-    const bool whole = columns > 0 && windows_.grad.holds(first, kLanes<T>);
-    const auto store_row = [&](T* row, int64_t tap) {
-      const Vec<Compute<T>> zero(0);
-      const auto even = whole ? windows_.add(zero, first, tap, lanes) : windows_.add_edge(zero, first, tap, lanes);
-      const auto odd =
-          whole ? windows_.add(zero, first, tap + 1, lanes) : windows_.add_edge(zero, first, tap + 1, lanes);
+    std::array<uint8_t, kLanes<T>> part{};
+    const uint8_t* argmax = windows_.argmax + first;
+    V grad(0);
+    if (columns > 0 && windows_.grad.holds(first, kLanes<T>)) {
+      grad = load_lanes(windows_.grad.data + first);
+      if (lanes.end < kLanes<T>) grad = lanes.select(grad, Compute<T>(0));
+    } else if (columns > 0) {
+      grad = windows_.grad.load_part(first, 1, lanes, Compute<T>(0));
+      std::copy_n(argmax, lanes.end, part.data()), argmax = part.data();
+    } else {
+      argmax = part.data();
+    }
+    std::array<V, 4> won;
+#pragma GCC unroll 4
+    for (int64_t tap = 0; tap < 4; ++tap) won[tap] = V(0) + won_by<Compute<T>>(tap, grad, argmax);
+    const auto store_row = [&](T* row, const V& even, const V& odd) {
       const auto [low, high] = at::vec::interleave2(even, odd);
       store_lanes(row, low, chunk_end - row);
       store_lanes(row + kLanes<T>, high, chunk_end - row - kLanes<T>);
     };
-    store_row(upper, 0);
-    if (lower) store_row(lower, 2);
+    store_row(upper, won[0], won[1]);
+    if (lower) store_row(lower, won[2], won[3]);
   }
 
   const MaxPool2dShape s_;
