@@ -24,6 +24,19 @@
 namespace pyops::cpu {
 namespace {
 
+// Whether rows of pixels follow one another in memory, in the image or in the window copied from it: of a single tap.
+template <class T>
+bool are_rows_joined(const Correlation<T>& x) {
+  return x.source.tap_count == 1 && x.x_phases == 1;
+}
+
+// How much longer products along the channels take where the output is channels-first: to transpose it takes as long as
+// some terms.
+template <class T>
+double transposing(const Correlation<T>& x) {
+  return x.channels_last ? 0 : 23 / static_cast<double>(x.depth());
+}
+
 // Whether the vectors should run along the images: where lanes would be idle or multiply the zeros around an image,
 // more than what transposing a block of images into cache and back costs.
 template <class T>
@@ -34,9 +47,13 @@ bool vectors_along_images(const Correlation<T>& x, int64_t count) {
   if (count < lanes || (s.image_stride + out) * lanes > most_elements) return false;
   const double inside = share_inside(s), products = inside * static_cast<double>(out * x.depth());
   const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
-  // Measured: a vector along x ends at every row, and a tile of one vector waits for its few chains of sums.
-  const double along_x = 0.75 * lanes_used<Compute<T>>(s.out_width);
-  const double channels = lanes_used<Compute<T>>(x.out_channels) * (x.out_channels <= lanes ? 0.6 : 1);
+  // Measured: a vector along x ends at every row, and a tile of one vector waits for its few chains of sums. Of more
+  // vectors, 64x8x14x14 -> 64, 3x3, channels-first, takes 0.64 ms along the channels, 0.51 along the images; but pairs
+  // of channels, 64x16x14x14 -> 32, 5x5, 0.38 and 0.67.
+  const double along_x =
+      are_rows_joined(x) ? lanes_used<Compute<T>>(s.pixels()) : 0.75 * lanes_used<Compute<T>>(s.out_width);
+  const double chains = x.out_channels <= lanes ? 0.6 : has_pairs<T>() ? 1 : 1 / (1 + transposing(x));
+  const double channels = lanes_used<Compute<T>>(x.out_channels) * chains;
   const double others = std::max(along_x, channels);
   return lanes_used<Compute<T>>(count) * products / (products + transposes) > inside * others;
 }
@@ -59,14 +76,12 @@ bool vectors_along_x(const Correlation<T>& x, bool triples) {
   constexpr double lanes = Vec<Compute<T>>::size();
   const auto taps = static_cast<double>(x.source.tap_count), O = static_cast<double>(x.out_channels);
   const double vectors = std::ceil(O / lanes);
-  // Of a single tap the rows are neighbours, in the image or in the window copied from it.
-  const bool joined = x.source.tap_count == 1 && x.x_phases == 1;
-  const double used = lanes_used<Compute<T>>(joined ? x.source.pixels() : x.source.out_width);
+  const double used = lanes_used<Compute<T>>(are_rows_joined(x) ? x.source.pixels() : x.source.out_width);
   // The tiles of a line are shorter; channels-last images are transposed, and their output.
   const double along_x = (x.channels_last ? 1.25 * (O + 9 / taps) : 1.15 * O) / used;
-  // A tile of one vector takes a load for every product, by triples fewer. Transposing a channels-first output takes as
-  // long as some terms, unless along x its columns would not be neighbours, which costs the same.
-  const double transpose = x.channels_last || x.x_phases > 1 ? 0 : 23 / static_cast<double>(x.depth());
+  // A tile of one vector takes a load for every product, by triples fewer. Where along x the output's columns would not
+  // be neighbours, that costs as much as transposing it.
+  const double transpose = x.x_phases > 1 ? 0 : transposing(x);
   const double of_tiles = vectors > 1 ? 1 : triples ? 1.1 : 1.5;
   const double along_channels = of_tiles * vectors * lanes * (1 + transpose);
   return along_x < along_channels;
