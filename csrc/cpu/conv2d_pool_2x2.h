@@ -9,6 +9,7 @@
 #include <array>
 
 #include "conv2d.h"
+#include "dot.h"
 #include "images.h"
 #include "max_pool2d_best.h"
 
@@ -66,7 +67,7 @@ class Pooled2x2 {
     C* filters = scratch<C>(Scratch::weight, x.groups * O * K);
     steps_ = steps, filters_ = filters;
     for (int64_t g = 0; g < x.groups; ++g)
-      for_each_tile([&](int64_t o, int64_t rows) {
+      for_each_even_part(x_.out_channels, most_rows, [&](int64_t o, int64_t rows) {
         for (int64_t k = 0; k < K; ++k)
           for (int64_t i = 0; i < rows; ++i) *filters++ = static_cast<C>(x.filters.at(g, o + i)[x.filter_step(k)]);
       });
@@ -84,7 +85,7 @@ class Pooled2x2 {
       for (int64_t y = 0; y < pool_.OH; ++y) {
         for (int64_t x = 0; x < pool_.OW; ++x) {
           const C* pixel = images + 2 * y * below + 2 * x * right;
-          for_each_tile([&](int64_t o, int64_t rows) {
+          for_each_even_part(x_.out_channels, most_rows, [&](int64_t o, int64_t rows) {
             const int64_t channel = g * x_.out_channels + o;
             const int64_t window = channel * out.channel_stride + y * out.y_stride + x * out.x_stride;
             tiles[rows - 1](*this, {pixel, pixel + right, pixel + below, pixel + below + right},
@@ -104,15 +105,6 @@ class Pooled2x2 {
 #else
   static constexpr int most_rows = 1;  // in 16, of which a Vectorized takes two
 #endif
-
-  // f(first, rows) for the output channels of a group in tiles of about even height.
-  template <class F>
-  void for_each_tile(const F& f) const {
-    for (int64_t o = 0, parts = ceil_div(x_.out_channels, int64_t{most_rows}); parts > 0; --parts) {
-      const int64_t rows = ceil_div(x_.out_channels - o, parts);
-      f(o, rows), o += rows;
-    }
-  }
 
   // The windows of one pixel in a block, a channel's at distance `stride`.
   struct Target {

@@ -13,7 +13,7 @@ namespace pyops::cpu {
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int dot_rows = 4, dot_columns = 6;
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int dot_rows = 3, dot_columns = 3;
+constexpr int dot_rows = 4, dot_columns = 3;
 #else
 constexpr int dot_rows = 2, dot_columns = 2;
 #endif
@@ -28,15 +28,24 @@ constexpr auto dot_tiles(std::integer_sequence<int, I...>) {
   }...};
 }
 
+// f(first, count) for parts of [0, size) of about even size, as few as have at most `most`.
+template <class F>
+void for_each_even_part(int64_t size, int64_t most, const F& f) {
+  for (int64_t first = 0, parts = ceil_div(size, most); parts > 0; --parts) {
+    const int64_t count = ceil_div(size - first, parts);
+    f(first, count), first += count;
+  }
+}
+
 // f(Number<height>, Number<width>, row, column) for each tile of rows x columns sums.
 template <class F>
 void for_each_dot_tile(int64_t rows, int64_t columns, const F& f) {
   constexpr auto tiles = dot_tiles<F>(std::make_integer_sequence<int, dot_rows * dot_columns>{});
-  for (int64_t o = 0; o < columns; o += dot_columns) {
-    const int64_t width = std::min(int64_t{dot_columns}, columns - o);
-    for (int64_t r = 0; r < rows; r += dot_rows)
-      tiles[(std::min(int64_t{dot_rows}, rows - r) - 1) * dot_columns + width - 1](f, r, o);
-  }
+  for_each_even_part(columns, dot_columns, [&](int64_t column, int64_t width) {
+    for_each_even_part(rows, dot_rows, [&](int64_t row, int64_t height) {
+      tiles[(height - 1) * dot_columns + width - 1](f, row, column);
+    });
+  });
 }
 
 }  // namespace pyops::cpu
