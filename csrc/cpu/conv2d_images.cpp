@@ -19,7 +19,7 @@ namespace pyops::cpu {
 
 template <class T>
 ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
-  constexpr int64_t lanes = Vec<Compute<T>>::size();
+  constexpr int64_t lanes = Vec<Compute<T>>::size(), bytes = sizeof(Compute<T>);
   const Source<T>& s = x.source;
   const int64_t K = x.depth(), O = x.out_channels;
   Span* spans = scratch<Span>(Scratch::spans, s.out_height + s.out_width);
@@ -61,8 +61,8 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
     for (int64_t j = 0; j < outer * inner; ++j) {
       const int64_t channel = s.tap_by_tap ? j % inner : j / inner;
       const Tap& tap = s.taps[met[s.tap_by_tap ? j / inner : j % inner]];
-      filter_steps[term] = x.filters.step(channel, tap);
-      source_steps[term++] = (channel * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * lanes;
+      filter_steps[term] = x.filters.step(channel, tap) * bytes;
+      source_steps[term++] = (channel * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * lanes * bytes;
     }
   }
   begins[next_begin] = term;
@@ -87,10 +87,11 @@ void ImagesCorrelation<T>::operator()(const Compute<T>* source, Compute<T>* outp
     const C* images = source + g * x_.source.channels * x_.source.channel_stride * lanes;
     const int64_t *from = from_, *begin = chunk_begins_;
     for (int64_t i = 0; i < class_count_; ++i) {
-      for (int64_t chunk = 0; chunk < chunks_; ++chunk, ++begin)
-        multiply<C>(O, class_pixels_[i], begin[1] - begin[0],
-                    {filters_ + g * x_.filters.group_stride, filter_rows_, filter_steps_ + begin[0]},
-                    {images, from, source_steps_ + begin[0]}, target, chunk > 0, chunk == chunks_ - 1);
+      for (int64_t chunk = 0; chunk < chunks_; ++chunk, ++begin) {
+        const RowRun run{O, begin[1] - begin[0], filter_steps_ + begin[0], source_steps_ + begin[0]};
+        multiply<C>(&run, 1, class_pixels_[i], {filters_ + g * x_.filters.group_stride, filter_rows_, nullptr},
+                    {images, from, nullptr}, target, chunk > 0, chunk == chunks_ - 1);
+      }
       from += class_pixels_[i], target.vectors += class_pixels_[i];
     }
   }

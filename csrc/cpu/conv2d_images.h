@@ -35,7 +35,7 @@ class ImagesCorrelation {
   const Compute<T>*filters_, *bias_;
   int64_t class_count_, chunks_;
   const int64_t* class_pixels_;                  // how many each class has
-  const int64_t *filter_steps_, *source_steps_;  // of all terms, and
+  const int64_t *filter_steps_, *source_steps_;  // of all terms, in bytes, and
   const int64_t* chunk_begins_;                  // where among them each chunk of each class begins
   const int64_t *from_, *to_;                    // the pixels of all classes in a block of the source and of the output
   const int64_t *filter_rows_, *target_rows_;
