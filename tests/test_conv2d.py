@@ -53,6 +53,7 @@ GEOMETRIES = [
     ((1, 66, 4, 5), (112, 66, 3, 3), {"padding": 1}),  # the same in whole vectors, panels of 4 and 3
     ((3, 5, 30, 31), (33, 5, 3, 3), {"padding": 1}),
     ((33, 3, 7, 6), (5, 3, 3, 2), {}),  # over blocks of images, the last of one
+    ((33, 6, 8, 7), (14, 6, 3, 2), {}),  # the same of more channels than 8 lanes
     ((17, 6, 8, 7), (14, 3, 3, 3), {"groups": 2, "dilation": 2}),
     ((40, 2, 9, 9), (3, 2, 2, 2), {"stride": 2}),
     ((19, 20, 4, 4), (16, 20, 3, 3), {"padding": 2}),  # K beyond one chunk, classes of pixels

@@ -125,6 +125,7 @@ def test_dead_windows(kernel):
 # Input, weight, options of the convolution and of the pooling, which are computed in different ways.
 POOLED = {
     "2x2 windows, long sums": ((33, 17, 9, 11), (7, 17, 3, 3), {}, (2, 2, 0, 1, False)),
+    "2x2 windows, more channels than 8 lanes": ((33, 5, 8, 11), (14, 5, 3, 3), {}, (2, 2, 0, 1, False)),
     "2x2 windows, padded images": ((17, 2, 9, 8), (5, 2, 3, 3), {"padding": 1}, (2, 2, 0, 1, False)),
     "3x2 windows": ((19, 4, 10, 9), (6, 2, 3, 2), {"groups": 2}, ((3, 2), (3, 2), 0, 1, False)),
     "overlapping windows": ((70, 3, 30, 29), (8, 3, 3, 3), {"padding": 1}, (3, 2, 1, 1, True)),

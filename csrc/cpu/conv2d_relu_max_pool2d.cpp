@@ -197,7 +197,7 @@ bool conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dBackwardArgs& x) {
   bool taken = false;
   dispatch_floating(x.conv.dtype, [&](auto zero) {
     using T = decltype(zero);
-    taken = is_tiled(x.pool) && backward_along_images<T>(x.conv);
+    taken = is_tiled(x.pool) && backward_along_images<T>(x.conv, /*pooled=*/true);
     if (taken) backward_of_pooled_blocks<T>(x);
   });
   return taken;
