@@ -194,21 +194,22 @@ class TileBackward {
   void tile(int64_t first, int64_t columns, T* upper, T* lower, T* chunk_end) const {
     using V = Vec<Compute<T>>;
     const LaneRange lanes{0, std::min(kLanes<T>, columns)};
-    std::array<uint8_t, kLanes<T>> part{};
+    std::array<uint8_t, kLanes<T>> part;
     const uint8_t* argmax = windows_.argmax + first;
     V grad(0);
     if (columns > 0 && windows_.grad.holds(first, kLanes<T>)) {
       grad = load_lanes(windows_.grad.data + first);
       if (lanes.end < kLanes<T>) grad = lanes.select(grad, Compute<T>(0));
-    } else if (columns > 0) {
-      grad = windows_.grad.load_part(first, 1, lanes, Compute<T>(0));
-      std::copy_n(argmax, lanes.end, part.data()), argmax = part.data();
     } else {
+      part.fill(0);
+      for (int64_t l = 0; l < lanes.end; ++l) part[l] = argmax[l];
+      grad = windows_.grad.load_part(first, 1, lanes, Compute<T>(0));
       argmax = part.data();
     }
+    grad = V(0) + grad;  // -0.0, as added to 0
     std::array<V, 4> won;
 #pragma GCC unroll 4
-    for (int64_t tap = 0; tap < 4; ++tap) won[tap] = V(0) + won_by<Compute<T>>(tap, grad, argmax);
+    for (int64_t tap = 0; tap < 4; ++tap) won[tap] = won_by<Compute<T>>(tap, grad, argmax);
     const auto store_row = [&](T* row, const V& even, const V& odd) {
       const auto [low, high] = at::vec::interleave2(even, odd);
       store_lanes(row, low, chunk_end - row);
