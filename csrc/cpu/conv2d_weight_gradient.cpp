@@ -164,13 +164,49 @@ struct Parts {
   int64_t count, stride;
 };
 
+// Of them a block: of output channels [o, o + columns) and source channels [c, c + channels) of group g.
+template <class C>
+struct Block {
+  int64_t g, o, columns, c, channels;
+  C* sums;  // in scratch, or in the part itself
+  int64_t stride;
+  const int64_t* rows;    // along the outputs: where the sums of each (channel, tap) begin
+  const int64_t* begins;  // along the inputs: where those of each tap begin, of an output channel's
+};
+
+// Adds the products of a band, the first of which overwrites what is there.
+template <class F, class T>
+void add_band(const WeightGradient<T>& x, Along along, const Extent& extent, bool in_place, const Band& band,
+              const Block<Sum<F>>& block, bool first) {
+  const Conv2dShape& s = x.shape;
+  const Source<T>& source = x.source;
+  if (along == Along::inputs) {
+    const Window<F> w = window_of_pixels<F>(source, extent, band);
+    const Rows<F> grad = grad_values<F>(s, x.grad_output, band, block.o, block.columns);
+    return multiply_along_inputs(source, band, w, grad, block.columns, block.begins, block.sums, !first);
+  }
+  const Window<F> w = window_of<F>(source, extent, band, s.channels_last, along == Along::x, in_place);
+  if constexpr (!is_pair<F>) {
+    using C = Sum<F>;
+    if (along == Along::x) {
+      const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, block.channels);
+      const Planes<C> planes = grad_planes(s, x.grad_output, band, block.o, block.columns);
+      const int64_t run_count = band.images * band.rows * ceil_div(s.OW, Vec<C>::size());
+      return multiply_along_x<C>({w.data, patch, planes.data, planes.channel_stride, runs_of(w, planes, band, s.OW),
+                                  run_count, block.sums, block.stride, !first},
+                                 block.channels * source.tap_count, block.columns);
+    }
+  }
+  multiply_along_channels(source, band, w, grad_rows<F>(s, x.grad_output, band, block.o, block.columns),
+                          ceil_div(block.columns, Factors<F>::size()), block.sums, block.rows, !first, in_place);
+}
+
 template <class F, class T>
 Parts<Compute<T>> add_up(const WeightGradient<T>& x, Along along) {
   using C = Sum<F>;
   constexpr int64_t lanes = Vec<C>::size(), most_columns = 256;
   const Conv2dShape& s = x.shape;
   const Source<T>& source = x.source;
-  const bool along_x = along == Along::x, along_inputs = along == Along::inputs;
   const bool by_pixel = s.channels_last && along == Along::outputs;
   // At most a quarter of an L2 cache of 1 MB. Pixels of fewer channels lie closer: with the larger block 8x128x28x28 ->
   // 128, 3x3, channels-last is 1 to 3 % slower, with the smaller one channels-first 8x512x7x7 -> 512 4 %.
@@ -186,52 +222,36 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x, Along along) {
   const int64_t blocks = s.groups * c_blocks * o_blocks;
   const int64_t parts = std::min(ceil_div(tasks_worth(flops), blocks), bands);
   const bool in_place = should_read_in_place(source, by_pixel, c_block);
+  const int64_t c_step = source.tap_by_tap ? 1 : taps, tap_step = source.tap_by_tap ? source.channels : 1;  // in K
   C* partial = scratch<C>(Scratch::partial_sums, parts * s.groups * K * out);
   for_each_task(blocks * parts, flops, [&](int64_t task) {
     const int64_t part = task % parts, o = task / parts % o_blocks * o_block;
     const int64_t c = task / parts / o_blocks % c_blocks * c_block, g = task / parts / o_blocks / c_blocks;
     const int64_t channels = std::min(c_block, source.channels - c), rows = channels * taps;
-    const int64_t columns = std::min(o_block, out - o), vectors = ceil_div(columns, lanes);
-    const int64_t* begins = tap_begins(source, channels);
-    const int64_t stride = along_inputs ? begins[taps] : vectors * lanes;
+    const int64_t columns = std::min(o_block, out - o), padded = ceil_div(columns, lanes) * lanes;
     C* target = partial + (part * s.groups + g) * K * out + o;
     const auto row_of = [&](int64_t r) {
-      return source.tap_by_tap ? r / channels * source.channels + c + r % channels : c * taps + r;
+      const int64_t channel = source.tap_by_tap ? r % channels : r / taps;
+      const int64_t tap = source.tap_by_tap ? r / channels : r % taps;
+      return target + ((c + channel) * c_step + tap * tap_step) * out;
     };
-    const bool direct = along == Along::outputs && columns == stride;  // the products add to `partial` at once
+    const int64_t* begins = tap_begins(source, channels);
+    const bool along_inputs = along == Along::inputs, direct = along == Along::outputs && columns == padded;
+    const int64_t stride = along_inputs ? begins[taps] : padded;
     C* sums = direct ? target : scratch<C>(Scratch::sums, (along_inputs ? columns : rows) * stride);
     int64_t* sum_rows = scratch<int64_t>(Scratch::sum_rows, rows);
-    for (int64_t r = 0; r < rows; ++r) sum_rows[r] = direct ? row_of(r) * out : r * stride;
+    for (int64_t r = 0; r < rows; ++r) sum_rows[r] = direct ? row_of(r) - target : r * stride;
+    const Block<C> block{g, o, columns, c, channels, sums, stride, sum_rows, begins};
+
     const int64_t begin = part * bands / parts, end = (part + 1) * bands / parts;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t n = i / row_bands * size.images, y = i % row_bands * size.rows;
       const Band band{g, c, channels, n, std::min(size.images, s.N - n), y, std::min(size.rows, s.OH - y)};
-      if (along_inputs) {
-        const Window<F> w = window_of_pixels<F>(source, extent, band);
-        multiply_along_inputs(source, band, w, grad_values<F>(s, x.grad_output, band, o, columns), columns, begins,
-                              sums, i > begin);
-        continue;
-      }
-      const Window<F> w = window_of<F>(source, extent, band, s.channels_last, along_x, in_place);
-      if constexpr (!is_pair<F>) {
-        if (along_x) {
-          const int64_t* patch = patch_offsets(Scratch::a_offsets, w, source, channels);
-          const Planes<C> planes = grad_planes(s, x.grad_output, band, o, columns);
-          const Run* runs = runs_of(w, planes, band, s.OW);
-          multiply_along_x<C>({w.data, patch, planes.data, planes.channel_stride, runs,
-                               band.images * band.rows * ceil_div(s.OW, lanes), sums, stride, i > begin},
-                              rows, columns);
-          continue;
-        }
-      }
-      multiply_along_channels(source, band, w, grad_rows<F>(s, x.grad_output, band, o, columns), vectors, sums,
-                              sum_rows, i > begin, in_place);
+      add_band<F>(x, along, extent, in_place, band, block, i == begin);
     }
-    const int64_t c_step = source.tap_by_tap ? 1 : taps, tap_step = source.tap_by_tap ? source.channels : 1;
     for (int64_t t = 0; t < taps && along_inputs; ++t)
       transpose(target + (c * c_step + t * tap_step) * out, c_step * out, sums + begins[t], stride, columns, channels);
-    for (int64_t r = 0; r < rows && !along_inputs && !direct; ++r)
-      std::copy_n(sums + r * stride, columns, target + row_of(r) * out);
+    for (int64_t r = 0; r < rows && !along_inputs && !direct; ++r) std::copy_n(sums + r * stride, columns, row_of(r));
   });
   return {partial, parts, s.groups * K * out};
 }
