@@ -135,8 +135,8 @@ int64_t even_block(int64_t count, int64_t most) {
 enum class Along { outputs, inputs, x };
 
 // The one that uses most lanes, weighed by what was measured: a tile of one or two vectors loads more for each product.
-// One core with AVX-512, 3x3: 8x16x32x32 -> 16 along the inputs 0.19 ms, along the outputs 0.32; 8x64x28x28 -> 64,
-// channels-last, 2.0 and 1.9; 8x16x32x32 -> 4, 0.08 along the inputs, along x 0.11.
+// One core with AVX-512, 3x3: 8x16x32x32 -> 16 along the inputs 0.19 ms, along the outputs 0.32; 8x128x28x28 -> 128,
+// 9.8 and 8.6; 8x16x32x32 -> 4, 0.08 along the inputs, along x 0.11; 1x1x32x32 -> 6, 5x5, 18 and 15 us.
 template <class T>
 Along along_of(const WeightGradient<T>& x) {
   using C = Compute<T>;
@@ -152,9 +152,9 @@ Along along_of(const WeightGradient<T>& x) {
   const double inputs = share(x.depth(), row / lanes) * share_inside(x.source) / (1 + transpose);
   // Channels-first, both operands are copied.
   const double outputs = share(x.out(), ceil_div(x.out(), lanes)) * (channels_last ? 1 : 0.9);
-  const double along_x = 0.3 * lanes_used<C>(x.shape.OW);
+  const double along_x = 0.35 * lanes_used<C>(x.shape.OW);
   if (along_x > std::max(inputs, outputs)) return Along::x;
-  return inputs > outputs ? Along::inputs : Along::outputs;
+  return inputs > outputs && x.out() <= 2 * lanes ? Along::inputs : Along::outputs;
 }
 
 // The sums of the parts of the batch, [parts, groups, K, O / groups].
