@@ -71,7 +71,15 @@ def test_conv2d(dtype, sample, weight, options, weight_where, layout):
 
 
 @both_formats
-@pytest.mark.parametrize(("sample", "weight", "options"), CONVS[:5])
+@pytest.mark.parametrize(
+    ("sample", "weight", "options"),
+    [
+        *CONVS[:5],
+        ((3, 32, 32), (16, 3, 3, 3), {}),  # three taps at once
+        ((2, 16, 16), (16, 2, 3, 3), {"padding": 1}),
+        ((16, 10, 10), (16, 4, 3, 3), {"groups": 4}),  # groups that share vectors
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_conv2d_relu_max_pool2d(dtype, sample, weight, options, layout):
     function = partial(
@@ -86,6 +94,14 @@ def test_conv2d_relu_max_pool2d(dtype, sample, weight, options, layout):
 def test_linear(dtype, sizes):
     function = partial(functional.linear, weight=random(sizes, dtype), bias=random(sizes[:1], dtype))
     assert_independent(function, random((SIZES[-1], sizes[1]), dtype), torch.contiguous_format)
+
+
+@pytest.mark.parametrize("sizes", [(16, 2), (37, 53)], ids=str)
+@pytest.mark.parametrize("special", [1e-39, float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_linear_to_special_values(dtype, special, sizes):
+    function = partial(functional.linear, weight=random(sizes, dtype), bias=torch.full(sizes[:1], special).to(dtype))
+    assert_independent(function, torch.zeros(SIZES[-1], sizes[1], dtype=dtype), torch.contiguous_format)
 
 
 @both_formats

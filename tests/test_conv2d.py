@@ -294,7 +294,7 @@ def test_more_than_2_to_the_31_elements(where):
         ((4, 34, 8, 7), (40, 34, 3, 2), (None, (1, 3), 0)),  # columns sorted by remainder; pairs of images
         # Gradients of the weight along the inputs: taps that share vectors, that do not, one in place, one with gaps.
         ((2, 24, 9, 10), (10, 24, 3, 3), (None, 1, 1)),
-        ((3, 18, 8, 9), (12, 18, 3, 3), (None, 1, 2, 2)),
+        ((3, 18, 8, 9), (4, 18, 3, 3), (None, 1, 2, 2)),
         ((2, 64, 6, 7), (12, 64, 1, 1), ()),
         ((2, 64, 9, 8), (8, 64, 1, 1), (None, 2)),
         # Three taps at once: for a vector of 16 and of 8 channels, in groups, and for gradients of the input.

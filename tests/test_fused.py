@@ -1,5 +1,7 @@
 """linear_relu, conv2d_relu and conv2d_relu_max_pool2d: the single ops one after the other, to the last bit."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -133,6 +135,9 @@ POOLED = {
     "one image": ((3, 9, 11), (7, 3, 3, 3), {}, (2, 2, 0, 1, False)),
     "many channels": ((2, 20, 8, 8), (40, 20, 3, 3), {}, (2, 2, 0, 1, False)),
     "large filters": ((1, 4, 4, 4), (4, 2, 33, 33), {"padding": 16, "groups": 2}, (2, 2, 0, 1, False)),
+    "three taps at once": ((16, 3, 32, 32), (16, 3, 3, 3), {}, (2, 2, 0, 1, False)),
+    "three taps at once, padded": ((16, 2, 16, 16), (16, 2, 3, 3), {"padding": 1}, (2, 2, 0, 1, False)),
+    "groups that share vectors": ((16, 16, 10, 10), (16, 4, 3, 3), {"groups": 4}, (2, 2, 0, 1, False)),
     "256 taps": ((2, 2, 18, 17), (3, 2, 1, 1), {}, (16, 1, 0, 1, False)),
 }
 
@@ -158,6 +163,23 @@ def test_the_output_is_the_same_without_the_argmax(case, memory_format, dtype):
     assert (output == 0).any() and not output[output == 0].signbit().any()
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     same_bits([composed(input, weight, pool=dict(zip(names, pool, strict=True)), **conv)], [output])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("case", POOLED)
+def test_sums_are_taken_in_the_order_of_the_single_ops(case, memory_format, dtype):
+    input_size, weight_size, conv, pool = POOLED[case]
+    tensors = [torch.randn(size).to(dtype) for size in (input_size, weight_size, weight_size[:1])]
+    if len(input_size) == 4:
+        tensors[0] = tensors[0].contiguous(memory_format=memory_format)
+    names = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
+    options = conv | {"pool": dict(zip(names, pool, strict=True))}
+    same_bits(results(partial(composed, **options), tensors), results(partial(fused, **options), tensors))
+    same_bits(  # of the parameters alone, as in a first layer
+        results(partial(composed, tensors[0], **options), tensors[1:]),
+        results(partial(fused, tensors[0], **options), tensors[1:]),
+    )
 
 
 def test_argmax_is_computed_where_a_gradient_is_wanted_and_nowhere_else():

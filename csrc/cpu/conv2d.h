@@ -105,6 +105,10 @@ struct Correlation {
 template <class T>
 bool multiplies_pairs(const Correlation<T>& x);
 
+// Whether it sums over k in the order of the filters in memory, as most ways do.
+template <class T>
+bool sums_in_order(const Correlation<T>& x);
+
 // conv2d.
 template <class T>
 Correlation<T> forward_correlation(const Conv2dArgs& x);

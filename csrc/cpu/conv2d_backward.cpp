@@ -81,7 +81,7 @@ void conv2d_backward(const Conv2dBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Conv2dShape& s = x.shape;
-    if (backward_along_images<T>(x, /*pooled=*/false)) {
+    if (backward_along_images<T>(x)) {
       const int64_t image = s.O * s.OH * s.OW;
       return backward_of_blocks<T>(x, [&](int64_t first, int64_t count, Compute<T>* block) {
         to_block(block, static_cast<const T*>(x.grad_output) + first * image, image, count);

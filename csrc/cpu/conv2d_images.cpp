@@ -232,24 +232,24 @@ void ImagesWeightGradient<T>::operator()(const Compute<T>* source, const Compute
   }
 }
 
-// How many channels a group may have. More than a vector's lanes pay where what is transposed is only a quarter of the
-// gradient (LeNet's second layer fused, 1024 images with AVX2: training 25.3 ms, along the channels 27.5) or serves two
-// products and would be transposed along the channels too (not fused: 35.7, 36.7). Not in double: 64x6x14x14 -> 16,
-// 5x5, 1.9 ms, along the channels 1.3; nor of 1x1, where there is little to multiply.
+// How many channels a group may have. More than a vector's lanes pay where what is transposed serves two products and
+// would be transposed along the channels too: LeNet's second layer, 1024 images with AVX2, training 25.3 ms instead of
+// 27.5 fused, 35.7 instead of 36.7 not fused. Not in double: 64x6x14x14 -> 16, 5x5, 1.9 ms, along the channels 1.3; nor
+// of 1x1, where there is little to multiply.
 template <class T>
-int64_t most_channels(const Conv2dBackwardArgs& x, bool pooled) {
+int64_t most_channels(const Conv2dBackwardArgs& x) {
   constexpr int64_t lanes = Vec<Compute<T>>::size(), most = std::is_same_v<Compute<T>, float> ? 16 : lanes;
   const Conv2dShape& s = x.shape;
   const bool shared = x.grad_input && x.grad_weight && !s.channels_last && s.kernel_h * s.kernel_w > 1;
-  return pooled || shared ? most : lanes;
+  return shared ? most : lanes;
 }
 
 template <class T>
-bool backward_along_images(const Conv2dBackwardArgs& x, bool pooled) {
+bool backward_along_images(const Conv2dBackwardArgs& x) {
   constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(Compute<T>);
   const Conv2dShape& s = x.shape;
   const bool depthwise = s.groups > 1 && s.groups == s.C, one_phase = s.stride_h == 1 && s.stride_w == 1;
-  if (s.N < lanes || std::max(s.C, s.O) / s.groups > most_channels<T>(x, pooled) || depthwise) return false;
+  if (s.N < lanes || std::max(s.C, s.O) / s.groups > most_channels<T>(x) || depthwise) return false;
   if ((x.grad_bias && !x.grad_weight) || (x.grad_input && !one_phase)) return false;
   const Source<T> source = input_source<T>(s, x.input);
   return !leaves_image(source, Extent(source)) && (s.C * s.H * s.W + s.O * s.OH * s.OW) * lanes <= most_elements;
@@ -299,11 +299,11 @@ void backward_of_blocks(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) {
               1, s.O);
 }
 
-#define INSTANTIATE(T)                                                     \
-  template class ImagesCorrelation<T>;                                     \
-  template class ImagesWeightGradient<T>;                                  \
-  template void correlate_images(const Correlation<T>&);                   \
-  template bool backward_along_images<T>(const Conv2dBackwardArgs&, bool); \
+#define INSTANTIATE(T)                                               \
+  template class ImagesCorrelation<T>;                               \
+  template class ImagesWeightGradient<T>;                            \
+  template void correlate_images(const Correlation<T>&);             \
+  template bool backward_along_images<T>(const Conv2dBackwardArgs&); \
   template void backward_of_blocks<T>(const Conv2dBackwardArgs&, GradBlock<T>);
 FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE

@@ -63,9 +63,8 @@ class ImagesWeightGradient {
 };
 
 // Whether the gradients should be computed over blocks of images: few channels, and no tap that leaves the image.
-// pooled: of the gradient of the output only what pooling passes on is transposed.
 template <class T>
-bool backward_along_images(const Conv2dBackwardArgs& x, bool pooled);
+bool backward_along_images(const Conv2dBackwardArgs& x);
 
 // grad_block(first, count, block) lays out the gradients of the output for images [first, first + count).
 template <class T>

@@ -179,7 +179,9 @@ void forward_of_all(Conv2dReluMaxPool2dArgs x) {
   const Correlation<T> correlation = forward_correlation<T>(x.conv);
   const int64_t in = s.C * s.H * s.W, between = s.O * s.OH * s.OW, out = s.O * x.pool.OH * x.pool.OW;
   const double flops = 2.0 * static_cast<double>(s.N * between * correlation.depth());
-  if (s.N < lanes || !is_tiled(x.pool) || multiplies_pairs(correlation)) return forward_of_chunks<T>(x, flops);
+  // Blocks of images are summed in order, one number at a time. The result is to be conv2d's.
+  const bool same_sums = sums_in_order(correlation) && !multiplies_pairs(correlation);
+  if (s.N < lanes || !is_tiled(x.pool) || !same_sums) return forward_of_chunks<T>(x, flops);
   if (Pooled2x2<T>::takes(correlation, x.pool) && (in + out) * lanes <= 2 * most_elements)
     return forward_of_blocks<T>(x, flops, Pooled2x2<T>(correlation, x.pool));
   if (s.O / s.groups <= lanes && (in + between) * lanes <= most_elements)
@@ -197,7 +199,7 @@ bool conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dBackwardArgs& x) {
   bool taken = false;
   dispatch_floating(x.conv.dtype, [&](auto zero) {
     using T = decltype(zero);
-    taken = is_tiled(x.pool) && backward_along_images<T>(x.conv, /*pooled=*/true);
+    taken = is_tiled(x.pool) && backward_along_images<T>(x.conv);
     if (taken) backward_of_pooled_blocks<T>(x);
   });
   return taken;

@@ -271,6 +271,12 @@ bool multiplies_pairs(const Correlation<T>& x) {
 }
 
 template <class T>
+bool sums_in_order(const Correlation<T>& x) {
+  const Way way = way_of(&x, 1);
+  return way != Way::group_lanes && way != Way::triples;
+}
+
+template <class T>
 void correlate(const Correlation<T>* phases, int64_t count) {
   const Correlation<T>& x = phases[0];
   const Way way = way_of(phases, count);
@@ -293,6 +299,7 @@ void correlate(const Correlation<T>* phases, int64_t count) {
 }
 
 #define INSTANTIATE(T)                                   \
+  template bool sums_in_order(const Correlation<T>&);    \
   template bool multiplies_pairs(const Correlation<T>&); \
   template void correlate(const Correlation<T>*, int64_t);
 FOR_EACH_FLOATING(INSTANTIATE)

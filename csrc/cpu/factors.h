@@ -48,6 +48,21 @@ C10_ALWAYS_INLINE Vec<Sum<F>> multiply_add(Factors<F> a, Factors<F> b, Vec<Sum<F
     return at::vec::fmadd(a, b, sum);
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// Sums of pairs rounded to the nearest, ties to even; denormal numbers become zeros, as in the products.
+C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 sum, int64_t lanes) {
+  __m256i numbers;
+  asm("vcvtneps2bf16 %1, %0" : "=v"(numbers) : "v"(sum));
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << lanes) - 1), numbers);
+}
+// Two neighbours.
+C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 first, __m512 second) {
+  __m512i numbers;
+  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(numbers) : "v"(first), "v"(second));
+  _mm512_storeu_si512(to, numbers);
+}
+#endif
+
 // I(T, F) for every floating type and what products of it are made of.
 #if defined(CPU_CAPABILITY_AVX512)
 #define FOR_EACH_PAIR(I) I(c10::BFloat16, Bf16Pair)

@@ -170,6 +170,18 @@ void multiply_row(int64_t kc, const Matrix<In>& a, const Matrix<In>& b, int64_t 
   }
 }
 
+// A vector of C's only row from its sums. Of pairs, rounded as a tile does it: a sample's result is the same in any
+// batch.
+template <class F, class Out>
+void finish_row(const Output<Out>& out, int64_t column, Vec<Sum<F>> sum, int64_t count) {
+  if (out.column_bias) sum = sum + load(out.column_bias + column, count);
+  if (out.relu) sum = at::vec::clamp_min(sum, Vec<Sum<F>>(0));
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_pair<F> && std::is_same_v<Out, c10::BFloat16>) return store_rounded(out.data + column, sum, count);
+#endif
+  store(out.data + column, sum, count);
+}
+
 // The columns n .. n + nc of a C of one row.
 template <class In, class Out, class F>
 void multiply_row_by_rows(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
@@ -183,7 +195,10 @@ void multiply_row_by_rows(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) 
       (load(total + j, count) + load(sums + j, count)).store(total + j, count);
     }
   });
-  write(x.out, total, nc, 0, 1, n, nc);
+  for (int64_t j = 0; j < nc; j += lanes) {
+    const int64_t count = std::min(lanes, nc - j);
+    finish_row<F>(x.out, n + j, load(total + j, count), count);
+  }
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
@@ -224,13 +239,7 @@ void multiply_row_by_squares(const GemmArgs<In, Out, F>& x, int64_t n, int64_t n
       }
       for (int64_t c = 0; c < chains; ++c) total[c] = first ? sum[c] : total[c] + sum[c];
     });
-    const Output<Out>& out = x.out;
-    for (int64_t c = 0; c < chains && counts[c] > 0; ++c) {
-      const int64_t column = n + c * lanes;
-      if (out.column_bias) total[c] = total[c] + load(out.column_bias + column, counts[c]);
-      if (out.relu) total[c] = at::vec::clamp_min(total[c], V(0));
-      store(out.data + column, total[c], counts[c]);
-    }
+    for (int64_t c = 0; c < chains && counts[c] > 0; ++c) finish_row<F>(x.out, n + c * lanes, total[c], counts[c]);
   }
 }
 #endif

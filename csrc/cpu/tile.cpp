@@ -22,21 +22,6 @@ struct TileArgs {
   int64_t lines_ahead = 0;
 };
 
-#if defined(CPU_CAPABILITY_AVX512)
-// To the nearest, ties to even; denormal numbers are zeros, as in the products. In assembly as those are.
-C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 sum, int lanes) {
-  __m256i numbers;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(numbers) : "v"(sum));
-  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << lanes) - 1), numbers);
-}
-// Two neighbours.
-C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 first, __m512 second) {
-  __m512i numbers;
-  asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(numbers) : "v"(first), "v"(second));
-  _mm512_storeu_si512(to, numbers);
-}
-#endif
-
 // Stores one vector of sums in a way that the plain cases need not pay for.
 template <class T>
 C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Sum<T>* to, Vec<Sum<T>> sum) {
@@ -137,7 +122,7 @@ void tile(const TileArgs<T>& x) {
           for (int j = 0; j < vectors; ++j) {
             c10::BFloat16* const to = adjacent ? row + j * lanes : row + target.rounded_vectors[j];
             if (!adjacent || (j + 1 == vectors && vectors % 2 != 0))
-              store_rounded(to, sum[i][j], static_cast<int>(lanes));
+              store_rounded(to, sum[i][j], lanes);
             else if (j % 2 == 0)
               store_rounded(to, sum[i][j], sum[i][std::min(j + 1, vectors - 1)]);
           }
