@@ -14,7 +14,7 @@ namespace pyops::cpu {
 
 // One correlation, laid out for any number of blocks. The pixels whose taps inside are the same, a class, are one
 // product of tile.h. A sum runs over (channel, tap) in order and in the chunks that correlate.cpp has, less its zeros:
-// the result is the same to the last bit.
+// the result is the same to the last bit as that of its ways for which sums_in_order holds.
 template <class T>
 class ImagesCorrelation {
  public:

@@ -1,6 +1,6 @@
 // Working memory of the CPU kernels: per thread and per use one buffer that only grows, so that after the first calls
-// nothing is allocated any more. Sizes are bounded by the block sizes of gemm.h and window.h, by two megabytes for
-// blocks of images, by the size of a weight and (image_sums, planes) by that of an image.
+// nothing is allocated any more. Sizes are bounded by the block sizes of gemm.h and window.h, by four megabytes for the
+// panels that gemm.h keeps and two for blocks of images, by the size of a weight and (image_sums, planes) of an image.
 #pragma once
 
 #include <cstdint>
