@@ -1,6 +1,5 @@
 // conv2d on tensors: checks, output geometry, memory format and allocation.
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -137,7 +136,7 @@ Tensor conv2d(const char* op, const Tensor& input, const Tensor& weight, const O
   CheckedConv2d checked = checked_conv2d(op, input, weight, bias, options);
   const Conv2dShape& shape = checked.args.shape;
   const Tensor output =
-      fresh(at::empty({shape.N, shape.O, shape.OH, shape.OW}, input.options(), memory_format(shape.channels_last)));
+      fresh({shape.N, shape.O, shape.OH, shape.OW}, input.options(), memory_format(shape.channels_last));
   if (output.numel() > 0) {
     checked.args.output = output.mutable_data_ptr();
     checked.args.relu = relu;
@@ -185,7 +184,7 @@ void Conv2dGradients::allocate(const at::TensorOptions& like) {
   // With nothing to sum over (an empty batch, no channels) the gradients are zeros.
   const bool empty = shape.N * shape.O == 0;
   const auto gradient = [&](IntArrayRef size, at::MemoryFormat gradient_format) {
-    Tensor result = fresh(at::empty(size, like, gradient_format));
+    Tensor result = fresh(size, like, gradient_format);
     return empty ? result.zero_() : result;
   };
   if (want_input) grad_input = gradient({shape.N, shape.C, shape.H, shape.W}, format);

@@ -1,7 +1,6 @@
 // conv2d_relu_max_pool2d on tensors: three ops whose intermediate results are never tensors. Kept for the backward are
 // input, weight and the argmax of each window, in which a window that passes no gradient names no tap. An op of its own
 // gives the argmax, so that it is computed only where a gradient is wanted.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "device.h"
@@ -28,8 +27,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   MaxPool2dShape pool = checked_pool_shape(op, conv_size(s, conv.batched), pool_options);
   pool.channels_last = s.channels_last;
   const auto empty = [&](at::ScalarType dtype) {
-    return fresh(
-        at::empty({pool.N, pool.C, pool.OH, pool.OW}, input.options().dtype(dtype), memory_format(s.channels_last)));
+    return fresh({pool.N, pool.C, pool.OH, pool.OW}, input.options().dtype(dtype), memory_format(s.channels_last));
   };
   // A single image has no memory format: max_pool2d's are contiguous.
   const auto result = [&](const Tensor& batch) { return conv.batched ? batch : batch.squeeze(0).contiguous(); };

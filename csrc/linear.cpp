@@ -1,6 +1,5 @@
 // linear on tensors: checks, allocation, and the view of any leading dimensions as one row dimension M.
 #include <ATen/Context.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <array>
@@ -62,7 +61,7 @@ Tensor linear(const char* op, const Tensor& input, const Tensor& weight, const O
 
   at::DimVector sizes(input.sizes());
   sizes.back() = N;
-  Tensor output = fresh(at::empty(sizes, input.options()));
+  Tensor output = fresh(sizes, input.options());
   if (output.numel() == 0) return output;
   const Tensor x = input.contiguous(), w = weight.contiguous();
   const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
@@ -92,14 +91,14 @@ Gradients linear_backward(const char* op, const Tensor& grad_output, const Optio
   if (want_input) {
     at::DimVector sizes(grad_output.sizes());
     sizes.back() = K;
-    grad_input = fresh(at::empty(sizes, grad_output.options()));
+    grad_input = fresh(sizes, grad_output.options());
     w = weight->contiguous();
   }
   if (want_weight) {
-    grad_weight = fresh(at::empty({N, K}, grad_output.options()));
+    grad_weight = fresh({N, K}, grad_output.options());
     x = input->contiguous();
   }
-  if (want_bias) grad_bias = fresh(at::empty({N}, grad_output.options()));
+  if (want_bias) grad_bias = fresh({N}, grad_output.options());
 
   const auto target = [](const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
   const Tensor g = grad_output.contiguous();

@@ -1,6 +1,5 @@
 // max_pool2d on tensors: checks, output geometry, memory format and allocation. What is kept of the forward is the
 // argmax alone: the number of the winning tap in its window, one byte where the window has at most 255 taps.
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -112,8 +111,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntArrayRef kernel_si
   shape.channels_last = is_channels_last(input);
   const at::MemoryFormat format = memory_format(shape.channels_last);
   const at::DimVector sizes = output_sizes(shape, input.dim() == 4);
-  Tensor output = fresh(at::empty(sizes, input.options(), format));
-  Tensor argmax = fresh(at::empty(sizes, input.options().dtype(argmax_dtype(shape)), format));
+  Tensor output = fresh(sizes, input.options(), format);
+  Tensor argmax = fresh(sizes, input.options().dtype(argmax_dtype(shape)), format);
   if (output.numel() == 0) return {output, argmax};
   const Tensor x = input.contiguous(format);
   kernels(input)->max_pool2d({dtype, shape, x.const_data_ptr(), output.mutable_data_ptr(), argmax.mutable_data_ptr()});
@@ -153,7 +152,7 @@ Tensor max_pool2d_backward(const char* op, const Tensor& grad_output, const Tens
   const at::MemoryFormat format = memory_format(shape.channels_last);
   at::DimVector sizes(argmax.sizes());
   std::copy(input_size.begin(), input_size.end(), sizes.end() - 2);
-  Tensor grad_input = fresh(at::empty(sizes, grad_output.options(), format));
+  Tensor grad_input = fresh(sizes, grad_output.options(), format);
   if (grad_input.numel() == 0) return grad_input;
   const Tensor g = grad_output.contiguous(format), a = argmax.contiguous(format);
   kernels(grad_output)
@@ -176,7 +175,7 @@ Tensor max_pool2d_gather(const Tensor& input, const Tensor& argmax, IntArrayRef 
   const DType dtype = floating_dtype(op, input);
 
   const at::MemoryFormat format = memory_format(shape.channels_last);
-  Tensor output = fresh(at::empty(argmax.sizes(), input.options(), format));
+  Tensor output = fresh(argmax.sizes(), input.options(), format);
   if (output.numel() == 0) return output;
   const Tensor x = input.contiguous(format), a = argmax.contiguous(format);
   kernels(input)->max_pool2d_gather({dtype, shape, x.const_data_ptr(), a.const_data_ptr(), output.mutable_data_ptr()});
@@ -190,7 +189,7 @@ Tensor max_pool2d_indices(const Tensor& argmax, IntArrayRef input_size, IntArray
   const MaxPool2dShape shape = shape_of_argmax(op, argmax, input_size, window);
 
   const at::MemoryFormat format = memory_format(shape.channels_last);
-  Tensor indices = fresh(at::empty(argmax.sizes(), argmax.options().dtype(at::kLong), format));
+  Tensor indices = fresh(argmax.sizes(), argmax.options().dtype(at::kLong), format);
   if (indices.numel() == 0) return indices;
   const Tensor a = argmax.contiguous(format);
   kernels(argmax)->max_pool2d_indices({shape, a.const_data_ptr(), indices.mutable_data_ptr<int64_t>()});

@@ -1,8 +1,5 @@
 // relu on tensors: checks, allocation and layout; any dense layout is walked flat, as it lies in memory.
 #include <ATen/MemoryOverlap.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -19,12 +16,12 @@ using at::Tensor;
 
 // `tensor` with the strides of `layout` (dense, of the same shape): itself where it already has them.
 Tensor with_layout_of(const Tensor& tensor, const Tensor& layout) {
-  return tensor.strides() == layout.strides() ? tensor : fresh(at::empty_like(layout)).copy_(tensor);
+  return tensor.strides() == layout.strides() ? tensor : fresh_like(layout).copy_(tensor);
 }
 
 Tensor relu(const Tensor& input) {
   const DType dtype = real_dtype("relu", input);
-  Tensor output = fresh(at::empty_like(input));
+  Tensor output = fresh_like(input);
   if (output.numel() == 0) return output;
   const Tensor dense = with_layout_of(input, output);
   kernels(input)->relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr()});
@@ -37,8 +34,8 @@ int64_t mask_words(int64_t numel) {
 
 std::tuple<Tensor, Tensor> relu_with_mask(const Tensor& input) {
   const DType dtype = floating_dtype("relu_with_mask", input);
-  Tensor output = fresh(at::empty_like(input));
-  Tensor mask = at::empty({mask_words(output.numel())}, input.options().dtype(at::kLong));
+  Tensor output = fresh_like(input);
+  Tensor mask = fresh({mask_words(output.numel())}, input.options().dtype(at::kLong));
   if (output.numel() == 0) return {output, mask};
   const Tensor dense = with_layout_of(input, output);
   kernels(input)->relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr(),
@@ -55,10 +52,9 @@ Tensor relu_mask_backward(const Tensor& grad_output, const Tensor& mask, at::Int
   TORCH_CHECK(static_cast<int64_t>(stride.size()) == grad_output.dim(), op,
               ": expected a stride for each dimension of ", "grad_output of shape ", grad_output.sizes(),
               ", but got stride=", stride);
-  Tensor grad_input = at::empty_strided(grad_output.sizes(), stride, grad_output.options());
+  Tensor grad_input = fresh_strided(grad_output.sizes(), stride, grad_output.options());
   TORCH_CHECK(grad_input.is_non_overlapping_and_dense(), op, ": stride must be that of a dense tensor of shape ",
               grad_output.sizes(), ", but got stride=", stride);
-  fresh(grad_input);
   if (grad_input.numel() == 0) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input), words = mask.contiguous();
   kernels(grad_output)
@@ -84,7 +80,7 @@ Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
   const DType dtype = real_dtype("relu_backward", output);
   check_same_kind("relu_backward", "grad_output", grad_output, "output", output);
   check_shape("relu_backward", "grad_output", grad_output, output.sizes());
-  Tensor grad_input = fresh(at::empty_like(output));
+  Tensor grad_input = fresh_like(output);
   if (grad_input.numel() == 0) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input);
   const Tensor dense_output = with_layout_of(output, grad_input);
