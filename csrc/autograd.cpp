@@ -1,13 +1,14 @@
 // The Autograd key of every op, in one boxed kernel with three ways on, cheapest first:
 //
 //   - nobody wants a derivative: straight to the kernel, at the cost of a glance at each tensor;
-//   - somebody wants a gradient, and nothing more: a graph node in C++ that keeps what `Derivative` says and calls the
-//     backward op, which is again an op with an Autograd key, so that under create_graph=True its call is recorded too;
+//   - somebody wants a gradient, and nothing more: a node of the graph in C++ (gradient.h), which keeps what the
+//     op's `Derivative` says and calls its backward op;
 //   - anything else (forward mode, torch.func, an op without `Derivative`): the op's torch.autograd.Function in Python
 //     (pyops/autograd), which states forward, backward, jvp and vmap.
 //
-// The node is there for speed: of a call of linear on 8 elements and its backward it takes 9 us, the Function 31. It
-// saves and calls the same as the Function, but for relu, of which it saves a mask of bits instead of the output.
+// The node is there for speed: a call of linear on 8 elements and its backward take 15 us with it, 39 with the Function
+// (stock: 20). It saves and calls the same as the Function, but for relu, of which it saves a mask of bits instead of
+// the output.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>

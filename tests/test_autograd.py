@@ -393,6 +393,25 @@ def test_nothing_outlives_the_graph():
 # ---- the rest of autograd ----
 
 
+def test_nodes_are_named_by_the_op_that_they_call():
+    x = torch.randn(1, 1, 4, 4, requires_grad=True)
+    assert F.relu(x).grad_fn.name() == "pyops::relu_mask_backward"
+    assert F.conv2d(x, x).grad_fn.name() == "pyops::conv2d_backward"
+
+
+def test_long_graphs_are_freed_without_recursion():
+    x = torch.randn(1, 1, 1, 1, requires_grad=True)
+    y = x
+    for _ in range(100_000):
+        y = F.relu(y)
+    del y
+    y = x
+    for _ in range(100_000):
+        y = F.max_pool2d(y, 1)
+    y.sum().backward()
+    assert x.grad.item() == 1
+
+
 def test_argmax_and_indices_have_no_gradient():
     x = torch.randn(1, 1, 4, 4, requires_grad=True)
     assert not F.max_pool2d(x, 2, return_indices=True)[1].requires_grad
