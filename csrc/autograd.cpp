@@ -3,7 +3,7 @@
 //   - nobody wants a derivative: straight to the kernel, at the cost of a glance at each tensor;
 //   - somebody wants a gradient, and nothing more: a node of the graph in C++ (gradient.h), which keeps what the
 //     op's `Derivative` says and calls its backward op;
-//   - anything else (forward mode, torch.func, an op without `Derivative`): the op's torch.autograd.Function in Python
+//   - anything else (forward mode, an op without `Derivative`): the op's torch.autograd.Function in Python
 //     (pyops/autograd), which states forward, backward, jvp and vmap.
 //
 // The node is there for speed: a call of linear on 8 elements and its backward take 15 us with it, 39 with the Function
@@ -32,11 +32,15 @@ struct Derivative {
   int kept_output = -1;            // the number of the output that is kept, -1: none
   bool bilinear = false;  // inputs are input, weight and bias; the gradient of each of the former needs the other
   enum Sizes { none, image, input_and_weight, output_strides } sizes = none;
-  const char* forward = nullptr;  // the op that computes what is kept too; null: the op itself does
+  const char* forward = nullptr;             // the op that computes what is kept too; null: the op itself does
+  const Derivative* in_transform = nullptr;  // what holds inside of torch.func's transforms; null: the same
 };
 
+// A mask of bits has no dimension to be batched by.
+constexpr Derivative relu_in_transform{"relu", "relu_backward", 0};
+
 constexpr Derivative derivatives[] = {
-    {"relu", "relu_mask_backward", 1, false, Derivative::output_strides, "relu_with_mask"},
+    {"relu", "relu_mask_backward", 1, false, Derivative::output_strides, "relu_with_mask", &relu_in_transform},
     {"linear", "linear_backward", -1, true},
     {"linear_relu", "linear_relu_backward", 0, true},
     {"conv2d", "conv2d_backward", -1, true, Derivative::input_and_weight},
@@ -85,45 +89,16 @@ class Operator {
   mutable std::optional<c10::OperatorHandle> handle_;
 };
 
-// Never destroyed: the interpreter may be gone by then.
-PyObject* apply_function = nullptr;
-
-bool in_transform() {
-  const auto& included = c10::impl::tls_local_dispatch_key_set().included_;
-  return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
-         included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
-}
-
-class AutogradKernel final : public c10::OperatorKernel {
+// Calls an op, as a kernel does, and leaves at the first of its outputs a node that differentiates it.
+class Recorder {
  public:
-  explicit AutogradKernel(const Derivative& derivative)
+  explicit Recorder(const Derivative& derivative)
       : derivative_(derivative),
         forward_(derivative.forward ? derivative.forward : derivative.op),
         backward_(derivative.backward) {}
 
-  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
-    const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
-    bool wants_gradient = false, wants_tangent = false;
-    for (const c10::IValue& argument : arguments) {
-      if (!argument.isTensor() || !argument.toTensor().defined()) continue;
-      wants_gradient |= argument.toTensor().requires_grad();
-      wants_tangent |= argument.toTensor()._fw_grad(/*level=*/0).defined();
-    }
-    wants_gradient &= c10::GradMode::is_enabled();
-    if (!wants_gradient && !wants_tangent) {
-      at::AutoDispatchBelowAutograd guard;
-      op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
-    } else if (wants_tangent || derivative_.backward == nullptr || in_transform()) {
-      call_python(op, stack);
-    } else {
-      record(op, keys, stack, arguments);
-    }
-  }
-
- private:
-  // Leaves the outputs where the arguments were on the stack, and at the first of them a node that differentiates it.
-  void record(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack,
-              at::ArrayRef<c10::IValue> arguments) const {
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack,
+                  at::ArrayRef<c10::IValue> arguments) const {
     using torch::autograd::collect_next_edges;
     const bool bilinear = derivative_.bilinear;
     const Tensor input = arguments[0].toTensor();
@@ -159,6 +134,47 @@ class AutogradKernel final : public c10::OperatorKernel {
     torch::jit::drop(*stack, outputs.size() - op.schema().returns().size());
   }
 
+ private:
+  const Derivative& derivative_;
+  const Operator forward_, backward_;
+};
+
+// Never destroyed: the interpreter may be gone by then.
+PyObject* apply_function = nullptr;
+
+bool in_transform() {
+  const auto& included = c10::impl::tls_local_dispatch_key_set().included_;
+  return included.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) ||
+         included.has(c10::DispatchKey::FuncTorchDynamicLayerBackMode);
+}
+
+class AutogradKernel final : public c10::OperatorKernel {
+ public:
+  explicit AutogradKernel(const Derivative& derivative)
+      : differentiable_(derivative.backward != nullptr),
+        record_(derivative),
+        record_in_transform_(derivative.in_transform ? *derivative.in_transform : derivative) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
+    bool wants_gradient = false, wants_tangent = false;
+    for (const c10::IValue& argument : arguments) {
+      if (!argument.isTensor() || !argument.toTensor().defined()) continue;
+      wants_gradient |= argument.toTensor().requires_grad();
+      wants_tangent |= argument.toTensor()._fw_grad(/*level=*/0).defined();
+    }
+    wants_gradient &= c10::GradMode::is_enabled();
+    if (!wants_gradient && !wants_tangent) {
+      at::AutoDispatchBelowAutograd guard;
+      op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+    } else if (wants_tangent || !differentiable_) {
+      call_python(op, stack);
+    } else {
+      (in_transform() ? record_in_transform_ : record_)(op, keys, stack, arguments);
+    }
+  }
+
+ private:
   static void call_python(const c10::OperatorHandle& op, Stack* stack) {
     const c10::FunctionSchema& schema = op.schema();
     pybind11::gil_scoped_acquire gil;
@@ -173,8 +189,8 @@ class AutogradKernel final : public c10::OperatorKernel {
     }
   }
 
-  const Derivative& derivative_;
-  const Operator forward_, backward_;
+  const bool differentiable_;  // by a node in C++
+  const Recorder record_, record_in_transform_;
 };
 
 // Version counters and views, for an in-place op: what was saved of the tensor before is known to be stale.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pyops.autograd._function import Dims, OpFunction, batch_first, fold, implements, unfold
+from pyops.autograd._function import Dims, OpFunction, batch_first, fold, implements, register_vmap, unfold
 from pyops.autograd._images import channels_last, empty_images, pair
 
 Window = tuple[Any, ...]  # kernel_size, stride, padding, dilation, ceil_mode
@@ -174,4 +174,4 @@ def _indices_vmap(info: Any, in_dims: Dims, argmax: torch.Tensor, *rest: Any) ->
 
 
 torch.library.register_fake("pyops::max_pool2d_indices", _indices_fake)
-torch.library.register_vmap("pyops::max_pool2d_indices", _indices_vmap)
+register_vmap("max_pool2d_indices", _indices_vmap)
