@@ -57,8 +57,8 @@ def images(channels_first, dtype, where):
     return place(random(channels_first, dtype), where)
 
 
-def fused(input, weight, pool):
-    options = (1, 1, 1, 1, *pool)
+def fused(input, weight, padding, pool):
+    options = (1, padding, 1, 1, *pool)
     tensors = (input, weight, random(weight.shape[:1], weight.dtype))
     output, argmax = ops.conv2d_relu_max_pool2d_with_argmax(*tensors, *options)
     grad, sizes = random(output.shape, output.dtype), (input.shape, weight.shape)
@@ -66,7 +66,8 @@ def fused(input, weight, pool):
     return [output, argmax, ops.conv2d_relu_max_pool2d(*tensors, *options), *grads]
 
 
-# Each large enough for seven threads, with odd sizes, so that the shares differ.
+# Each large enough for seven threads, with odd sizes, so that the shares differ. 85 images are fewer blocks than seven
+# threads, or not a multiple of them.
 CASES = {
     "relu": lambda dtype, where: rectified(images((3, 11, 101, 151), dtype, where)),
     "linear": lambda dtype, where: multiplied(random((519, 131), dtype, where), random((203, 131), dtype, where)),
@@ -89,8 +90,17 @@ CASES = {
     "conv2d_small_planes": lambda dtype, where: convolved(  # vectors along the images
         images((85, 7, 9, 10), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 3, 1, 1
     ),
+    "conv2d_few_channels": lambda dtype, where: convolved(  # gradients along the images
+        images((85, 7, 13, 14), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 0, 1, 1
+    ),
     "conv2d_relu_max_pool2d": lambda dtype, where: fused(
-        images((85, 3, 29, 31), dtype, where), images((6, 3, 5, 5), dtype, where), POOL
+        images((85, 3, 29, 31), dtype, where), images((6, 3, 5, 5), dtype, where), 1, POOL
+    ),
+    "conv2d_relu_max_pool2d_2x2": lambda dtype, where: fused(  # in registers
+        images((85, 3, 29, 31), dtype, where), images((6, 3, 5, 5), dtype, where), 0, (2, 2, 0, 1, False)
+    ),
+    "conv2d_relu_max_pool2d_3x3": lambda dtype, where: fused(  # over blocks of images
+        images((85, 3, 29, 31), dtype, where), images((6, 3, 5, 5), dtype, where), 1, (3, 3, 0, 1, False)
     ),
     "max_pool2d": lambda dtype, where: pooled(images((7, 11, 85, 91), dtype, where), POOL),
     "max_pool2d_wide": lambda dtype, where: pooled(images((3, 7, 45, 51), dtype, where), WIDE_POOL),
@@ -137,6 +147,7 @@ import os, torch, pyops
 ops = torch.ops.pyops
 x, w, b = torch.randn(2000, 300), torch.randn(300, 300), torch.randn(300)
 images, weight = torch.randn(16, 16, 64, 64), torch.randn(16, 16, 3, 3)
+planes, kernels = torch.randn(16, 8, 20, 20), torch.randn(8, 8, 3, 3)
 pool = (2, 2, 0, 1, False)
 mask = ops.relu_with_mask(images)[1]
 output, argmax = ops.max_pool2d(images.repeat(4, 1, 1, 1), *pool)
@@ -153,6 +164,13 @@ calls = {
     "conv2d": lambda: ops.conv2d(images, weight, None, 1, 1, 1, 1),
     "conv2d_backward, input": lambda: ops.conv2d_backward(images, images, weight, *conv, [True, False, False]),
     "conv2d_backward, weight": lambda: ops.conv2d_backward(images, images, weight, *conv, [False, True, False]),
+    "conv2d, a block of images": lambda: ops.conv2d(planes, kernels, None, 1, 1, 1, 1),
+    "conv2d_backward, a block of images": lambda: ops.conv2d_backward(
+        torch.randn(16, 8, 18, 18), planes, kernels, planes.shape, kernels.shape, 1, 0, 1, 1, [True, True, False]
+    ),
+    "conv2d_relu_max_pool2d, a block of images": lambda: ops.conv2d_relu_max_pool2d(
+        planes, kernels, None, 1, 1, 1, 1, *pool
+    ),
     "max_pool2d": lambda: ops.max_pool2d(images, *pool),
     "max_pool2d_backward": lambda: ops.max_pool2d_backward(output, argmax, (64, 64), *pool),
     "max_pool2d_indices": lambda: ops.max_pool2d_indices(argmax, (64, 64), *pool),

@@ -56,13 +56,6 @@ bool should_leave_out(const Source<In>& s) {
 // ---- classes of pixels ----
 
 // Output coordinates [begin, end) along one axis, for which the same taps lie inside.
-struct Span {
-  int64_t begin, end;
-
-  int64_t size() const { return end - begin; }
-  bool has(int64_t i) const { return begin <= i && i < end; }
-};
-
 // Cuts an axis of `count` output coordinates into spans; offset(tap) is where a tap lies.
 template <class In, class Offset>
 int64_t cut(Span* spans, const Source<In>& s, int64_t count, int64_t step, int64_t size, const Offset& offset) {

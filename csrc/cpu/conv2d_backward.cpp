@@ -83,8 +83,9 @@ void conv2d_backward(const Conv2dBackwardArgs& x) {
     const Conv2dShape& s = x.shape;
     if (backward_along_images<T>(x)) {
       const int64_t image = s.O * s.OH * s.OW;
-      return backward_of_blocks<T>(x, [&](int64_t first, int64_t count, Compute<T>* block) {
-        to_block(block, static_cast<const T*>(x.grad_output) + first * image, image, count);
+      return backward_of_blocks<T>(x, [&](int64_t first, int64_t count, Compute<T>* block, const Team& team) {
+        const T* images = static_cast<const T*>(x.grad_output) + first * image;
+        team.share([&](Share share) { to_block(block, images, image, count, share); });
       });
     }
     if (x.grad_input) {

@@ -76,23 +76,25 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
 }
 
 template <class T>
-void ImagesCorrelation<T>::operator()(const Compute<T>* source, Compute<T>* output) const {
+void ImagesCorrelation<T>::operator()(const Compute<T>* source, Compute<T>* output, Share share) const {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size();
   const int64_t O = x_.out_channels;
+  const Span mine = share.of(x_.source.pixels(), max_vectors);
   for (int64_t g = 0; g < x_.groups; ++g) {
     Target<C> target{output + g * O * x_.out_channel_stride * lanes, target_rows_, to_};
     if (bias_) target.row_bias = bias_ + g * O;
     target.relu = x_.relu;
     const C* images = source + g * x_.source.channels * x_.source.channel_stride * lanes;
-    const int64_t *from = from_, *begin = chunk_begins_;
-    for (int64_t i = 0; i < class_count_; ++i) {
+    const int64_t* begin = chunk_begins_;
+    for (int64_t i = 0, first = 0; i < class_count_; first += class_pixels_[i++]) {
+      const Span pixels{std::max(mine.begin, first), std::min(mine.end, first + class_pixels_[i])};
+      target.vectors = to_ + pixels.begin;
       for (int64_t chunk = 0; chunk < chunks_; ++chunk, ++begin) {
         const RowRun run{O, begin[1] - begin[0], filter_steps_ + begin[0], source_steps_ + begin[0]};
-        multiply<C>(&run, 1, class_pixels_[i], {filters_ + g * x_.filters.group_stride, filter_rows_, nullptr},
-                    {images, from, nullptr}, target, chunk > 0, chunk == chunks_ - 1);
+        multiply<C>(&run, 1, pixels.size(), {filters_ + g * x_.filters.group_stride, filter_rows_, nullptr},
+                    {images, from_ + pixels.begin, nullptr}, target, chunk > 0, chunk == chunks_ - 1);
       }
-      from += class_pixels_[i], target.vectors += class_pixels_[i];
     }
   }
 }
@@ -105,12 +107,12 @@ void correlate_images(const Correlation<T>& x) {
   const ImagesCorrelation<T> correlation(x);
   const int64_t in = correlation.source_size(), out = correlation.output_size();
   const double flops = static_cast<double>(s.count) * correlation.flops_of_image();
-  for_each_task(ceil_div(s.count, lanes), flops, [&](int64_t task) {
+  for_each_shared_task(ceil_div(s.count, lanes), flops, [&](int64_t task, const Team& team) {
     const int64_t first = task * lanes, images = std::min(lanes, s.count - first);
     C *source = scratch<C>(Scratch::source_block, in * lanes), *output = scratch<C>(Scratch::output_block, out * lanes);
-    to_block(source, s.images + first * in, in, images);
-    correlation(source, output);
-    from_block(x.output + first * out, output, out, images);
+    team.share([&](Share share) { to_block(source, s.images + first * in, in, images, share); });
+    team.share([&](Share share) { correlation(source, output, share); });
+    team.share([&](Share share) { from_block(x.output + first * out, output, out, images, share); });
   });
 }
 
@@ -208,10 +210,11 @@ ImagesWeightGradient<T>::ImagesWeightGradient(const Conv2dShape& s, const Source
 
 template <class T>
 void ImagesWeightGradient<T>::operator()(const Compute<T>* source, const Compute<T>* grad, Compute<T>* sums,
-                                         Compute<T>* bias) const {
+                                         Compute<T>* bias, Share share) const {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size(), cached = (24 << 10) / sizeof(C);  // the gradients of half an L1 cache
   const Layout layout(s_.O, s_.OH, s_.OW, s_.channels_last);
+  const Span mine = share.of(depth(), dot_rows);
   const int64_t pixels = s_.OH * s_.OW, band = std::clamp(cached / (dot_columns * lanes), int64_t{1}, pixels);
   for (int64_t g = 0; g < s_.groups; ++g) {
     for (int64_t p = 0; p < pixels; p += band) {
@@ -224,9 +227,10 @@ void ImagesWeightGradient<T>::operator()(const Compute<T>* source, const Compute
                                   std::min(band, pixels - p),
                                   sums + g * depth() * out() * lanes,
                                   out()};
-      for_each_dot_tile(depth(), out(), [&](auto rows, auto columns, int64_t row, int64_t column) {
-        products.template add<decltype(rows)::value, decltype(columns)::value>(row, column);
-        if (row == 0 && bias) products.template add_bias<decltype(columns)::value>(bias + g * out() * lanes, column);
+      for_each_dot_tile(mine.size(), out(), [&](auto rows, auto columns, int64_t row, int64_t column) {
+        products.template add<decltype(rows)::value, decltype(columns)::value>(mine.begin + row, column);
+        if (mine.begin + row == 0 && bias)
+          products.template add_bias<decltype(columns)::value>(bias + g * out() * lanes, column);
       });
     }
   }
@@ -272,21 +276,23 @@ void backward_of_blocks(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) {
   const int64_t blocks = ceil_div(s.N, lanes), parts = std::min(blocks, enough_tasks);
   C* partial = scratch<C>(Scratch::partial_sums, parts * sums);
   const double flops = 2.0 * s.N * out * K * (int{x.grad_input != nullptr} + int{x.grad_weight != nullptr});
-  for_each_task(parts, flops, [&](int64_t part) {
+  for_each_shared_task(parts, flops, [&](int64_t part, const Team& team) {
     C *source_block = scratch<C>(Scratch::source_block, in * lanes),
       *grad = scratch<C>(Scratch::grad_block, out * lanes);
     C *result = scratch<C>(Scratch::output_block, in * lanes), *vectors = scratch<C>(Scratch::block_sums, sums * lanes);
     if (x.grad_weight) std::fill_n(vectors, sums * lanes, C(0));
     for (int64_t block = part * blocks / parts; block < (part + 1) * blocks / parts; ++block) {
       const int64_t first = block * lanes, count = std::min(lanes, s.N - first);
-      grad_block(first, count, grad);
+      grad_block(first, count, grad, team);
       if (x.grad_weight) {
-        to_block(source_block, source.images + first * in, in, count);
-        (*weight_gradient)(source_block, grad, vectors, x.grad_bias ? vectors + weights * lanes : nullptr);
+        C* bias = x.grad_bias ? vectors + weights * lanes : nullptr;
+        team.share([&](Share share) { to_block(source_block, source.images + first * in, in, count, share); });
+        team.share([&](Share share) { (*weight_gradient)(source_block, grad, vectors, bias, share); });
       }
       if (x.grad_input) {
-        (*input_gradient)(grad, result);
-        from_block(static_cast<T*>(x.grad_input) + first * in, result, in, count);
+        T* images = static_cast<T*>(x.grad_input) + first * in;
+        team.share([&](Share share) { (*input_gradient)(grad, result, share); });
+        team.share([&](Share share) { from_block(images, result, in, count, share); });
       }
     }
     for (int64_t i = 0; i < sums && x.grad_weight; ++i)

@@ -27,8 +27,8 @@ class ImagesCorrelation {
     return 2.0 * static_cast<double>(x_.groups * x_.out_channels * x_.source.pixels() * x_.depth());
   }
 
-  // Of one block, in the memory layout of the tensors: the source's, to the output's.
-  void operator()(const Compute<T>* source, Compute<T>* output) const;
+  // A share of the pixels of one block, in the memory layout of the tensors: the source's, to the output's.
+  void operator()(const Compute<T>* source, Compute<T>* output, Share share) const;
 
  private:
   Correlation<T> x_;
@@ -51,7 +51,9 @@ class ImagesWeightGradient {
  public:
   ImagesWeightGradient(const Conv2dShape& s, const Source<T>& source);
 
-  void operator()(const Compute<T>* source, const Compute<T>* grad, Compute<T>* sums, Compute<T>* bias) const;
+  // A share of the rows, and the bias of the first of them.
+  void operator()(const Compute<T>* source, const Compute<T>* grad, Compute<T>* sums, Compute<T>* bias,
+                  Share share) const;
 
  private:
   int64_t depth() const { return source_.depth(); }
@@ -66,9 +68,9 @@ class ImagesWeightGradient {
 template <class T>
 bool backward_along_images(const Conv2dBackwardArgs& x);
 
-// grad_block(first, count, block) lays out the gradients of the output for images [first, first + count).
+// grad_block(first, count, block, team) lays out the gradients of the output for images [first, first + count).
 template <class T>
-using GradBlock = c10::function_ref<void(int64_t first, int64_t count, Compute<T>* block)>;
+using GradBlock = c10::function_ref<void(int64_t first, int64_t count, Compute<T>* block, const Team& team)>;
 
 // All gradients that are asked for, where they should; x.grad_output is not looked at.
 template <class T>

@@ -74,7 +74,12 @@ class Pooled2x2 {
   }
 
   // A null argmax is not written.
-  void operator()(const C* source, C* pooled, uint8_t* argmax) const {
+  void operator()(const C* source, C* pooled, uint8_t* argmax, const Team& team) const {
+    team.share([&](Share share) { pool(source, pooled, argmax, share.of(pool_.OH * pool_.OW)); });
+  }
+
+ private:
+  void pool(const C* source, C* pooled, uint8_t* argmax, Span windows) const {
     const auto& tiles = argmax ? tiles_with_argmax : tiles_without_argmax;
     const Source<T>& s = x_.source;
     const Layout out(pool_.C, pool_.OH, pool_.OW, pool_.channels_last);
@@ -82,22 +87,20 @@ class Pooled2x2 {
     const C* filters = filters_;
     for (int64_t g = 0; g < x_.groups; ++g, filters += x_.out_channels * x_.depth()) {
       const C* images = source + g * s.channels * s.channel_stride * kLanes<T>;
-      for (int64_t y = 0; y < pool_.OH; ++y) {
-        for (int64_t x = 0; x < pool_.OW; ++x) {
-          const C* pixel = images + 2 * y * below + 2 * x * right;
-          for_each_even_part(x_.out_channels, most_rows, [&](int64_t o, int64_t rows) {
-            const int64_t channel = g * x_.out_channels + o;
-            const int64_t window = channel * out.channel_stride + y * out.y_stride + x * out.x_stride;
-            tiles[rows - 1](*this, {pixel, pixel + right, pixel + below, pixel + below + right},
-                            filters + o * x_.depth(), x_.bias ? x_.bias + channel : nullptr,
-                            {pooled, argmax, window * kLanes<T>, out.channel_stride * kLanes<T>});
-          });
-        }
+      for (int64_t i = windows.begin; i < windows.end; ++i) {
+        const int64_t y = i / pool_.OW, x = i % pool_.OW;
+        const C* pixel = images + 2 * y * below + 2 * x * right;
+        for_each_even_part(x_.out_channels, most_rows, [&](int64_t o, int64_t rows) {
+          const int64_t channel = g * x_.out_channels + o;
+          const int64_t window = channel * out.channel_stride + y * out.y_stride + x * out.x_stride;
+          tiles[rows - 1](*this, {pixel, pixel + right, pixel + below, pixel + below + right}, filters + o * x_.depth(),
+                          x_.bias ? x_.bias + channel : nullptr,
+                          {pooled, argmax, window * kLanes<T>, out.channel_stride * kLanes<T>});
+        });
       }
     }
   }
 
- private:
 #if defined(CPU_CAPABILITY_AVX512)
   static constexpr int most_rows = 6;  // times 4 sums in 32 registers
 #elif defined(CPU_CAPABILITY_AVX2)

@@ -30,11 +30,12 @@ bool is_tiled(const MaxPool2dShape& s) {
          max_pool2d_argmax_is_u8(s.taps());
 }
 
-// f(window, pixel, tap) for every tap of every window of an image: elements of the pooled image and of its input.
+// f(window, pixel, tap) for every tap of every window of some channels of an image: elements of the pooled image and of
+// its input.
 template <class Start, class F, class End>
-void for_each_window(const MaxPool2dShape& s, const Start& start, const F& f, const End& end) {
+void for_each_window(const MaxPool2dShape& s, Span channels, const Start& start, const F& f, const End& end) {
   const Layout in(s.C, s.H, s.W, s.channels_last), out(s.C, s.OH, s.OW, s.channels_last);
-  for (int64_t c = 0; c < s.C; ++c) {
+  for (int64_t c = channels.begin; c < channels.end; ++c) {
     for (int64_t y = 0; y < s.OH; ++y) {
       for (int64_t x = 0; x < s.OW; ++x) {
         const int64_t window = c * out.channel_stride + y * out.y_stride + x * out.x_stride;
@@ -59,17 +60,20 @@ class PooledBlock {
   PooledBlock(const Correlation<T>& correlation, const MaxPool2dShape& pool) : correlation_(correlation), pool_(pool) {}
 
   // A null argmax is not written.
-  void operator()(const C* source, C* pooled, uint8_t* argmax) const {
+  void operator()(const C* source, C* pooled, uint8_t* argmax, const Team& team) const {
     C* unpooled = scratch<C>(Scratch::output_block, correlation_.output_size() * lanes);
-    correlation_(source, unpooled);
-    argmax ? pool<uint8_t>(unpooled, pooled, argmax) : pool<void>(unpooled, pooled, argmax);
+    team.share([&](Share share) { correlation_(source, unpooled, share); });
+    team.share([&](Share share) {
+      const Span channels = share.of(pool_.C);
+      argmax ? pool<uint8_t>(unpooled, pooled, argmax, channels) : pool<void>(unpooled, pooled, argmax, channels);
+    });
   }
 
  private:
   template <class A>
-  void pool(const C* unpooled, C* pooled, uint8_t* argmax) const {
+  void pool(const C* unpooled, C* pooled, uint8_t* argmax, Span channels) const {
     for_each_window(
-        pool_, [&](int64_t) { return rectified_best<C, A>(pool_.taps()); },
+        pool_, channels, [&](int64_t) { return rectified_best<C, A>(pool_.taps()); },
         [&](auto& best, int64_t pixel, int64_t tap) {
           best.update(rounded<T>(Vec<C>::loadu(unpooled + pixel * lanes)), tap);
         },
@@ -86,15 +90,18 @@ void forward_of_blocks(const Conv2dReluMaxPool2dArgs& x, double flops, const Poo
   constexpr int64_t lanes = kLanes<T>;
   const Conv2dShape& s = x.conv.shape;
   const int64_t in = s.C * s.H * s.W, out = s.O * x.pool.OH * x.pool.OW;
-  for_each_task(ceil_div(s.N, lanes), flops, [&](int64_t task) {
+  for_each_shared_task(ceil_div(s.N, lanes), flops, [&](int64_t task, const Team& team) {
     const int64_t first = task * lanes, count = std::min(lanes, s.N - first);
     C* source = scratch<C>(Scratch::source_block, in * lanes);
     C* pooled = scratch<C>(Scratch::pooled_block, out * lanes);
     uint8_t* argmax = x.argmax ? scratch<uint8_t>(Scratch::argmax_block, out * lanes) : nullptr;
-    to_block(source, static_cast<const T*>(x.conv.input) + first * in, in, count);
-    pooled_block(source, pooled, argmax);
-    from_block(static_cast<T*>(x.output) + first * out, pooled, out, count);
-    if (argmax) bytes_from_block(static_cast<uint8_t*>(x.argmax) + first * out, argmax, out, count, lanes);
+    team.share(
+        [&](Share share) { to_block(source, static_cast<const T*>(x.conv.input) + first * in, in, count, share); });
+    pooled_block(source, pooled, argmax, team);
+    team.share([&](Share share) {
+      from_block(static_cast<T*>(x.output) + first * out, pooled, out, count, share);
+      if (argmax) bytes_from_block(static_cast<uint8_t*>(x.argmax) + first * out, argmax, out, count, lanes, share);
+    });
   });
 }
 
@@ -106,22 +113,28 @@ void backward_of_pooled_blocks(const Conv2dReluMaxPool2dBackwardArgs& x) {
   const MaxPool2dShape& pool = x.pool;
   const int64_t out = pool.C * pool.OH * pool.OW, between = pool.C * pool.H * pool.W;
   const bool gaps = pool.OH * pool.kernel_h < pool.H || pool.OW * pool.kernel_w < pool.W;  // pixels of no window
-  backward_of_blocks<T>(x.conv, [&](int64_t first, int64_t count, C* block) {
+  backward_of_blocks<T>(x.conv, [&](int64_t first, int64_t count, C* block, const Team& team) {
     C* pooled = scratch<C>(Scratch::pooled_block, out * lanes);
     uint8_t* argmax = scratch<uint8_t>(Scratch::argmax_block, out * lanes);
-    to_block(pooled, static_cast<const T*>(x.grad_output) + first * out, out, count);
-    bytes_to_block(argmax, static_cast<const uint8_t*>(x.argmax) + first * out, out, count, lanes);
-    if (gaps) std::fill_n(block, between * lanes, C(0));
+    team.share([&](Share share) {
+      to_block(pooled, static_cast<const T*>(x.grad_output) + first * out, out, count, share);
+      bytes_to_block(argmax, static_cast<const uint8_t*>(x.argmax) + first * out, out, count, lanes, share);
+      const Span elements = share.of(between);
+      if (gaps) std::fill_n(block + elements.begin * lanes, elements.size() * lanes, C(0));
+    });
     struct Window {
       V grad;
       const uint8_t* argmax;
     };
-    for_each_window(
-        pool, [&](int64_t window) { return Window{V::loadu(pooled + window * lanes), argmax + window * lanes}; },
-        [&](const Window& window, int64_t pixel, int64_t tap) {
-          won_by<C>(tap, window.grad, window.argmax).store(block + pixel * lanes);
-        },
-        [](const Window&, int64_t) {});
+    team.share([&](Share share) {
+      for_each_window(
+          pool, share.of(pool.C),
+          [&](int64_t window) { return Window{V::loadu(pooled + window * lanes), argmax + window * lanes}; },
+          [&](const Window& window, int64_t pixel, int64_t tap) {
+            won_by<C>(tap, window.grad, window.argmax).store(block + pixel * lanes);
+          },
+          [](const Window&, int64_t) {});
+    });
   });
 }
 

@@ -9,21 +9,27 @@
 
 namespace pyops::cpu {
 
+// Of the elements, each copies a share in whole squares of transpose.h.
+constexpr int64_t square_side = 16;
+
 template <class T>
-void to_block(Compute<T>* block, const T* images, int64_t image_size, int64_t count) {
+void to_block(Compute<T>* block, const T* images, int64_t image_size, int64_t count, Share share) {
   constexpr int64_t lanes = Vec<Compute<T>>::size();
-  if (count < lanes) std::fill_n(block, image_size * lanes, Compute<T>(0));
-  transpose(block, lanes, images, image_size, count, image_size);
+  const Span elements = share.of(image_size, square_side);
+  block += elements.begin * lanes;
+  if (count < lanes) std::fill_n(block, elements.size() * lanes, Compute<T>(0));
+  transpose(block, lanes, images + elements.begin, image_size, count, elements.size());
 }
 
 template <class T>
-void from_block(T* images, const Compute<T>* block, int64_t image_size, int64_t count) {
+void from_block(T* images, const Compute<T>* block, int64_t image_size, int64_t count, Share share) {
   constexpr int64_t lanes = Vec<Compute<T>>::size();
+  const auto [begin, end] = share.of(image_size, square_side);
   if constexpr (is_reduced<T>) {
     constexpr int64_t at_once = 256;  // elements, of which the transpose stays in cache
     Compute<T> rows[lanes * at_once];
-    for (int64_t e = 0; e < image_size; e += at_once) {
-      const int64_t elements = std::min(at_once, image_size - e);
+    for (int64_t e = begin; e < end; e += at_once) {
+      const int64_t elements = std::min(at_once, end - e);
       transpose(rows, at_once, block + e * lanes, lanes, elements, count);
       for (int64_t n = 0; n < count; ++n)
         for (int64_t i = 0; i < elements; i += lanes)
@@ -31,17 +37,22 @@ void from_block(T* images, const Compute<T>* block, int64_t image_size, int64_t 
                 std::min(lanes, elements - i));
     }
   } else {
-    transpose(images, image_size, block, lanes, image_size, count);
+    transpose(images + begin, image_size, block + begin * lanes, lanes, end - begin, count);
   }
 }
 
 // The same for bytes.
-inline void bytes_to_block(uint8_t* block, const uint8_t* images, int64_t image_size, int64_t count, int64_t lanes) {
-  if (count < lanes) std::fill_n(block, image_size * lanes, uint8_t{0});
-  transpose_bytes(block, lanes, images, image_size, count, image_size);
+inline void bytes_to_block(uint8_t* block, const uint8_t* images, int64_t image_size, int64_t count, int64_t lanes,
+                           Share share) {
+  const Span elements = share.of(image_size, square_side);
+  block += elements.begin * lanes;
+  if (count < lanes) std::fill_n(block, elements.size() * lanes, uint8_t{0});
+  transpose_bytes(block, lanes, images + elements.begin, image_size, count, elements.size());
 }
-inline void bytes_from_block(uint8_t* images, const uint8_t* block, int64_t image_size, int64_t count, int64_t lanes) {
-  transpose_bytes(images, image_size, block, lanes, image_size, count);
+inline void bytes_from_block(uint8_t* images, const uint8_t* block, int64_t image_size, int64_t count, int64_t lanes,
+                             Share share) {
+  const Span elements = share.of(image_size, square_side);
+  transpose_bytes(images + elements.begin, image_size, block + elements.begin * lanes, lanes, elements.size(), count);
 }
 
 }  // namespace pyops::cpu
