@@ -75,7 +75,9 @@ template <class F, class T>
 void multiply_along_channels(const Source<T>& s, const Band& band, const Window<F>& w, const Vectors<F>& grad,
                              int64_t vectors, Sum<F>* sums, const int64_t* sum_rows, bool accumulate, bool in_place) {
   constexpr int64_t lanes = Factors<F>::size();
-  const bool by_tap = in_place || should_leave_out(s);
+  // A tap's rows are its channels. Of fewer than a tile has, its sums wait for one another: 64x1x28x28 -> 32, 5x5, 1.5
+  // ms by tap, with the zeros around the images 0.56; stock torch 0.65.
+  const bool by_tap = in_place || (band.channels >= tile_rows[0] && should_leave_out(s));
   const int64_t rows = band.channels * s.tap_count, run_count = by_tap ? s.tap_count : 1;
   const int64_t* patch = patch_offsets(Scratch::a_offsets, w, s, band.channels);
   int64_t* offsets = scratch<int64_t>(Scratch::row_offsets, rows);
