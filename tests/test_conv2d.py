@@ -57,6 +57,13 @@ GEOMETRIES = [
     ((17, 6, 8, 7), (14, 3, 3, 3), {"groups": 2, "dilation": 2}),
     ((40, 2, 9, 9), (3, 2, 2, 2), {"stride": 2}),
     ((19, 20, 4, 4), (16, 20, 3, 3), {"padding": 2}),  # K beyond one chunk, classes of pixels
+    # The gradient of the input tap by tap: sums beyond one chunk, several tasks, odd channels, steps, borders.
+    ((5, 19, 8, 7), (150, 19, 5, 4), {}),
+    ((70, 33, 6, 6), (40, 33, 4, 4), {"padding": 1}),
+    ((3, 300, 5, 6), (34, 300, 3, 5), {}),
+    ((4, 17, 11, 13), (35, 17, 3, 3), {"stride": (2, 3), "dilation": (2, 1), "padding": (1, 0)}),
+    ((2, 18, 4, 3), (37, 18, 5, 5), {"padding": 2}),  # taps that no pixel meets
+    ((37, 20, 3, 5), (21, 20, 3, 5), {}),  # and as that of a linear layer
     ((2, 24, 9, 8), (12, 8, 3, 3), {"groups": 3}),
     # Groups that share a vector of channels-last images: odd sizes, vectors that are not full, unequal channels.
     ((2, 32, 5, 19), (32, 4, 3, 3), {"groups": 8, "padding": 1}),

@@ -90,6 +90,12 @@ CASES = {
     "conv2d_small_planes": lambda dtype, where: convolved(  # vectors along the images
         images((85, 7, 9, 10), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 3, 1, 1
     ),
+    "conv2d_by_taps": lambda dtype, where: convolved(
+        images((13, 50, 9, 11), dtype, where), images((70, 50, 5, 5), dtype, where), 1, 0, 1, 1
+    ),
+    "conv2d_as_linear": lambda dtype, where: convolved(
+        images((85, 17, 5, 5), dtype, where), images((131, 17, 5, 5), dtype, where), 1, 0, 1, 1
+    ),
     "conv2d_few_channels": lambda dtype, where: convolved(  # gradients along the images
         images((85, 7, 13, 14), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 0, 1, 1
     ),
@@ -120,7 +126,7 @@ def test_same_bits(case, dtype, where):
         torch.set_num_threads(threads)
         torch.manual_seed(0)
         results = CASES[case](dtype, where)
-        bits = [t.contiguous().view(torch.uint8) for t in results]
+        bits = [t.clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in results]
         expected = expected or bits
         for i, (actual, first) in enumerate(zip(bits, expected, strict=True)):
             assert torch.equal(actual, first), f"result {i} differs with {threads} threads"

@@ -140,6 +140,10 @@ void correlate_planes(const Correlation<T>* phases, int64_t count);
 template <class T>
 std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x);
 
+// grad_input of conv2d_backward of one group, another way: conv2d_input_gradient_by_taps.cpp. T: float or double.
+template <class T>
+void input_gradient_by_taps(const Conv2dBackwardArgs& x);
+
 // grad_weight = the sum, in order, of `parts` arrays at distance part_stride, each [groups, K, O / groups], over all
 // taps.
 template <class T>
