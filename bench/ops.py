@@ -126,6 +126,11 @@ LARGE_CONVS = [  # the planes of residual networks; options are stride and paddi
     )
 ]
 NARROW_CONVS = [((8, 16, 32, 32), (16, 16, 3, 3), (1, 1))]  # of residual networks for CIFAR
+SMALL_CONVS = [  # of networks for MNIST and CIFAR: with padding, without, and in place of a linear layer
+    *[((64, 1, 28, 28), (32, 1, 3, 3), (1, 1)), ((64, 1, 28, 28), (32, 1, 5, 5), (1, 2))],
+    *[((64, 32, 14, 14), (64, 32, 3, 3), (1, 1)), ((64, 32, 12, 12), (64, 32, 5, 5))],
+    *[((64, 3, 32, 32), (32, 3, 3, 3), (1, 1)), ((16, 64, 7, 7), (128, 64, 7, 7))],
+]
 SPECIAL_CONVS = [  # stride, padding, dilation, groups
     ((8, 3, 224, 224), (64, 3, 7, 7), (2, 3)),
     ((8, 64, 28, 28), (64, 1, 3, 3), (1, 1, 1, 64)),
@@ -173,6 +178,7 @@ GROUPS = [
         "conv2d 3x3, 16 channels",
         [case for layout in (NCHW, NHWC) for case in cases("conv2d", NARROW_CONVS, *PASSES, layout=layout, bias=False)],
     ),
+    Group("conv2d, small networks", cases("conv2d", SMALL_CONVS, *PASSES)),
     Group(
         "conv2d 7x7, depthwise, grouped",
         [
