@@ -15,6 +15,10 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/library.h>
 
+#include <mutex>
+#include <optional>
+#include <string>
+
 #include "checks.h"
 #include "gradient.h"
 
@@ -36,7 +40,8 @@ struct Derivative {
   const Derivative* in_transform = nullptr;  // what holds inside of torch.func's transforms; null: the same
 };
 
-// A mask of bits has no dimension to be batched by.
+// A mask of bits has no dimension to be batched by. The output is kept instead, so that it must not be changed in
+// place.
 constexpr Derivative relu_in_transform{"relu", "relu_backward", 0};
 
 constexpr Derivative derivatives[] = {
@@ -119,7 +124,7 @@ class Recorder {
     }
     for (const c10::IValue& option : arguments.slice(bilinear ? 3 : 1)) gradient.add_option(option);
     {
-      at::AutoDispatchBelowAutograd guard;
+      const at::AutoDispatchBelowADInplaceOrView guard;
       forward_->redispatchBoxed(keys & c10::after_autograd_keyset, stack);
     }
     const auto outputs = torch::jit::last(*stack, forward_->schema().returns().size());

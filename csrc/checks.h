@@ -2,6 +2,7 @@
 // the rule and the values in the message; every check runs before anything is allocated or written.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/StringUtil.h>
 
@@ -90,6 +91,8 @@ inline at::Tensor to_batch(const at::Tensor& images) {
   return images.dim() == 3 ? images.unsqueeze(0) : images;
 }
 inline at::Tensor from_batch(const at::Tensor& images, bool batched) {
+  // Not a view to autograd, which would refuse to change it in place.
+  const at::AutoDispatchBelowADInplaceOrView guard;
   return batched ? images : images.squeeze(0);
 }
 

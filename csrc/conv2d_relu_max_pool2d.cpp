@@ -30,7 +30,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
     return fresh({pool.N, pool.C, pool.OH, pool.OW}, input.options().dtype(dtype), memory_format(s.channels_last));
   };
   // A single image has no memory format: max_pool2d's are contiguous.
-  const auto result = [&](const Tensor& batch) { return conv.batched ? batch : batch.squeeze(0).contiguous(); };
+  const auto result = [&](const Tensor& batch) { return conv.batched ? batch : from_batch(batch, false).contiguous(); };
   const Tensor output = empty(input.scalar_type());
   if (argmax) *argmax = empty(argmax_dtype(pool));
   if (output.numel() > 0)

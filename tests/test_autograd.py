@@ -5,6 +5,7 @@ Values of first gradients are compared with stock's in the test file of each op.
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -452,6 +453,18 @@ def test_output_of_relu_may_be_overwritten():
     y += 1
     y.sum().backward()
     assert x.grad.tolist() == [0, 1]
+
+
+def test_results_of_a_single_image_may_be_overwritten():
+    """They are no views of a batch of one, neither the output nor a gradient that is differentiated again."""
+    x, w = torch.randn(2, 5, 5, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
+    pool = partial(F.conv2d_relu_max_pool2d, pool_kernel_size=2)
+    for function in (F.conv2d, pool):
+        y = function(x, w)
+        y.mul_(2)
+        (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        g.mul_(2)
+        g.sum().backward()
 
 
 @pytest.mark.parametrize("function", [F.relu, lambda x: F.max_pool2d(x, 2)], ids=["relu", "max_pool2d"])

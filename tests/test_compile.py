@@ -14,6 +14,7 @@ from twins import TWINS, lenets, training_pass
 
 import pyops
 from pyops import _load
+from pyops import functional as F
 
 every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
 both_lenets = pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
@@ -254,6 +255,15 @@ def test_compiled_backward_of_networks(fused):
             torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda packed: packed + 0),
         ):
             assert all(map(torch.equal, training_pass(net, net, images), expected))
+
+
+@pytest.mark.parametrize("function", [F.relu, lambda x: F.max_pool2d(x, 2)], ids=["relu", "max_pool2d"])
+def test_compiled_second_backward(function):
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        (grad * x).sum().backward()
+    assert torch.equal(x.grad, grad)
 
 
 # ---- torch.export ----

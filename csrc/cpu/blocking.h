@@ -29,7 +29,7 @@ inline int64_t tasks_worth(double flops) {
   return std::clamp(static_cast<int64_t>(flops / fork_flops), int64_t{1}, enough_tasks);
 }
 
-// Numbers from `begin` on, before `end`.
+// Numbers from `begin` on, before `end`: none where that is not larger.
 struct Span {
   int64_t begin, end;
 
@@ -80,14 +80,16 @@ class Team {
   const int64_t threads_;
 };
 
-// f(task, team) for every task. As many of them as come out even are done by one thread each, the rest by all threads
-// together: a batch of 16 images is one task of those that go by blocks of images (a network like VGG on two cores:
-// 0.46 ms, by one of them 0.83). No result may depend on how a task is shared.
+// f(task, team) for every task. As many of them as come out even are done by one thread each. The rest, where that
+// would leave half of the threads without work, by all threads together: a batch of 16 images is one task of those that
+// go by blocks of images (a network like VGG on two cores: 0.46 ms, by one of them 0.83). No result may depend on how a
+// task is shared.
 template <class F>
 void for_each_shared_task(int64_t tasks, double flops, const F& f) {
   const int64_t threads = at::get_num_threads();
-  const bool shared = flops >= static_cast<double>(tasks) * fork_flops && !at::in_parallel_region();
-  const int64_t alone = shared ? tasks / threads * threads : tasks;
+  const int64_t rest = tasks % threads;
+  const bool worth = flops >= 0.25 * fork_flops * static_cast<double>(tasks * threads);  // of a task each share
+  const int64_t alone = worth && 2 * rest <= threads && !at::in_parallel_region() ? tasks - rest : tasks;
   for_each_task(alone, flops, [&](int64_t task) { f(task, Team(1)); });
   for (int64_t task = alone; task < tasks; ++task) f(task, Team(threads));
 }

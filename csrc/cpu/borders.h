@@ -55,8 +55,8 @@ bool should_leave_out(const Source<In>& s) {
 
 // ---- classes of pixels ----
 
-// Output coordinates [begin, end) along one axis, for which the same taps lie inside.
-// Cuts an axis of `count` output coordinates into spans; offset(tap) is where a tap lies.
+// Cuts an axis of `count` output coordinates into spans for which the same taps lie inside; offset(tap) is where a tap
+// lies.
 template <class In, class Offset>
 int64_t cut(Span* spans, const Source<In>& s, int64_t count, int64_t step, int64_t size, const Offset& offset) {
   int64_t spans_found = 0;

@@ -89,6 +89,10 @@ void ImagesCorrelation<T>::operator()(const Compute<T>* source, Compute<T>* outp
     const int64_t* begin = chunk_begins_;
     for (int64_t i = 0, first = 0; i < class_count_; first += class_pixels_[i++]) {
       const Span pixels{std::max(mine.begin, first), std::min(mine.end, first + class_pixels_[i])};
+      if (pixels.size() == 0) {
+        begin += chunks_;
+        continue;
+      }
       target.vectors = to_ + pixels.begin;
       for (int64_t chunk = 0; chunk < chunks_; ++chunk, ++begin) {
         const RowRun run{O, begin[1] - begin[0], filter_steps_ + begin[0], source_steps_ + begin[0]};

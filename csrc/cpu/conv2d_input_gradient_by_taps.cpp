@@ -4,9 +4,9 @@
 //
 // a product of tile.h that adds its sums where the tap lies. correlate.cpp gathers: there a pixel of the input is a row
 // that sums over its taps, of which most lie outside where grad_output is hardly larger than the kernel. Then it has as
-// many kinds of rows as pixels, or multiplies zeros. A task is some images and a block of their channels, whose sums
-// stay in cache. One core with AVX-512: 64x32x12x12 -> 64, 5x5, 1.9 ms, gathered 2.4, stock torch 2.0; 12x24x8x8 -> 96,
-// 7x7, 0.17, gathered 1.08, stock 0.19.
+// many kinds of rows as pixels, or multiplies zeros. A task is some images, or a band of rows of one, and a block of
+// their channels, whose sums stay in cache. One core with AVX-512: 64x32x12x12 -> 64, 5x5, 1.9 ms, gathered 2.4, stock
+// torch 2.0; 12x24x8x8 -> 96, 7x7, 0.17, gathered 1.08, stock 0.19.
 //
 // Every element sums over (tap, chunk of O) in order, whatever the batch and the threads. No zeros are multiplied.
 #include "conv2d.h"
@@ -41,23 +41,28 @@ void input_gradient_by_taps(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;
   const Source<T> source = input_source<T>(s, nullptr);
   const Layout image(s.C, s.H, s.W, s.channels_last), grad(s.O, s.OH, s.OW, s.channels_last);
-  const int64_t pixels = s.H * s.W, stride = ceil_div(s.C, lanes) * lanes;
+  const int64_t stride = ceil_div(s.C, lanes) * lanes;
   const double flops = 2.0 * s.N * s.OH * s.OW * s.O * s.C * source.tap_count;
 
-  int64_t columns = std::min(stride, most_columns),
-          images = std::clamp(most_sums / (pixels * columns), int64_t{1}, s.N);
-  const auto tasks = [&] { return ceil_div(s.N, images) * ceil_div(stride, columns); };
-  while (tasks() < tasks_worth(flops) && images > 1 && images * s.OH * s.OW >= 2 * least_rows)
-    images = ceil_div(images, 2);
-  while (tasks() < tasks_worth(flops) && columns > least_columns) columns = ceil_div(columns / 2, lanes) * lanes;
+  // Some whole images, or a band of rows of one.
+  int64_t columns = std::min(stride, most_columns);
+  int64_t images = std::clamp(most_sums / (s.H * s.W * columns), int64_t{1}, s.N);
+  int64_t height = std::clamp(most_sums / (s.W * columns), int64_t{1}, s.H);
+  const auto tasks = [&] { return ceil_div(s.N, images) * ceil_div(s.H, height) * ceil_div(stride, columns); };
+  const auto few = [&] { return tasks() < tasks_worth(flops); };
+  while (few() && images > 1 && images * s.OH * s.OW >= 2 * least_rows) images = ceil_div(images, 2);
+  while (few() && columns > least_columns) columns = ceil_div(columns / 2, lanes) * lanes;
+  while (few() && images == 1 && height * s.W >= 2 * least_rows) height = ceil_div(height, 2);
 
   const T* weights = weights_by_tap(s, static_cast<const T*>(x.weight), stride);
   const Output<T> out{static_cast<T*>(x.grad_input),
-                      {s.W, pixels, image.image_stride, image.y_stride, image.x_stride},
+                      {s.W, s.H * s.W, image.image_stride, image.y_stride, image.x_stride},
                       Axis::plain(image.channel_stride)};
+  const int64_t blocks = ceil_div(stride, columns), bands = ceil_div(s.H, height);
   for_each_task(tasks(), flops, [&](int64_t task) {
-    const int64_t c = task % ceil_div(stride, columns) * columns, n = task / ceil_div(stride, columns) * images;
-    const int64_t width = std::min(columns, stride - c), count = std::min(images, s.N - n), vectors = width / lanes;
+    const int64_t c = task % blocks * columns, y = task / blocks % bands * height, n = task / blocks / bands * images;
+    const int64_t width = std::min(columns, stride - c), vectors = width / lanes;
+    const int64_t pixels = std::min(height, s.H - y) * s.W, count = std::min(images, s.N - n);
     T* sums = scratch<T>(Scratch::sums, count * pixels * width);
     std::fill_n(sums, count * pixels * width, T(0));
     int64_t* offsets = scratch<int64_t>(Scratch::a_offsets, count * s.OH * s.OW);
@@ -66,14 +71,17 @@ void input_gradient_by_taps(const Conv2dBackwardArgs& x) {
     const int64_t* weight_steps = multiples(Scratch::b_steps, s.O, stride);
     const int64_t* next = multiples(Scratch::target_vectors, vectors, lanes);
     for (const Tap* tap = source.taps; tap < source.taps + source.tap_count; ++tap) {
-      const Inside rows = inside_of_row(tap->dy, s.stride_h, s.OH, s.H);
+      // The pixels of grad_output whose tap lies in the band, and where in it.
+      const Inside rows = inside_of_row(tap->dy - y, s.stride_h, s.OH, pixels / s.W);
       const Inside line = inside_of_row(tap->dx, s.stride_w, s.OW, s.W);
       int64_t met = 0;
       for (int64_t i = 0; i < count; ++i) {
-        for (int64_t y = rows.begin; y < rows.end; ++y) {
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+          const int64_t from = i * grad.image_stride + row * grad.y_stride;
+          const int64_t to = i * pixels + (row * s.stride_h + tap->dy - y) * s.W + tap->dx;
           for (int64_t column = line.begin; column < line.end; ++column, ++met) {
-            offsets[met] = i * grad.image_stride + y * grad.y_stride + column * grad.x_stride;
-            targets[met] = (i * pixels + (y * s.stride_h + tap->dy) * s.W + column * s.stride_w + tap->dx) * width;
+            offsets[met] = from + column * grad.x_stride;
+            targets[met] = (to + column * s.stride_w) * width;
           }
         }
       }
@@ -84,7 +92,7 @@ void input_gradient_by_taps(const Conv2dBackwardArgs& x) {
                     {sums, targets, next}, /*accumulate=*/true, /*last=*/false);
       });
     }
-    write(out, sums, width, n * pixels, count * pixels, c, std::min(width, s.C - c));
+    write(out, sums, width, n * s.H * s.W + y * s.W, count * pixels, c, std::min(width, s.C - c));
   });
 }
 
