@@ -96,7 +96,7 @@ bool should_go_by_taps(const Conv2dShape& s) {
     const double gathered = static_cast<double>(s.H * s.W) / static_cast<double>(s.stride_h * s.stride_w);
     const double met = share_inside(input_source<T>(s, nullptr)) * static_cast<double>(s.OH * s.OW);
     // Channels-first images are copied to be gathered.
-    const double gathering = (s.channels_last ? 1.05 : 0.87) * met / gathered;
+    const double gathering = (s.channels_last ? 1.1 : 0.87) * met / gathered;
     // The sums of a tap are loaded and stored, which takes as long as 16 terms.
     const double terms = static_cast<double>(s.O) / static_cast<double>(s.O + 16);
     const double by_taps = terms * lanes_used<T>(s.C) * (s.C > Vec<T>::size() ? 1 : 0.7);
