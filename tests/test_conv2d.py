@@ -63,6 +63,8 @@ GEOMETRIES = [
     ((3, 300, 5, 6), (34, 300, 3, 5), {}),
     ((4, 17, 11, 13), (35, 17, 3, 3), {"stride": (2, 3), "dilation": (2, 1), "padding": (1, 0)}),
     ((2, 18, 4, 3), (37, 18, 5, 5), {"padding": 2}),  # taps that no pixel meets
+    ((1, 48, 41, 31), (96, 48, 3, 3), {}),  # bands of rows
+    ((1, 48, 41, 31), (96, 48, 3, 3), {"stride": (2, 1), "padding": (1, 0)}),
     ((37, 20, 3, 5), (21, 20, 3, 5), {}),  # and as that of a linear layer
     ((2, 24, 9, 8), (12, 8, 3, 3), {"groups": 3}),
     # Groups that share a vector of channels-last images: odd sizes, vectors that are not full, unequal channels.
