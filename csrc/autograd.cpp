@@ -76,9 +76,9 @@ c10::IValue to_value(c10::SymIntArrayRef numbers) {
 }
 
 // An operator by its name. It is looked up at the first call, when all of them are registered.
-class Operator {
+class NamedOperator {
  public:
-  explicit Operator(const char* name) : name_(name) {}
+  explicit NamedOperator(const char* name) : name_(name) {}
 
   const c10::OperatorHandle& operator*() const {
     std::call_once(found_, [this] {
@@ -141,7 +141,7 @@ class Recorder {
 
  private:
   const Derivative& derivative_;
-  const Operator forward_, backward_;
+  const NamedOperator forward_, backward_;
 };
 
 // Never destroyed: the interpreter may be gone by then.

@@ -113,7 +113,7 @@ template <class T>
 InputGradient way_of(const Conv2dShape& s) {
   // 16x64x7x7 -> 128, 7x7: 0.07, by taps 0.44, gathered 0.51.
   if (is_linear(s)) return InputGradient::linear;
-  // 1x64x14x14 -> 192, 5x5: 0.32, gathered 0.57; 12x24x8x8 -> 96, 7x7: 0.20, 1.08.
+  // 1x64x14x14 -> 192, 5x5: 0.32, gathered 0.57; 12x24x8x8 -> 96, 7x7: 0.17, 1.08.
   if (should_go_by_taps<T>(s)) return InputGradient::by_taps;
   // 8x64x56x56 -> 64, 3x3, padding 1: 9.3, by taps 9.9.
   return InputGradient::correlation;
