@@ -26,12 +26,15 @@ TOLERANCES = {
 }
 
 
-def assert_close(what: str, actual: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor) -> None:
-    """`magnitude` is the sum of the absolute values of the terms that `exact` is the sum of, both in float64."""
+def assert_close(
+    what: str, actual: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, roundings: int = 1
+) -> None:
+    """`magnitude` is the sum of the absolute values of the terms that `exact` is the sum of, both in float64. Where
+    the terms may be denormal, `roundings` is how many of them there are, each with an absolute error of its own."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
     tolerance = TOLERANCES[actual.dtype]
     smallest = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
-    allowed = tolerance.rounding * exact.abs() + tolerance.summation * magnitude + smallest
+    allowed = tolerance.rounding * exact.abs() + tolerance.summation * magnitude + roundings * smallest
     error = (actual.double() - exact).abs()
     finite = exact.isfinite()
     wrong = torch.where(finite, ~(error <= allowed), ~same(actual.double(), exact))
@@ -52,7 +55,8 @@ def same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def assert_identical(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
     """The same dtype, shape and strides, and the same values down to the sign of zero; a NaN is any NaN."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    if actual.shape != expected.shape or not same(actual, expected).all():
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)  # says where they differ
     assert_same_strides(what, actual, expected)
     if actual.is_floating_point():
         zeros = expected == 0
@@ -67,54 +71,118 @@ def assert_same_strides(what: str, actual: torch.Tensor, expected: torch.Tensor)
 
 
 def gradients(
-    function: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor | None], grad_output: torch.Tensor
+    function: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor | None],
+    grad_output: torch.Tensor,
+    wanted: Sequence[bool] | None = None,
 ) -> list[torch.Tensor | None]:
-    """The gradients of all the tensors."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
-    present = [leaf for leaf in leaves if leaf is not None]
-    grads = iter(torch.autograd.grad(function(*leaves), present, grad_output))
-    return [None if leaf is None else next(grads) for leaf in leaves]
+    """The gradients of all the tensors, or of those that are wanted; None for the others."""
+    return output_and_gradients(function, tensors, lambda _: grad_output, wanted)[1]
+
+
+def output_and_gradients(
+    function: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor | None],
+    grad_output: Callable[[torch.Tensor], torch.Tensor],
+    wanted: Sequence[bool] | None = None,
+) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """The output, and the gradients for the gradient that `grad_output` gives for it."""
+    wanted = [t is not None for t in tensors] if wanted is None else wanted
+    leaves = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
+    output = function(*leaves)
+    required = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+    grads = iter(torch.autograd.grad(output, required, grad_output(output)) if required else ())
+    return output.detach(), [next(grads) if want else None for want in wanted]
+
+
+def conv2d_unfolded(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    inside: bool = False,
+) -> torch.Tensor:
+    """conv2d as a product of the weight with the unfolded images (im2col). `inside`: over the taps inside of the image
+    alone, where stock multiplies the padding with the weights, which gives NaN where a weight is infinite."""
+
+    def pair(value):
+        return (value, value) if isinstance(value, int) else tuple(value)
+
+    images = input if input.dim() == 4 else input[None]
+    strides, dilations, kernel = pair(stride), pair(dilation), weight.shape[2:]
+    totals = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    before = [total // 2 for total in totals] if padding == "same" else pair(0 if padding == "valid" else padding)
+    both = totals if padding == "same" else [2 * p for p in before]
+    top, left = before
+    bottom, right = (total - p for total, p in zip(both, before, strict=True))
+    size = [
+        (n + p - total - 1) // s + 1 for n, p, total, s in zip(images.shape[2:], both, totals, strides, strict=True)
+    ]
+
+    def unfold(planes):
+        padded = torch.nn.functional.pad(planes, (left, right, top, bottom))
+        return torch.nn.functional.unfold(padded, kernel, dilation=dilations, stride=strides)
+
+    columns = unfold(images).unflatten(1, (groups, 1, -1))  # [N, groups, 1, C / groups * taps, pixels]
+    filters = weight.flatten(1).unflatten(0, (groups, -1))  # [groups, O / groups, C / groups * taps]
+    if inside:
+        is_inside = unfold(torch.ones_like(images[:1, :1])).repeat(1, weight.shape[1], 1).bool()
+        columns = columns[:, :, 0].where(is_inside, 0)
+        rows = [(columns * row[..., None].where(is_inside, 0)).sum(2) for row in filters.unbind(1)]
+        output = torch.stack(rows, 2)
+    else:
+        output = filters @ columns[:, :, 0]
+    output = output.flatten(1, 2).unflatten(2, size)
+    output = output if bias is None else output + bias[:, None, None]
+    return output if input.dim() == 4 else output[0]
 
 
 def check(
     op: str,
     tensors: Sequence[torch.Tensor | None],
     options: dict | None = None,
-    grad_layout: Layout | str = "contiguous",
+    grad: Layout | str | Callable[[torch.Tensor], torch.Tensor] = "contiguous",
+    *,
+    wanted: Sequence[bool] | None = None,
+    reference: Callable[..., torch.Tensor] | None = None,
+    like: torch.Tensor | None = None,
+    roundings: int = 1,
 ) -> None:
-    """pyops.functional.<op> and the gradients of all its tensors, against stock's of the same name.
+    """pyops.functional.<op> and the gradients of the tensors that are wanted, by default of all, against `reference`,
+    by default stock's function of the same name, in float64. The output has the dtype and the strides of `like`, by
+    default of stock's output. `grad` is the layout of a random gradient of the output, or gives the gradient.
 
-    The operation must be linear in each tensor, so that stock's result for absolute values bounds the rounding errors.
+    The operation must be linear in each tensor, so that the reference's result for absolute values bounds the rounding
+    errors.
     """
     options = options or {}
-    names = ("input", "weight", "bias")
+    stock = getattr(torch.nn.functional, op)
+    wanted = [t is not None for t in tensors] if wanted is None else wanted
+    grad_output = None
 
     def ours(*args):
         return getattr(pyops.functional, op)(*args, **options)
 
-    def stock(*args):
-        return getattr(torch.nn.functional, op)(*args, **options)
+    def exact(*args):
+        return (reference or stock)(*args, **options)
 
-    def exact(t):
-        return None if t is None else t.double()
+    def gradient(output):
+        nonlocal grad_output
+        grad_output = grad(output) if callable(grad) else random(output.shape, output.dtype, grad)
+        return grad_output
 
-    def absolute(t):
-        return None if t is None else t.double().abs()
-
-    output = ours(*tensors)
-    expected = stock(*tensors)
-    assert output.dtype == expected.dtype
-    assert_same_strides("output", output, expected)
-    assert_close("output", output, stock(*map(exact, tensors)), stock(*map(absolute, tensors)))
-
-    grad = random(output.shape, output.dtype, grad_layout)
-    triples = zip(
-        names,
-        gradients(ours, tensors, grad),
-        gradients(stock, [*map(exact, tensors)], exact(grad)),
-        gradients(stock, [*map(absolute, tensors)], absolute(grad)),
-        strict=False,
-    )
-    for name, actual, expected, magnitude in triples:
-        if actual is not None:
-            assert_close(f"gradient of {name}", actual, expected, magnitude)
+    like = stock(*tensors, **options) if like is None else like
+    output, actual = output_and_gradients(ours, tensors, gradient, wanted)
+    assert output.dtype == like.dtype
+    assert_same_strides("output", output, like)
+    double = [None if t is None else t.double().contiguous() for t in tensors]  # stock refuses some strides
+    absolute = [None if t is None else t.abs() for t in double]
+    exact_output, exact_gradients = output_and_gradients(exact, double, lambda _: grad_output.double(), wanted)
+    magnitude, magnitudes = output_and_gradients(exact, absolute, lambda _: grad_output.double().abs(), wanted)
+    assert_close("output", output, exact_output, magnitude, roundings)
+    for name, *results in zip(("input", "weight", "bias"), actual, exact_gradients, magnitudes, strict=False):
+        if results[0] is not None:
+            assert_close(f"gradient of {name}", *results, roundings)

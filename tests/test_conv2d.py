@@ -1,13 +1,12 @@
 """conv2d: output and gradients against float64, for every geometry, layout and dtype."""
 
 import math
-from itertools import product
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_close, check, gradients
+from oracle import assert_close, check, conv2d_unfolded, gradients
 from tensors import FLOATING, LAYOUTS, layouts, place, random
 
 from pyops.functional import conv2d
@@ -77,6 +76,20 @@ GEOMETRIES = [
     ((2, 32, 6, 7), (16, 4, 2, 4), {"groups": 8, "stride": (1, 2)}),
     ((2, 32, 6, 7), (32, 16, 5, 5), {"groups": 2, "padding": 2}),  # K beyond one chunk
     ((1, 16, 3, 170), (16, 4, 1, 7), {"groups": 4, "padding": (0, 3)}),  # rows beyond one chunk
+    # Kernels that reach beyond the image, so that only some of their taps meet it, or none, with batches that fill
+    # the vectors: the weights of the other taps have a gradient of zero.
+    ((16, 1, 1, 1), (1, 1, 3, 3), {"padding": 1}),  # the tap in the middle alone
+    ((33, 3, 1, 12), (1, 3, 5, 11), {"padding": (2, 0)}),
+    ((17, 1, 18, 7), (1, 1, 3, 7), {"padding": (0, 3), "dilation": 2}),
+    ((64, 3, 5, 7), (3, 3, 5, 3), {"padding": (2, 0), "dilation": (2, 1)}),
+    ((64, 6, 20, 3), (6, 2, 2, 3), {"groups": 3, "padding": (0, 1), "dilation": 2}),
+    ((33, 3, 1, 10), (9, 3, 2, 5), {"padding": "same", "dilation": 2}),
+    ((17, 1, 31, 1), (2, 1, 7, 2), {"padding": (2, 1), "dilation": (1, 2)}),  # no tap
+    ((33, 24, 9, 1), (48, 2, 2, 2), {"groups": 12, "padding": (0, 1), "dilation": (1, 2)}),  # no tap, in groups
+    ((19, 16, 2, 1), (16, 4, 3, 3), {"groups": 4, "padding": 1}),  # groups that share a vector, a column of taps
+    ((5, 6, 1, 2), (6, 1, 1, 1), {"groups": 6, "stride": (4, 1), "padding": (3, 2)}),  # no tap, depthwise
+    ((2, 40, 1, 1), (36, 40, 2, 2), {"padding": 1, "dilation": 2}),  # no tap, many channels
+    ((16, 3, 2, 2), (4, 3, 1, 1), {"stride": 5, "padding": 4}),  # one pixel of the output meets the image
     *[  # depthwise, 3x3: every place of a border in a vector, and no whole vector
         ((2, channels, height, width), (channels, 1, 3, 3), {"groups": channels, "padding": padding})
         for channels, height, width, padding in (
@@ -96,7 +109,7 @@ GEOMETRIES = [
 @both_formats
 @pytest.mark.parametrize(("input_shape", "weight_shape", "options"), GEOMETRIES)
 def test_geometries(input_shape, weight_shape, options, where, dtype):
-    check("conv2d", operands(input_shape, weight_shape, dtype, where), options, grad_layout=where)
+    check("conv2d", operands(input_shape, weight_shape, dtype, where), options, grad=where)
 
 
 @both_formats
@@ -117,7 +130,7 @@ def test_named_padding(padding, kernel, dilation, where):
 def test_unbatched(bias, where, dtype):
     weight = random((6, 2, 3, 3), dtype)
     tensors = [random((4, 8, 9), dtype, where), weight, random((6,), dtype) if bias else None]
-    check("conv2d", tensors, {"groups": 2, "padding": 1}, grad_layout=where)
+    check("conv2d", tensors, {"groups": 2, "padding": 1}, grad=where)
 
 
 @pytest.mark.parametrize("grad_where", LAYOUTS)
@@ -125,7 +138,7 @@ def test_unbatched(bias, where, dtype):
 @pytest.mark.parametrize("where", LAYOUTS)
 def test_layouts(where, weight_where, grad_where):
     tensors = [random((2, 4, 7, 6), where=where), random((6, 2, 3, 3), where=weight_where), random((6,))]
-    check("conv2d", tensors, {"groups": 2, "padding": 1}, grad_layout=grad_where)
+    check("conv2d", tensors, {"groups": 2, "padding": 1}, grad=grad_where)
 
 
 EMPTY = [
@@ -179,24 +192,7 @@ def test_any_geometry_and_layout(data):
         random(weight_shape, dtype, data.draw(layouts(4))),
         random(weight_shape[:1], dtype, data.draw(layouts(1))) if data.draw(st.booleans()) else None,
     ]
-    check("conv2d", tensors, options, grad_layout=data.draw(some_layout))
-
-
-def in_bounds_conv2d(input, weight, bias=None, stride=1, padding=0, dilation=1):
-    """conv2d tap by tap, each over the output pixels for which it lies inside the image: no zeros take part."""
-    size = [n + 2 * padding - dilation * (k - 1) for n, k in zip(input.shape[2:], weight.shape[2:], strict=True)]
-    height, width = ((n - 1) // stride + 1 for n in size)
-    output = torch.zeros(input.shape[0], weight.shape[0], height, width, dtype=input.dtype)
-    for i, j in product(*map(range, weight.shape[2:])):
-        rows = [y for y in range(height) if 0 <= y * stride - padding + i * dilation < input.shape[2]]
-        columns = [x for x in range(width) if 0 <= x * stride - padding + j * dilation < input.shape[3]]
-        if not rows or not columns:
-            continue
-        y, x = rows[0] * stride - padding + i * dilation, columns[0] * stride - padding + j * dilation
-        met = input[:, :, y : y + len(rows) * stride : stride, x : x + len(columns) * stride : stride]
-        terms = (met[:, None] * weight[None, :, :, i, j, None, None]).sum(2)
-        output[:, :, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] += terms
-    return output if bias is None else output + bias[:, None, None]
+    check("conv2d", tensors, options, grad=data.draw(some_layout))
 
 
 BORDERS = [
@@ -240,9 +236,8 @@ def test_the_border_is_not_multiplied(channels, groups, infinite, options, where
     def ours(*tensors):
         return conv2d(*tensors, **options, groups=groups)
 
-    def reference(input, weight):
-        pairs = zip(input.chunk(groups, 1), weight.chunk(groups), strict=True)
-        return torch.cat([in_bounds_conv2d(*pair, **options) for pair in pairs], 1)
+    def reference(*tensors):
+        return conv2d_unfolded(*tensors, **options, groups=groups, inside=True)
 
     tensors = [input, weight]
     doubles, magnitudes = [t.double() for t in tensors], [t.double().abs() for t in tensors]

@@ -114,7 +114,7 @@ def test_every_way_of_a_convolution(way, dtype, where):
     input, weight, options = WAYS[way]
     tensors = [images(input, dtype, where), images(weight, dtype, where), random(weight[:1], dtype)]
     with emulated.kernels():
-        oracle.check("conv2d", tensors, options, grad_layout=where)
+        oracle.check("conv2d", tensors, options, grad=where)
 
 
 # Without the one where every pixel meets every infinity.
@@ -225,7 +225,7 @@ def test_convolutions_in_groups_of_slices_that_are_not_aligned(way, where):
     for dtype in (torch.float32, torch.bfloat16):
         tensors = [random(size, dtype, shifted(where, 4)) for size in (input, weight)]
         with emulated.kernels():
-            oracle.check("conv2d", tensors, options, grad_layout=shifted(where, 4))
+            oracle.check("conv2d", tensors, options, grad=shifted(where, 4))
 
 
 @pytest.mark.parametrize("offsets", [20_000, 2**30], ids=["wide offsets", "narrow offsets"])

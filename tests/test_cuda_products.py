@@ -169,7 +169,7 @@ def test_gradient_of_the_input_by_phases(phases, dtype, where):
     input, weight, options = PHASES[phases]
     tensors = [place(random(size, dtype), where) for size in (input, weight)]
     with emulated.kernels():
-        oracle.check("conv2d", [*tensors, None], options, grad_layout=where)
+        oracle.check("conv2d", [*tensors, None], options, grad=where)
 
 
 @every_dtype
@@ -180,7 +180,7 @@ def test_channels_side_by_side(channels, dtype):
         x = unaligned((2, 6, 5, channels), dtype, offset).permute(0, 3, 1, 2)
         w = place(random((20, channels, 3, 2), dtype), "channels_last")
         with emulated.kernels():
-            oracle.check("conv2d", [x, w, random((20,), dtype)], {"padding": 1}, grad_layout="channels_last")
+            oracle.check("conv2d", [x, w, random((20,), dtype)], {"padding": 1}, grad="channels_last")
 
 
 @every_dtype

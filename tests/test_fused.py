@@ -106,6 +106,16 @@ def test_infinite_weights(channels, weight_size, memory_format, padding):
         same_bits([expected], [fused(input, weight, pool=pool, **conv)])
 
 
+@pytest.mark.parametrize("pool", [2, (2, 1)], ids=str)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_no_tap_meets_the_image(memory_format, pool):
+    """The output is the bias, in the kernels over blocks of images too."""
+    tensors = [torch.randn(size) for size in ((19, 3, 31, 2), (5, 3, 7, 2), (5,))]
+    tensors[0] = tensors[0].contiguous(memory_format=memory_format)
+    options = {"padding": 2, "dilation": (1, 4), "pool": {"pool_kernel_size": pool}}
+    same_bits(results(partial(composed, **options), tensors), results(partial(fused, **options), tensors))
+
+
 @pytest.mark.parametrize("kernel", [(15, 17), (16, 16)], ids=["255 taps", "256 taps"])
 def test_dead_windows(kernel):
     """A window without gradient has an argmax of no tap, in either dtype of argmax; a NaN is alive."""

@@ -58,7 +58,7 @@ def test_no_features(batch, in_features, out_features):
 @pytest.mark.parametrize("where", LAYOUTS)
 def test_layouts(where, grad_where, dtype):
     tensors = [random((6, 5, 21), dtype, where), random((18, 21), dtype, where), random((18,), dtype, where)]
-    check("linear", tensors, grad_layout=grad_where)
+    check("linear", tensors, grad=grad_where)
 
 
 @given(st.data())
@@ -71,7 +71,7 @@ def test_any_size_and_layout(data):
         random((out_features, in_features), dtype, data.draw(layouts(2))),
         random((out_features,), dtype, data.draw(layouts(1))) if data.draw(st.booleans()) else None,
     ]
-    check("linear", tensors, grad_layout=data.draw(layouts(len(leading) + 1)))
+    check("linear", tensors, grad=data.draw(layouts(len(leading) + 1)))
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 7), (0, 7)], ids=str)

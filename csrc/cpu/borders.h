@@ -16,9 +16,10 @@ inline bool is_inside(int64_t out, int64_t step, int64_t offset, int64_t size) {
   return at >= 0 && at < size;
 }
 
-// The share of the products (pixel, tap) that meet the image.
+// The share of the products (pixel, tap) that meet the image: all of them where there is no tap.
 template <class In>
 double share_inside(const Source<In>& s) {
+  if (s.tap_count == 0) return 1;
   int64_t met = 0;
   for (int64_t t = 0; t < s.tap_count; ++t) {
     int64_t rows = 0, columns = 0;

@@ -144,10 +144,12 @@ std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBack
 template <class T>
 void input_gradient_by_taps(const Conv2dBackwardArgs& x);
 
-// grad_weight = the sum, in order, of `parts` arrays at distance part_stride, each [groups, K, O / groups], over all
-// taps.
+// grad_weight = the sum, in order, of `parts` arrays at distance part_stride, each [groups, K, O / groups], where K
+// runs over (channel, tap) of the source. This is the one place where sums of a source's taps become elements of the
+// weight: each goes to the element that Tap::index names, and the weights of taps that meet no pixel get zeros.
 template <class T>
-void sum_weight_parts(const Conv2dShape& s, T* grad_weight, Compute<T>* sums, int64_t parts, int64_t part_stride);
+void sum_weight_parts(const Conv2dShape& s, const Source<T>& source, T* grad_weight, Compute<T>* sums, int64_t parts,
+                      int64_t part_stride);
 
 // grad_weight of conv2d_backward.
 template <class T>

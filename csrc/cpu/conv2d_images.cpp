@@ -50,13 +50,16 @@ ImagesCorrelation<T>::ImagesCorrelation(const Correlation<T>& x) : x_(x) {
       if (is_inside(rows.begin, s.step_h, s.taps[t].dy, s.height) &&
           is_inside(columns.begin, s.step_w, s.taps[t].dx, s.width))
         met[met_count++] = t;
-    const auto met_before = [&](int64_t tap) { return std::lower_bound(met, met + met_count, tap) - met; };
-    for_each_chunk(0, K, [&](int64_t k, int64_t, bool, bool) {  // how many terms lie before it
-      const int64_t tap = &s.tap(k) - s.taps, channel = s.channel(k), before = met_before(tap);
+    // How many terms of the class lie before element k of a filter; there is no element where no tap meets the image.
+    const auto terms_before = [&](int64_t k) -> int64_t {
+      if (k == 0) return 0;
+      const int64_t tap = &s.tap(k) - s.taps, channel = s.channel(k);
+      const int64_t before = std::lower_bound(met, met + met_count, tap) - met;
+      if (!s.tap_by_tap) return channel * met_count + before;
       const bool is_met = before < met_count && met[before] == tap;
-      begins[next_begin++] =
-          term + (s.tap_by_tap ? before * s.channels + (is_met ? channel : 0) : channel * met_count + before);
-    });
+      return before * s.channels + (is_met ? channel : 0);
+    };
+    for_each_chunk(0, K, [&](int64_t k, int64_t, bool, bool) { begins[next_begin++] = term + terms_before(k); });
     const int64_t outer = s.tap_by_tap ? met_count : s.channels, inner = s.tap_by_tap ? s.channels : met_count;
     for (int64_t j = 0; j < outer * inner; ++j) {
       const int64_t channel = s.tap_by_tap ? j % inner : j / inner;
@@ -260,7 +263,8 @@ bool backward_along_images(const Conv2dBackwardArgs& x) {
   if (s.N < lanes || std::max(s.C, s.O) / s.groups > most_channels<T>(x) || depthwise) return false;
   if ((x.grad_bias && !x.grad_weight) || (x.grad_input && !one_phase)) return false;
   const Source<T> source = input_source<T>(s, x.input);
-  return !leaves_image(source, Extent(source)) && (s.C * s.H * s.W + s.O * s.OH * s.OW) * lanes <= most_elements;
+  return source.tap_count > 0 && !leaves_image(source, Extent(source)) &&
+         (s.C * s.H * s.W + s.O * s.OH * s.OW) * lanes <= most_elements;
 }
 
 template <class T>
@@ -274,7 +278,7 @@ void backward_of_blocks(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) {
   if (x.grad_input) input_gradient.emplace(*input_gradient_phases<T>(x).first);
   const Source<T> source = input_source<T>(s, x.input);
   if (x.grad_weight) weight_gradient.emplace(s, source);
-  const int64_t in = s.C * s.H * s.W, out = s.O * s.OH * s.OW, K = s.C / s.groups * s.kernel_h * s.kernel_w;
+  const int64_t in = s.C * s.H * s.W, out = s.O * s.OH * s.OW, K = source.depth();
   const int64_t weights = s.O * K, sums = weights + s.O;  // bias behind
 
   const int64_t blocks = ceil_div(s.N, lanes), parts = std::min(blocks, enough_tasks);
@@ -303,7 +307,7 @@ void backward_of_blocks(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) {
       partial[part * sums + i] =
           at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, V::loadu(vectors + i * lanes));
   });
-  if (x.grad_weight) sum_weight_parts(s, static_cast<T*>(x.grad_weight), partial, parts, sums);
+  if (x.grad_weight) sum_weight_parts(s, source, static_cast<T*>(x.grad_weight), partial, parts, sums);
   if (x.grad_bias)
     sum_parts(Output<T>{static_cast<T*>(x.grad_bias), Axis::plain(s.O), Axis::plain(1)}, partial + weights, parts, sums,
               1, s.O);

@@ -295,7 +295,7 @@ void weight_gradient_of_planes(const Conv2dShape& s, const Source<T>& source, co
         for (int64_t i = 0; i < size; ++i) total[i] += of_image.sums[p * of_image.stride + i];
     }
   });
-  sum_weight_parts(s, grad_weight, sums, parts, size);
+  sum_weight_parts(s, source, grad_weight, sums, parts, size);
 }
 
 enum class Way { group_lanes, depthwise, planes, windows };
@@ -311,46 +311,43 @@ Way way_of(const Conv2dShape& s, const Source<T>& source) {
   // 8x64x28x28 in 64 groups: 0.18, by windows 0.41.
   if (s.groups > 1 && in == 1 && out == 1) return Way::depthwise;
   // 8x128x28x28 in 32 groups, channels-last, without shared vectors: 1.0, group by group 2.05.
-  if (s.channels_last && all_met && s.groups > 1 && lanes_used<C>(out) <= 0.5) return Way::planes;
+  if (s.channels_last && s.groups > 1 && lanes_used<C>(out) <= 0.5) return Way::planes;
   return Way::windows;
 }
 
 template <class T>
 void weight_gradient_finite(Way way, const Conv2dShape& s, const Source<T>& source, const T* grad_output,
                             T* grad_weight) {
-  using C = Compute<T>;
-  const int64_t taps = source.tap_count, kernel = s.kernel_h * s.kernel_w, K = source.channels * taps;
   if (way == Way::depthwise) return weight_gradient_depthwise(s, source, grad_output, grad_weight);
   if (way == Way::planes) return weight_gradient_of_planes(s, source, grad_output, grad_weight);
-  if (taps == kernel) {
-    const Parts<C> parts = add_up<T>({s, source, grad_output});
-    return sum_weight_parts(s, grad_weight, parts.sums, parts.count, parts.stride);
-  }
-  // The taps that no pixel meets have no gradient.
-  std::fill(grad_weight, grad_weight + s.O * source.channels * kernel, T(0));
-  if (taps == 0) return;
-  const Parts<C> parts = add_up<T>({s, source, grad_output});
-  const WeightLayout weight(s);
-  const int64_t out = s.O / s.groups;
-  for (int64_t o = 0; o < s.O; ++o) {
-    for (int64_t row = 0; row < K; ++row) {
-      const C* sums = parts.sums + (o / out * K + row) * out + o % out;
-      C total = sums[0];
-      for (int64_t part = 1; part < parts.count; ++part) total = total + sums[part * parts.stride];
-      grad_weight[o * weight.out_stride + source.channel(row) * weight.channel_stride +
-                  source.tap(row).index * weight.tap_stride] = static_cast<T>(total);
-    }
-  }
+  const Parts<Compute<T>> parts = add_up<T>({s, source, grad_output});
+  sum_weight_parts(s, source, grad_weight, parts.sums, parts.count, parts.stride);
 }
 
 }  // namespace
 
 template <class T>
-void sum_weight_parts(const Conv2dShape& s, T* grad_weight, Compute<T>* sums, int64_t parts, int64_t part_stride) {
-  const int64_t out = s.O / s.groups, K = s.C / s.groups * s.kernel_h * s.kernel_w;
-  for (int64_t g = 0; g < s.groups; ++g)
-    sum_parts(Output<T>{grad_weight + g * out * K, Axis::plain(1), Axis::plain(K)}, sums + g * K * out, parts,
-              part_stride, K, out);
+void sum_weight_parts(const Conv2dShape& s, const Source<T>& source, T* grad_weight, Compute<T>* sums, int64_t parts,
+                      int64_t part_stride) {
+  const int64_t out = s.O / s.groups, K = source.depth(), kernel = s.kernel_h * s.kernel_w;
+  if (source.tap_count == kernel) {
+    // All taps are met: the rows of sums are in the order of the weight's elements.
+    for (int64_t g = 0; g < s.groups; ++g)
+      sum_parts(Output<T>{grad_weight + g * out * K, Axis::plain(1), Axis::plain(K)}, sums + g * K * out, parts,
+                part_stride, K, out);
+    return;
+  }
+  std::fill_n(grad_weight, s.O * source.channels * kernel, T(0));
+  const WeightLayout weight(s);
+  for (int64_t o = 0; o < s.O; ++o) {
+    for (int64_t row = 0; row < K; ++row) {
+      const Compute<T>* first = sums + (o / out * K + row) * out + o % out;
+      Compute<T> total = first[0];
+      for (int64_t part = 1; part < parts; ++part) total = total + first[part * part_stride];
+      grad_weight[o * weight.out_stride + source.channel(row) * weight.channel_stride +
+                  source.tap(row).index * weight.tap_stride] = static_cast<T>(total);
+    }
+  }
 }
 
 template <class T>
@@ -360,6 +357,10 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
   const T* grad_output = static_cast<const T*>(x.grad_output);
   T* grad_weight = static_cast<T*>(x.grad_weight);
   const int64_t count = s.N * s.O * s.OH * s.OW, size = s.O * source.channels * s.kernel_h * s.kernel_w;
+  if (source.tap_count == 0) {
+    std::fill_n(grad_weight, size, T(0));
+    return;
+  }
   const Way way = way_of(s, source);
   if constexpr (can_permute)
     if (way == Way::group_lanes) return weight_gradient_group_lanes(s, source, grad_output, grad_weight);
@@ -390,8 +391,9 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
   });
 }
 
-#define INSTANTIATE(T)                                                                                     \
-  template void sum_weight_parts(const Conv2dShape&, T*, Compute<T>*, int64_t parts, int64_t part_stride); \
+#define INSTANTIATE(T)                                                                                 \
+  template void sum_weight_parts(const Conv2dShape&, const Source<T>&, T*, Compute<T>*, int64_t parts, \
+                                 int64_t part_stride);                                                 \
   template void weight_gradient<T>(const Conv2dBackwardArgs&);
 FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
