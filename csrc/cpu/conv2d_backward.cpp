@@ -123,9 +123,11 @@ template <class T>
 void input_gradient(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;
   const InputGradient way = way_of<T>(s);
-  if (way == InputGradient::linear)
+  if (way == InputGradient::linear) {
+    count_run(Algorithm::input_gradient_linear);
     return linear_backward(
         {x.dtype, s.N, s.O, s.C * s.H * s.W, x.grad_output, nullptr, x.weight, x.grad_input, nullptr, nullptr, x.tf32});
+  }
   if constexpr (std::is_same_v<T, Compute<T>>)
     if (way == InputGradient::by_taps) return input_gradient_by_taps<T>(x);
   const auto [phases, count] = input_gradient_phases<T>(x);

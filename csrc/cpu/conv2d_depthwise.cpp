@@ -250,11 +250,18 @@ bool sums_3x3(const Conv2dShape& s, const Source<T>& source, const T* grad_outpu
 template <class T>
 void correlate_depthwise(const Correlation<T>& x, const T* weight) {
   if (Taps3x3::fit(x.source)) {
-    if (x.channels_last) return correlate_channels_3x3(x, weight);
+    if (x.channels_last) {
+      count_run(Algorithm::conv2d_depthwise_3x3);
+      return correlate_channels_3x3(x, weight);
+    }
 #ifdef CPU_CAPABILITY_AVX512
-    if constexpr (std::is_same_v<Compute<T>, float>) return correlate_planes_3x3(x, weight);
+    if constexpr (std::is_same_v<Compute<T>, float>) {
+      count_run(Algorithm::conv2d_depthwise_3x3);
+      return correlate_planes_3x3(x, weight);
+    }
 #endif
   }
+  count_run(Algorithm::conv2d_depthwise);
   x.channels_last ? correlate_channels(x, weight) : correlate_planes(x, weight);
 }
 
@@ -265,7 +272,9 @@ void weight_gradient_depthwise(const Conv2dShape& s, const Source<T>& source, co
   const int64_t taps = source.tap_count, plane = s.OH * s.OW, kernel = s.kernel_h * s.kernel_w;
   const double flops = 2.0 * s.N * s.C * plane * taps;
   C* sums = scratch<C>(Scratch::partial_sums, s.N * taps * s.C);  // [N, taps, C]
-  if (sums_3x3(s, source, grad_output, sums)) {
+  const bool is_3x3 = sums_3x3(s, source, grad_output, sums);
+  count_run(is_3x3 ? Algorithm::weight_gradient_depthwise_3x3 : Algorithm::weight_gradient_depthwise);
+  if (is_3x3) {
   } else if (s.channels_last) {
     for_each_task(s.N * taps, flops, [&](int64_t task) {
       const int64_t n = task / taps;

@@ -10,6 +10,7 @@ namespace pyops::cpu {
 
 template <class T>
 void correlate_planes(const Correlation<T>* phases, int64_t count) {
+  count_run(Algorithm::conv2d_grouped_planes);
   const Correlation<T>& x = phases[0];
   const Source<T>& s = x.source;
   const int64_t in = x.groups * s.channels, in_pixels = s.height * s.width;

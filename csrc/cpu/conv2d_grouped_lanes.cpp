@@ -382,6 +382,7 @@ void write_sums(const GroupLanes<Compute<T>>& groups, int64_t v, int64_t K, Comp
 
 template <class T>
 void correlate_group_lanes(const Correlation<T>* phases, int64_t count) {
+  count_run(Algorithm::conv2d_grouped_lanes);
   const Correlation<T>& x = phases[0];
   const GroupLanes<Compute<T>> groups{x.groups, x.source.channels, x.out_channels};
   for (int64_t p = 0; p < count; ++p) correlate_phase(phases[p], groups);
@@ -390,6 +391,7 @@ void correlate_group_lanes(const Correlation<T>* phases, int64_t count) {
 template <class T>
 void weight_gradient_group_lanes(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
   using C = Compute<T>;
+  count_run(Algorithm::weight_gradient_grouped_lanes);
   const GroupLanes<C> groups{s.groups, source.channels, s.O / s.groups};
   const TapRuns runs(source);
   const Permutation* permutations = groups.permutations();

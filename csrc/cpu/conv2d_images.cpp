@@ -110,6 +110,7 @@ template <class T>
 void correlate_images(const Correlation<T>& x) {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size();
+  count_run(Algorithm::conv2d_batch_lanes);
   const Source<T>& s = x.source;
   const ImagesCorrelation<T> correlation(x);
   const int64_t in = correlation.source_size(), out = correlation.output_size();
@@ -273,6 +274,8 @@ void backward_of_blocks(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) {
   using V = Vec<C>;
   constexpr int64_t lanes = V::size();
   const Conv2dShape& s = x.shape;
+  if (x.grad_input) count_run(Algorithm::conv2d_batch_lanes);
+  if (x.grad_weight) count_run(Algorithm::weight_gradient_batch_lanes);
   std::optional<ImagesCorrelation<T>> input_gradient;
   std::optional<ImagesWeightGradient<T>> weight_gradient;
   if (x.grad_input) input_gradient.emplace(*input_gradient_phases<T>(x).first);

@@ -38,6 +38,7 @@ template <class T>
 void input_gradient_by_taps(const Conv2dBackwardArgs& x) {
   constexpr int64_t lanes = Vec<T>::size(), most_sums = 64 << 10, most_columns = 256;
   constexpr int64_t least_rows = 32, least_columns = 2 * lanes;  // of a task
+  count_run(Algorithm::input_gradient_kn2row);
   const Conv2dShape& s = x.shape;
   const Source<T> source = input_source<T>(s, nullptr);
   const Layout image(s.C, s.H, s.W, s.channels_last), grad(s.O, s.OH, s.OW, s.channels_last);

@@ -171,6 +171,7 @@ void forward(const Conv2dReluMaxPool2dArgs& x, int64_t n, int64_t count, T* betw
 
 template <class T>
 void forward_of_chunks(const Conv2dReluMaxPool2dArgs& x, double flops) {
+  count_run(Algorithm::fused_chunks);
   // A vector's lanes of images (conv2d_images.cpp) at least, and as many as half an L2 cache holds.
   constexpr int64_t lanes = Vec<T>::size(), cached = (512 << 10) / sizeof(T);
   const Conv2dShape& s = x.conv.shape;
@@ -195,10 +196,14 @@ void forward_of_all(Conv2dReluMaxPool2dArgs x) {
   // Blocks of images are summed in order, one number at a time. The result is to be conv2d's.
   const bool same_sums = sums_in_order(correlation) && !multiplies_pairs(correlation);
   if (s.N < lanes || !is_tiled(x.pool) || !same_sums) return forward_of_chunks<T>(x, flops);
-  if (Pooled2x2<T>::takes(correlation, x.pool) && (in + out) * lanes <= 2 * most_elements)
+  if (Pooled2x2<T>::takes(correlation, x.pool) && (in + out) * lanes <= 2 * most_elements) {
+    count_run(Algorithm::fused_pool_2x2);
     return forward_of_blocks<T>(x, flops, Pooled2x2<T>(correlation, x.pool));
-  if (s.O / s.groups <= lanes && (in + between) * lanes <= most_elements)
+  }
+  if (s.O / s.groups <= lanes && (in + between) * lanes <= most_elements) {
+    count_run(Algorithm::fused_batch_lanes);
     return forward_of_blocks<T>(x, flops, PooledBlock<T>(correlation, x.pool));
+  }
   forward_of_chunks<T>(x, flops);
 }
 
@@ -213,7 +218,9 @@ bool conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dBackwardArgs& x) {
   dispatch_floating(x.conv.dtype, [&](auto zero) {
     using T = decltype(zero);
     taken = is_tiled(x.pool) && backward_along_images<T>(x.conv);
-    if (taken) backward_of_pooled_blocks<T>(x);
+    if (!taken) return;
+    count_run(Algorithm::fused_backward_batch_lanes);
+    backward_of_pooled_blocks<T>(x);
   });
   return taken;
 }

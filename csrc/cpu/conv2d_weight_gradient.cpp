@@ -261,6 +261,9 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x, Along along) {
 template <class T>
 Parts<Compute<T>> add_up(WeightGradient<T> x) {
   const Along along = along_of(x);
+  count_run(along == Along::outputs  ? Algorithm::weight_gradient_outputs
+            : along == Along::inputs ? Algorithm::weight_gradient_inputs
+                                     : Algorithm::weight_gradient_width);
   const bool pairs = has_pairs<T>() && along != Along::x && x.shape.N % 2 == 0;
   if (pairs) x.shape.N /= 2, x.source = paired_images(x.source);
   Parts<Compute<T>> parts;
@@ -274,6 +277,7 @@ Parts<Compute<T>> add_up(WeightGradient<T> x) {
 template <class T>
 void weight_gradient_of_planes(const Conv2dShape& s, const Source<T>& source, const T* grad_output, T* grad_weight) {
   using C = Compute<T>;
+  count_run(Algorithm::weight_gradient_grouped_planes);
   const int64_t in_pixels = s.H * s.W, out_pixels = s.OH * s.OW, size = s.O * source.depth();
   const int64_t parts = std::min(s.N, enough_tasks);
   Conv2dShape shape = s;
@@ -337,6 +341,7 @@ void sum_weight_parts(const Conv2dShape& s, const Source<T>& source, T* grad_wei
                 part_stride, K, out);
     return;
   }
+  count_run(Algorithm::weight_gradient_partial_kernel);
   std::fill_n(grad_weight, s.O * source.channels * kernel, T(0));
   const WeightLayout weight(s);
   for (int64_t o = 0; o < s.O; ++o) {
@@ -372,6 +377,7 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
     if (exact || !look_at_sums || all_finite(grad_weight, size) || all_finite(grad_output, count)) return;
   }
 
+  count_run(Algorithm::weight_gradient_nonfinite);
   weight_gradient_finite(way, s, source, finite_part(grad_output, count).data(), grad_weight);
   const Layout grad(s.O, s.OH, s.OW, s.channels_last);
   const WeightLayout weight(s);

@@ -193,6 +193,7 @@ void multiply_windows(const Correlation<T>* phases, int64_t count, Way way, Phas
   const Correlation<T>& x = phases[0];
   const Source<T>& s = x.source;
   const bool along_x = way == Way::along_x;
+  count_run(along_x ? Algorithm::conv2d_implicit_gemm_width : Algorithm::conv2d_implicit_gemm_channels);
   const Extent extent(phases, count);
   const BandSize size(s, extent, s.channels);
   const int64_t image_bands = ceil_div(s.count, size.images), row_bands = ceil_div(s.out_height, size.rows);
@@ -290,6 +291,7 @@ void correlate(const Correlation<T>* phases, int64_t count) {
   if (classes.in_place || !leaves_image(x.source, Extent(phases, count)) || all_finite(x.filters.data, x.filters.count))
     return correlate_finite(phases, count, way, classes);
 
+  count_run(Algorithm::conv2d_nonfinite_weight);
   const std::vector<T> finite = finite_part(x.filters.data, x.filters.count);
   std::vector<Correlation<T>> finite_phases(phases, phases + count);
   for (Correlation<T>& phase : finite_phases) phase.filters.data = finite.data(), phase.relu = false;

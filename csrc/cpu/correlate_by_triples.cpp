@@ -158,6 +158,7 @@ bool has_triples(const Source<T>& s) {
 template <class T>
 void correlate_by_triples(const Correlation<T>& x) {
   constexpr int64_t lanes = Vec<T>::size(), enough_pixels = 384;
+  count_run(Algorithm::conv2d_direct_3wide);
   const Source<T>& s = x.source;
   const int64_t K = x.depth();
   T* filters = scratch<T>(Scratch::weight, x.groups * K * lanes);

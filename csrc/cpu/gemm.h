@@ -14,6 +14,7 @@
 
 #include <algorithm>
 
+#include "algorithms.h"
 #include "blocking.h"
 #include "steps.h"
 #include "sum_to.h"
@@ -321,12 +322,23 @@ void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, 
   const GemmWay way = gemm_way(x, M, N);
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (is_squared<In>) {
-    if (way == GemmWay::row_by_two_squares) return multiply_row_by_squares<2>(x, n, nc);
-    if (way == GemmWay::row_by_squares) return multiply_row_by_squares<1>(x, n, nc);
+    if (way == GemmWay::row_by_two_squares) {
+      count_run(Algorithm::gemm_row_by_two_squares);
+      return multiply_row_by_squares<2>(x, n, nc);
+    }
+    if (way == GemmWay::row_by_squares) {
+      count_run(Algorithm::gemm_row_by_squares);
+      return multiply_row_by_squares<1>(x, n, nc);
+    }
   }
 #endif
-  if (way == GemmWay::row_by_rows) return multiply_row_by_rows(x, n, nc);
-  multiply_by_tiles(x, M, m, mc, n, nc, way == GemmWay::tiles_in_place);
+  if (way == GemmWay::row_by_rows) {
+    count_run(Algorithm::gemm_row_by_rows);
+    return multiply_row_by_rows(x, n, nc);
+  }
+  const bool in_place = way == GemmWay::tiles_in_place;
+  count_run(in_place ? Algorithm::gemm_tiles_in_place : Algorithm::gemm_tiles_of_panels);
+  multiply_by_tiles(x, M, m, mc, n, nc, in_place);
 }
 
 // One product. args(i) of `parts` of them, all of the same M and N, in parallel; K is only for the amount of work.

@@ -49,7 +49,10 @@ void weight_gradient_of_one(const LinearBackwardArgs& x) {
 template <class T, class F>
 void weight_gradient(const LinearBackwardArgs& x) {
   using C = Compute<T>;
-  if (x.M == 1) return weight_gradient_of_one<T>(x);
+  if (x.M == 1) {
+    count_run(Algorithm::linear_outer_product);
+    return weight_gradient_of_one<T>(x);
+  }
   const T *grad_output = static_cast<const T*>(x.grad_output), *input = static_cast<const T*>(x.input);
   const Matrix<T> a{grad_output, 1, x.N}, b{input, x.K, 1};
   const Output<T> out{static_cast<T*>(x.grad_weight), Axis::plain(x.K), Axis::plain(1)};
@@ -57,6 +60,7 @@ void weight_gradient(const LinearBackwardArgs& x) {
   const int64_t parts = std::min(ceil_div(enough_tasks, blocks), chunks);
   if (parts <= 1) return gemm(1, x.N, x.K, x.M, [&](int64_t) { return GemmArgs<T, T, F>{a, b, out, 0, x.M}; });
 
+  count_run(Algorithm::linear_split_k);
   const int64_t part = ceil_div(chunks, parts) * KC;
   C* sums = scratch<C>(Scratch::partial_sums, parts * x.N * x.K);
   gemm(parts, x.N, x.K, part, [&](int64_t i) {

@@ -18,6 +18,7 @@
 #include <array>
 #include <numeric>
 
+#include "algorithms.h"
 #include "max_pool2d_avx512.h"
 #include "max_pool2d_best.h"
 #include "scratch.h"
@@ -139,6 +140,7 @@ class ChannelPool {
 
 template <class T, class A>
 void pool_channels(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
+  count_run(Algorithm::max_pool2d_channels);
   at::parallel_for(0, s.N * s.OH, rows_per_fork(s.OW * at::divup(s.C, kLanes<T>) * s.taps()),
                    [&](int64_t begin, int64_t end) { ChannelPool<T, A>(s, input).rows(begin, end, output, argmax); });
 }
@@ -256,6 +258,7 @@ class ColumnPool {
 
 template <int64_t kStride, int64_t kKernel, class T, class A>
 void pool_columns(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
+  count_run(Algorithm::max_pool2d_columns);
   at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(at::divup(s.OW, kLanes<T>) * s.taps()),
                    [&](int64_t begin, int64_t end) {
                      // A copy of its own, because a byte stored through argmax may alias any object that is shared.
@@ -267,6 +270,7 @@ void pool_columns(const MaxPool2dShape& s, const T* input, T* output, A* argmax)
 template <class T, class A>
 void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
   using C = Compute<T>;
+  count_run(Algorithm::max_pool2d_windows);
   at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(s.OW * s.taps()), [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* const plane = input + row / s.OH * s.H * s.W;
@@ -302,6 +306,7 @@ bool gathers_windows(const MaxPool2dShape& s) {
 }
 template <class T>
 void gather_windows(const MaxPool2dShape& s, const T* input, T* output, uint8_t* argmax) {
+  count_run(Algorithm::max_pool2d_gathered_windows);
   using Index = at::vec::int_same_size_t<T>;
   constexpr int64_t lanes = kLanes<T>;
   const int64_t plane = s.H * s.W, windows = s.OH * s.OW, planes_at_once = lanes / std::gcd(windows, lanes);
@@ -332,6 +337,7 @@ void gather_windows(const MaxPool2dShape& s, const T* input, T* output, uint8_t*
 
 #ifdef CPU_CAPABILITY_AVX512
 void pool_2x2(const MaxPool2dShape& s, const float* input, float* output, uint8_t* argmax) {
+  count_run(Algorithm::max_pool2d_2x2);
   at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(s.OW / 4 + 1),
                    [&](int64_t begin, int64_t end) { Windows2x2(s).rows(begin, end, input, output, argmax); });
 }

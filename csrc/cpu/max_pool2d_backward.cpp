@@ -12,6 +12,7 @@
 // float32 and round once. No argmax is trusted: gathering only ever compares it, scattering checks it.
 #include <algorithm>
 
+#include "algorithms.h"
 #include "max_pool2d.h"
 #include "max_pool2d_backward_avx512.h"
 #include "max_pool2d_backward_patterns.h"
@@ -314,30 +315,49 @@ void backward(const MaxPool2dBackwardArgs& args) {
     if constexpr (std::is_same_v<T, float>) {
       if (PatternBackward::takes(s)) {  // 64x16x10x10, 2x2: 7, by pairs of rows 15
         const PatternBackward patterns(s);
-        if (patterns.fits()) return patterns.run(grad_output, argmax, grad_input);
+        if (patterns.fits()) {
+          count_run(Algorithm::max_pool2d_backward_patterns);
+          return patterns.run(grad_output, argmax, grad_input);
+        }
       }
       // 64x6x28x28: 37, by vectors of windows 40.
-      if (are_tiles) return backward_by_row_pairs<RowPair2x2>(s, grad_output, argmax, grad_input);
+      if (are_tiles) {
+        count_run(Algorithm::max_pool2d_backward_2x2);
+        return backward_by_row_pairs<RowPair2x2>(s, grad_output, argmax, grad_input);
+      }
       // 8x64x112x112: 1480, by planes 2700; but of 14x14 48, by planes 41.
-      if (!s.channels_last && s.W > 16 && is_square(s, 3, 2) && s.stride_h == 2 && s.padding_h == 1 && s.padding_w == 1)
+      if (!s.channels_last && s.W > 16 && is_square(s, 3, 2) && s.stride_h == 2 && s.padding_h == 1 &&
+          s.padding_w == 1) {
+        count_run(Algorithm::max_pool2d_backward_3x3);
         return backward_by_row_pairs<RowPair3x3>(s, grad_output, argmax, grad_input);
+      }
     }
 #endif
     // 64x6x28x28 in bfloat16: 53, by planes 177.
-    if (are_tiles)
+    if (are_tiles) {
+      count_run(Algorithm::max_pool2d_backward_row_pairs);
       return run(s, TileBackward<T>::row_pairs(s), 2 * at::divup(s.W, kLanes<T>), TileBackward<T>(s, windows),
                  grad_input);
+    }
     // 8x64x55x55, 3x3 at distance 2: 310, a vector of columns gathered at a time 890.
-    if (!s.channels_last) return PlaneScatter<T>(s).run(grad_output, argmax, grad_input);
+    if (!s.channels_last) {
+      count_run(Algorithm::max_pool2d_backward_plane_scatter);
+      return PlaneScatter<T>(s).run(grad_output, argmax, grad_input);
+    }
     const int64_t vectors = at::divup(s.C, kLanes<T>);
     // 8x64x56x56, 2x2: 129, scattered 377.
-    if (ChannelTiles<T>::take(s))
+    if (ChannelTiles<T>::take(s)) {
+      count_run(Algorithm::max_pool2d_backward_channel_tiles);
       return run(s, s.N * s.OH, s.OW * s.taps() * vectors, ChannelTiles<T>(s, windows), grad_input);
+    }
     // To gather an element costs about taps / kLanes of what it costs to scatter one. 8x64x28x28, 3x3: 159, scattered
     // 341.
-    if (s.taps() <= kLanes<T> && s.C >= ChannelGather<T>::kMany * kLanes<T>)
+    if (s.taps() <= kLanes<T> && s.C >= ChannelGather<T>::kMany * kLanes<T>) {
+      count_run(Algorithm::max_pool2d_backward_channel_gather);
       return run(s, s.N * s.H, s.W * vectors, ChannelGather<T>(s, windows), grad_input);
+    }
   }
+  count_run(Algorithm::max_pool2d_backward_scatter);
   scatter(as_channels_last(s), grad_output, argmax, grad_input);
 }
 

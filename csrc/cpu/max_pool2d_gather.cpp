@@ -6,6 +6,7 @@
 // One window at a time, about 1.5 ns each: a table lookup in place of a running index leaves nothing but the loads.
 #include <algorithm>
 
+#include "algorithms.h"
 #include "max_pool2d.h"
 #include "max_pool2d_elements.h"
 
@@ -31,6 +32,7 @@ void for_all_windows(const MaxPool2dShape& s, const void* argmax, int64_t pitch,
 }  // namespace
 
 void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
+  count_run(Algorithm::max_pool2d_gather);
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
     const MaxPool2dShape s = as_channels_last(args.shape);
@@ -44,6 +46,7 @@ void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
 }
 
 void max_pool2d_indices(const MaxPool2dIndicesArgs& args) {
+  count_run(Algorithm::max_pool2d_indices);
   // No element becomes element 0, so that every index may be used.
   for_all_windows(as_channels_last(args.shape), args.argmax, 1, 0,
                   [indices = args.indices](int64_t window, int64_t element, int64_t) {

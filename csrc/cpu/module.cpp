@@ -1,8 +1,10 @@
-// The CPU kernels of one instruction set as a Python module (pyops._cpu_default, _cpu_avx2, _cpu_avx512) with one
-// attribute, `kernels`: a capsule of the table. Plain CPython, for pybind11 would be compiled anew for each of them.
+// The CPU kernels of one instruction set as a Python module (pyops._cpu_default, _cpu_avx2, _cpu_avx512): `kernels` is
+// a capsule of their table, and `algorithm_counts()` tells how often each algorithm has run. Plain CPython, for
+// pybind11 would be compiled anew for each of them.
 #include <Python.h>
 #include <c10/macros/Macros.h>
 
+#include "algorithms.h"
 #include "common.h"
 
 namespace {
@@ -25,7 +27,22 @@ const pyops::Kernels kernels = {
 };
 
 constexpr char name[] = C10_STRINGIZE(TORCH_EXTENSION_NAME);
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, name, nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+
+PyObject* algorithm_counts(PyObject*, PyObject*) {
+  PyObject* counts = PyDict_New();
+  for (size_t i = 0; counts != nullptr && i < pyops::cpu::algorithm_counts.size(); ++i) {
+    PyObject* runs = PyLong_FromLongLong(pyops::cpu::algorithm_counts[i].load());
+    if (runs == nullptr || PyDict_SetItemString(counts, pyops::cpu::algorithm_names[i], runs) != 0) Py_CLEAR(counts);
+    Py_XDECREF(runs);
+  }
+  return counts;
+}
+
+PyMethodDef methods[] = {
+    {"algorithm_counts", algorithm_counts, METH_NOARGS, "{name of an algorithm: how often it has run}"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, name, nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -12,6 +12,7 @@
 // its gradient, -0.0 stays -0.0 and blocks it. output may be input: what is written has been read.
 #include <algorithm>
 
+#include "algorithms.h"
 #include "relu_mask.h"
 
 namespace pyops::cpu {
@@ -129,6 +130,7 @@ void gate_by_mask(int64_t numel, const Lane<T>* grad_output, const uint64_t* mas
 }  // namespace
 
 void relu(const ReluArgs& args) {
+  count_run(args.mask ? Algorithm::relu_with_mask : Algorithm::relu);
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
     using L = Lane<T>;
@@ -142,6 +144,7 @@ void relu(const ReluArgs& args) {
 }
 
 void relu_backward(const ReluBackwardArgs& args) {
+  count_run(Algorithm::relu_backward);
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
     using L = Lane<T>;
@@ -151,6 +154,7 @@ void relu_backward(const ReluBackwardArgs& args) {
 }
 
 void relu_mask_backward(const ReluMaskBackwardArgs& args) {
+  count_run(Algorithm::relu_mask_backward);
   dispatch_floating(args.dtype, [&](auto t) {
     using T = decltype(t);
     using L = Lane<T>;
