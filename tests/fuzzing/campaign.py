@@ -1,0 +1,230 @@
+"""Runs problems in worker processes, so that a crash or a hang costs one problem and is reported like a wrong result.
+
+A worker takes every n-th seed. It notes the seed that it is at in a file, from which the parent learns what a worker
+that died or hangs was doing, and reports what it finds as lines of JSON. A worker that dies is replaced by one that
+goes on with its next seed.
+"""
+
+import importlib
+import json
+import os
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+HANG = 60.0  # seconds for one problem
+TESTS = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a campaign draws, and where it runs."""
+
+    kind: str  # a module of this package
+    first: int  # seed
+    seconds: float
+    op: str | None = None
+    capability: str | None = None  # None: the kernels that torch would choose
+    device: str = "cpu"
+
+    def name(self) -> str:
+        where = self.capability if self.device == "cpu" else self.device
+        return " ".join(filter(None, (self.kind, self.op, where)))
+
+    def replay(self, seed: int) -> str:
+        """The command that runs one problem of this campaign again."""
+        options = ["" if self.kind == "ops" else f"--{self.kind}", f"--op {self.op}" if self.op else ""]
+        options += [f"--device {self.device}" if self.device != "cpu" else ""]
+        options += [f"--capability {self.capability}" if self.capability else "", f"--one {seed}"]
+        return " ".join(["python tests/fuzz.py", *filter(None, options)])
+
+    def environment(self) -> dict[str, str]:
+        chosen = {"ATEN_CPU_CAPABILITY": self.capability} if self.capability else {}
+        return os.environ | {"OMP_WAIT_POLICY": "passive"} | chosen  # several workers share the cores
+
+
+@dataclass
+class Result:
+    """What a campaign has seen."""
+
+    problems: int = 0
+    failures: dict[int, str] = field(default_factory=dict)  # of a seed: what is wrong, and a test that shows it
+    algorithms: Counter[str] = field(default_factory=Counter)
+
+
+# ---- in the worker ----
+
+
+def draw(settings: Settings, seed: int) -> Any:
+    """The problem of a seed."""
+    module = importlib.import_module(f"fuzzing.{settings.kind}")
+    if settings.kind == "ops":
+        return module.draw(seed, settings.op, small=settings.device == "emulated")
+    return module.draw(seed)
+
+
+def on_device(settings: Settings, stack: ExitStack, seed: int) -> None:
+    """Makes the kernels of the settings' device those that run until `stack` is closed."""
+    if settings.device == "emulated":
+        import emulated
+
+        limit = (20_000, 2_000, 1 << 31)[seed % 3]  # from which offsets are of 64 bits
+        stack.enter_context(emulated.kernels(seed % 4, limit))
+
+
+def run_one(settings: Settings, seed: int) -> tuple[str, str] | None:
+    """Checks one problem: what is wrong with it, and a test that shows it; or None."""
+    problem = None
+    try:
+        problem = draw(settings, seed)
+        with ExitStack() as stack:
+            on_device(settings, stack, seed)
+            problem.check()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", "" if problem is None else problem.as_test()
+    return None
+
+
+def work(settings: Settings, first: int, step: int, seconds: float, place: Path) -> None:
+    """The worker: problems first, first + step, ... until the time is over."""
+    import faulthandler
+    import warnings
+
+    import torch
+
+    from pyops import _load
+
+    faulthandler.enable()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    kernels = importlib.import_module(f"pyops._cpu_{_load.cpu_capability.lower()}")
+    if settings.capability and settings.capability.upper() != _load.cpu_capability:
+        raise SystemExit(f"this machine does not run the kernels of {settings.capability}")
+    end, done = time.monotonic() + seconds, 0
+    with place.open("w+b", buffering=0) as note:
+        seed = first
+        while time.monotonic() < end:
+            os.pwrite(note.fileno(), seed.to_bytes(16, "little"), 0)
+            wrong = run_one(settings, seed)
+            done += 1
+            if wrong is not None:
+                print(json.dumps({"seed": seed, "wrong": "\n".join(wrong)}), flush=True)
+            if done % 500 == 0:
+                print(json.dumps({"done": 500, "algorithms": kernels.algorithm_counts()}), flush=True)
+            seed += step
+    print(json.dumps({"done": done % 500, "algorithms": kernels.algorithm_counts(), "finished": True}), flush=True)
+
+
+# ---- in the parent ----
+
+
+class Worker:
+    """A worker process, started anew after the problem that killed it."""
+
+    def __init__(self, settings: Settings, index: int, count: int, folder: Path, result: Result):
+        self.settings, self.count, self.result = settings, count, result
+        self.place = folder / f"worker{index}"
+        self.end = time.monotonic() + settings.seconds
+        self.algorithms: Counter[str] = Counter()  # of the process that runs now
+        self.finished = False
+        self.start(settings.first + index)
+
+    def start(self, seed: int) -> None:
+        seconds = max(self.end - time.monotonic(), 0.0)
+        self.place.write_bytes(seed.to_bytes(16, "little"))
+        self.seed, self.since = seed, time.monotonic()
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by read_log)
+        arguments = json.dumps([asdict(self.settings), seed, self.count, seconds, str(self.place)])
+        self.process = subprocess.Popen(
+            [sys.executable, str(TESTS / "fuzz.py"), "--worker", arguments],
+            env=self.settings.environment(),
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+        )
+
+    def read(self, line: str) -> None:
+        report = json.loads(line)
+        self.result.problems += report.get("done", 0)
+        if "wrong" in report:
+            self.result.failures[report["seed"]] = report["wrong"]
+        if "algorithms" in report:
+            self.algorithms = Counter(report["algorithms"])
+        self.finished = self.finished or report.get("finished", False)
+
+    def read_log(self) -> str:
+        with self.log as log:
+            log.seek(0)
+            return log.read()[-2000:]
+
+    def watch(self) -> None:
+        """Kills a process that hangs."""
+        seed = int.from_bytes(self.place.read_bytes(), "little")
+        if seed != self.seed:
+            self.seed, self.since = seed, time.monotonic()
+        elif time.monotonic() - self.since > HANG:
+            self.process.kill()
+
+    def ended(self) -> bool:
+        """Takes note of a process that has ended; False: another one has taken its place."""
+        status = self.process.wait()
+        log = self.read_log()
+        self.result.algorithms.update(self.algorithms)
+        self.algorithms = Counter()
+        if self.finished:
+            return True
+        seed = int.from_bytes(self.place.read_bytes(), "little")
+        hang = status == -9 and time.monotonic() - self.since > HANG
+        what = f"no end after {HANG:.0f} s" if hang else f"the process died with status {status}"
+        self.result.failures[seed] = f"{what}\n{log}"
+        if status > 0 or time.monotonic() >= self.end:  # an exception outside of a problem: the next one would fail too
+            return True
+        self.start(seed + self.count)
+        return False
+
+
+def run(settings: Settings, jobs: int) -> Result:
+    """Runs a campaign in so many processes."""
+    if settings.device == "emulated":
+        import emulated
+
+        emulated.build_module()  # before a worker takes minutes for its first problem
+    result = Result()
+    with tempfile.TemporaryDirectory() as folder, selectors.DefaultSelector() as selector:
+        for i in range(jobs):
+            worker = Worker(settings, i, jobs, Path(folder), result)
+            selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        while selector.get_map():
+            for key, _ in selector.select(timeout=1.0):
+                worker = key.data
+                line = worker.process.stdout.readline()
+                if line:
+                    worker.read(line)
+                    continue
+                selector.unregister(key.fileobj)
+                key.fileobj.close()
+                if not worker.ended():
+                    selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+            for key in selector.get_map().values():
+                key.data.watch()
+    return result
+
+
+def capabilities() -> Iterator[str]:
+    """The instruction sets that were built and that this machine has, the lowest first."""
+    import torch
+
+    from pyops import _load
+
+    for capability in _load.build_info.cpu_capabilities:
+        yield capability.lower()
+        if capability == torch.backends.cpu.get_cpu_capability():
+            return

@@ -1,0 +1,213 @@
+"""What must be true of a call of each op: its output and its gradients are those of stock in float64, and of a fused
+op those of the single ops, bit by bit."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import oracle
+import torch
+from tensors import place
+from torch._prims_common import suggest_memory_format
+
+import pyops
+from fuzzing.call import Call, seed_values
+
+F, S = pyops.functional, torch.nn.functional
+
+
+def check(call: Call) -> None:
+    """Raises an AssertionError if pyops is wrong."""
+    if call.threads != torch.get_num_threads():
+        torch.set_num_threads(call.threads)
+    CHECKS[call.op](call)
+    if call.threads > 1 and call.derivative == "gradients" and call.op != "linear_batched":
+        check_threads(call)
+
+
+def check_threads(call: Call) -> None:
+    """The results have the same bits for any number of threads."""
+    window = call.options | call.pool
+    results = []
+    for threads in (call.threads, 1):
+        torch.set_num_threads(threads)
+        function = partial(getattr(F, call.op), **window)
+        output, grads = oracle.output_and_gradients(function, call.tensors(), call.gradient, call.wanted)
+        results.append([output, *(grad for grad in grads if grad is not None)])
+    for i, (several, one) in enumerate(zip(*results, strict=True)):
+        assert_same_numbers(f"result {i} of {call.threads} threads instead of one", several, one)
+
+
+def check_product(call: Call) -> None:
+    """linear and conv2d."""
+    tensors = call.tensors()
+    if call.derivative != "gradients":
+        return check_derivative(call, getattr(F, call.op), getattr(S, call.op))
+    reference = None
+    if call.op == "conv2d" and call.values == "special":  # stock multiplies the padding with infinities
+        reference = partial(oracle.conv2d_unfolded, inside=True)
+    elif call.options.get("groups", 1) > 4:  # stock takes one group after the other
+        reference = oracle.conv2d_unfolded
+    sizes = [math.prod(operand.shape) for operand in call.operands if operand is not None]
+    oracle.check(
+        call.op,
+        tensors,
+        call.options,
+        call.gradient,
+        wanted=call.wanted,
+        reference=reference,
+        like=convolved_like(call, *tensors[:2]) if call.op == "conv2d" else None,
+        roundings=max(sizes) if call.values == "tiny" else 1,
+    )
+
+
+def convolved_like(call: Call, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """A tensor as stock's rule has it: channels-last if input or weight is. It is not asked of stock, some of whose
+    backends crash on images of one column, and decide differently on images of one pixel, which have both formats."""
+    batch = input if input.dim() == 4 else input[None]
+    meta = (t.to("meta", memory_format=torch.contiguous_format) for t in (batch, weight))
+    last = torch.channels_last in (suggest_memory_format(batch), suggest_memory_format(weight))
+    output = S.conv2d(*meta, **call.options)
+    output = output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return output if input.dim() == 4 else output[0]
+
+
+def check_relu(call: Call) -> None:
+    """The very bits of stock."""
+    (input,) = call.tensors()
+    if call.derivative != "gradients":
+        return check_derivative(call, F.relu, S.relu)
+    oracle.assert_identical("output", F.relu(input), S.relu(input))
+    if torch._debug_has_internal_overlap(input) == 0:
+        changed = [place(input, call.operands[0].layout) for _ in range(2)]
+        F.relu(changed[0], inplace=True), S.relu(changed[1], inplace=True)
+        oracle.assert_identical("output in place", *changed)
+    if call.operands[0].wanted:
+        ours, stock = (oracle.output_and_gradients(f, [input], call.gradient) for f in (F.relu, S.relu))
+        oracle.assert_identical("output", ours[0], stock[0])
+        oracle.assert_identical("gradient", ours[1][0], stock[1][0])
+    return None
+
+
+def check_max_pool2d(call: Call) -> None:
+    """Values and indices bit for bit, gradients as sums over the windows that an element won."""
+    (input,) = call.tensors()
+    options = call.options
+    if call.derivative != "gradients":
+        return check_derivative(call, *(lambda x, f=f: f(x, **options) for f in (F.max_pool2d, S.max_pool2d)))
+    output, indices = F.max_pool2d(input, return_indices=True, **options)
+    reference = input
+    if input.dtype.itemsize == 1:  # stock has no channels-last int8 of many channels
+        reference = place(input.short(), call.operands[0].layout)
+    expected, expected_indices = S.max_pool2d(reference, return_indices=True, **options)
+    oracle.assert_identical("output", output, expected.to(input.dtype))
+    oracle.assert_identical("indices", indices, expected_indices)
+    if not call.operands[0].wanted or not input.is_floating_point():
+        return None
+    grad = call.gradient(output)
+    (actual,) = oracle.gradients(lambda x: F.max_pool2d(x, **options), [input], grad)
+    flat = torch.zeros((*input.shape[:-2], input.shape[-2] * input.shape[-1]), dtype=torch.float64)
+    exact, magnitude = (
+        flat.scatter_add(-1, expected_indices.flatten(-2), g.flatten(-2)).view(input.shape)
+        for g in (grad.double(), grad.double().abs())
+    )
+    oracle.assert_close("gradient", actual, exact, magnitude)
+    return None
+
+
+def check_fused(call: Call) -> None:
+    """The bits of the single ops one after the other, which are compared with stock as calls of their own."""
+    fused = getattr(F, call.op)
+    single = {"linear_relu": F.linear}.get(call.op, F.conv2d)
+    options, pool = call.options, call.pool
+
+    def composed(*tensors: torch.Tensor) -> torch.Tensor:
+        output = F.relu(single(*tensors, **options))
+        return F.max_pool2d(output, **{name.removeprefix("pool_"): v for name, v in pool.items()}) if pool else output
+
+    def ours(*tensors: torch.Tensor) -> torch.Tensor:
+        return fused(*tensors, **options, **pool)
+
+    if call.derivative != "gradients":
+        return check_derivative(call, ours, composed)
+    tensors = call.tensors()
+    expected, expected_grads = oracle.output_and_gradients(composed, tensors, call.gradient, call.wanted)
+    actual, grads = oracle.output_and_gradients(ours, tensors, call.gradient, call.wanted)
+    # Where the input is not saved, the pooled output tells the layout of the images. One value has both layouts:
+    # then the sums may be taken in another order.
+    ambiguous = bool(pool) and not call.wanted[1] and actual.shape[-3:].numel() == 1
+    names = ("output", "gradient of input", "gradient of weight", "gradient of bias")
+    for name, a, e in zip(names, (actual, *grads), (expected, *expected_grads), strict=False):
+        if e is not None:
+            atol = 100 * torch.finfo(e.dtype).eps * float(e.abs().nan_to_num(0, 0, 0).max()) if ambiguous else 0.0
+            assert_same_numbers(name, a, e, atol)
+    oracle.assert_same_strides("output", actual, expected)
+    with torch.no_grad():  # no argmax is written
+        assert_same_numbers("output without argmax", ours(*tensors), actual)
+    return None
+
+
+def assert_same_numbers(what: str, actual: torch.Tensor, expected: torch.Tensor, atol: float = 0.0) -> None:
+    """The same dtype, shape and values, but for the sign of a zero."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
+    right = oracle.same(actual, expected)
+    right |= (actual - expected).abs() <= atol
+    wrong = int((~right).sum())
+    assert wrong == 0, f"{what}: {wrong} of {right.numel()} elements differ"
+
+
+def check_linear_batched(call: Call) -> None:
+    """Of every sample the bits of linear."""
+    input, weight, bias = call.tensors()
+    ops = torch.ops.pyops
+    biases = [None] * len(input) if bias is None else bias
+    output = ops.linear_batched(input, weight, bias)
+    expected = [ops.linear(*sample) for sample in zip(input, weight, biases, strict=True)]
+    assert_same_numbers("output", output, torch.stack(expected))
+    grad = call.gradient(output)
+    mask = call.wanted
+    actual = ops.linear_batched_backward(grad, input, weight, mask)
+    rows = [ops.linear_backward(*sample, mask) for sample in zip(grad, input, weight, strict=True)]
+    for want, result, column in zip(mask, actual, zip(*rows, strict=True), strict=True):
+        if want:
+            assert_same_numbers("gradient", result, torch.stack(column))
+        else:
+            assert result is None, "linear_batched_backward: a gradient that was not asked for"
+
+
+def check_derivative(call: Call, ours: Callable[..., Any], stock: Callable[..., Any]) -> None:
+    """Second derivatives, or a tangent, in float64."""
+    tensors = [t.contiguous() if torch._debug_has_internal_overlap(t) else t for t in call.tensors() if t is not None]
+    options = call.options if call.op in ("linear", "conv2d") else {}
+    results = []
+    for function in (ours, stock):
+        seed_values(call.seed)
+        if call.derivative == "forward":
+            tangents = tuple(torch.randn(t.shape, dtype=t.dtype) for t in tensors)
+            results.append(torch.func.jvp(lambda *t, f=function: f(*t, **options), tuple(tensors), tangents))
+            continue
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        output = function(*leaves, **options)
+        grad = torch.randn(output.shape, dtype=output.dtype, requires_grad=True)
+        first = torch.autograd.grad(output, leaves, grad, create_graph=True)
+        scalar = sum((g * torch.randn(g.shape, dtype=g.dtype)).sum() for g in first)
+        second = torch.autograd.grad(scalar, [*leaves, grad], allow_unused=True)
+        results.append([*first, *(torch.zeros((), dtype=torch.float64) if g is None else g for g in second)])
+    for i, (actual, expected) in enumerate(zip(*results, strict=True)):
+        scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
+        same = torch.allclose(actual.detach(), expected.detach(), rtol=0, atol=1e-11 * scale, equal_nan=True)
+        assert same, f"{call.derivative} derivative, result {i} of {len(results[0])}"
+
+
+CHECKS: dict[str, Callable[[Call], None]] = {
+    "conv2d": check_product,
+    "linear": check_product,
+    "relu": check_relu,
+    "max_pool2d": check_max_pool2d,
+    "linear_relu": check_fused,
+    "conv2d_relu": check_fused,
+    "conv2d_relu_max_pool2d": check_fused,
+    "linear_batched": check_linear_batched,
+}
