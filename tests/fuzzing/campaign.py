@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 HANG = 60.0  # seconds for one problem
+START = 600.0  # for a worker's imports, on a busy machine
 TESTS = Path(__file__).parents[1]
 
 
@@ -108,6 +109,7 @@ def work(settings: Settings, first: int, step: int, seconds: float, place: Path)
     kernels = importlib.import_module(f"pyops._cpu_{_load.cpu_capability.lower()}")
     if settings.capability and settings.capability.upper() != _load.cpu_capability:
         raise SystemExit(f"this machine does not run the kernels of {settings.capability}")
+    print(json.dumps({"started": True}), flush=True)
     end, done = time.monotonic() + seconds, 0
     with place.open("w+b", buffering=0) as note:
         seed = first
@@ -140,7 +142,7 @@ class Worker:
     def start(self, seed: int) -> None:
         seconds = max(self.end - time.monotonic(), 0.0)
         self.place.write_bytes(seed.to_bytes(16, "little"))
-        self.seed, self.since = seed, time.monotonic()
+        self.seed, self.since, self.limit = seed, time.monotonic(), START
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed by read_log)
         arguments = json.dumps([asdict(self.settings), seed, self.count, seconds, str(self.place)])
         self.process = subprocess.Popen(
@@ -153,6 +155,8 @@ class Worker:
 
     def read(self, line: str) -> None:
         report = json.loads(line)
+        if "started" in report:
+            self.since, self.limit = time.monotonic(), HANG
         self.result.problems += report.get("done", 0)
         if "wrong" in report:
             self.result.failures[report["seed"]] = report["wrong"]
@@ -170,7 +174,7 @@ class Worker:
         seed = int.from_bytes(self.place.read_bytes(), "little")
         if seed != self.seed:
             self.seed, self.since = seed, time.monotonic()
-        elif time.monotonic() - self.since > HANG:
+        elif time.monotonic() - self.since > self.limit:
             self.process.kill()
 
     def ended(self) -> bool:
@@ -182,8 +186,8 @@ class Worker:
         if self.finished:
             return True
         seed = int.from_bytes(self.place.read_bytes(), "little")
-        hang = status == -9 and time.monotonic() - self.since > HANG
-        what = f"no end after {HANG:.0f} s" if hang else f"the process died with status {status}"
+        hang = status == -9 and time.monotonic() - self.since > self.limit
+        what = f"no end after {self.limit:.0f} s" if hang else f"the process died with status {status}"
         self.result.failures[seed] = f"{what}\n{log}"
         if status > 0 or time.monotonic() >= self.end:  # an exception outside of a problem: the next one would fail too
             return True

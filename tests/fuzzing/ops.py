@@ -47,7 +47,7 @@ def draw(seed: int, op: str | None = None, small: bool = False) -> Problem:
     """The problem of a seed; `small`: for the emulator, which is some hundred times slower than the CPU kernels."""
     rng = random.Random(seed)
     op = op or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
-    most_products = 10_000 if small else rng.choices((20_000, 200_000, 1_000_000, 15_000_000), (50, 40, 9, 1))[0]
+    most_products = 10_000 if small else rng.choices((20_000, 200_000, 1_000_000, 15_000_000), (60, 34, 5.7, 0.3))[0]
     draw_geometry = {"linear": _draw_linear, "conv2d": _draw_conv2d}.get(op.split("_")[0], _draw_images)
     return _draw_call(rng, seed, op, draw_geometry(rng, op, most_products), most_products)
 
@@ -60,7 +60,7 @@ def _draw_linear(rng: random.Random, op: str, most_products: int) -> Drawn:
         leading = [rng.choice(geometry.FEATURES)] if rng.random() < 0.7 else [rng.randint(0, 5) for _ in range(3)]
         leading = [] if rng.random() < 0.05 else leading
         inputs, outputs = rng.choice(geometry.FEATURES), rng.choice(geometry.FEATURES)
-        if rng.random() < 0.02:  # a weight that is packed, as it is larger than what is read where it lies
+        if op == "linear" and rng.random() < 0.02:  # a weight too large to be read where it lies, which is packed
             leading, inputs, outputs, most_products = [rng.choice((5, 5, 17, 70, 200, 450))], 600, 700, 200_000_000
         samples = rng.choice((1, 2, 3, 5, 16)) if op == "linear_batched" else 1
         if samples * math.prod(leading) * inputs * outputs <= most_products:
