@@ -36,6 +36,7 @@ struct Derivative {
   int kept_output = -1;            // the number of the output that is kept, -1: none
   bool bilinear = false;  // inputs are input, weight and bias; the gradient of each of the former needs the other
   enum Sizes { none, image, input_and_weight, output_strides } sizes = none;
+  Path path = Path::none;
   const char* forward = nullptr;             // the op that computes what is kept too; null: the op itself does
   const Derivative* in_transform = nullptr;  // what holds inside of torch.func's transforms; null: the same
 };
@@ -45,13 +46,14 @@ struct Derivative {
 constexpr Derivative relu_in_transform{"relu", "relu_backward", 0};
 
 constexpr Derivative derivatives[] = {
-    {"relu", "relu_mask_backward", 1, false, Derivative::output_strides, "relu_with_mask", &relu_in_transform},
+    {"relu", "relu_mask_backward", 1, false, Derivative::output_strides, Path::output, "relu_with_mask",
+     &relu_in_transform},
     {"linear", "linear_backward", -1, true},
     {"linear_relu", "linear_relu_backward", 0, true},
-    {"conv2d", "conv2d_backward", -1, true, Derivative::input_and_weight},
+    {"conv2d", "conv2d_backward", -1, true, Derivative::input_and_weight, Path::factors},
     {"conv2d_relu", "conv2d_relu_backward", 0, true, Derivative::input_and_weight},
-    {"max_pool2d", "max_pool2d_backward", 1, false, Derivative::image},
-    {"conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward", 1, true, Derivative::input_and_weight,
+    {"max_pool2d", "max_pool2d_backward", 1, false, Derivative::image, Path::input},
+    {"conv2d_relu_max_pool2d", "conv2d_relu_max_pool2d_backward", 1, true, Derivative::input_and_weight, Path::output,
      "conv2d_relu_max_pool2d_with_argmax"},
     {"relu_"},
     {"relu_with_mask"},
@@ -115,7 +117,7 @@ class Recorder {
     } else {
       edges = collect_next_edges(input);
     }
-    const Gradient::Pointer node = Gradient::make(*backward_, std::move(edges), bilinear);
+    const Gradient::Pointer node = Gradient::make(*backward_, std::move(edges), bilinear, derivative_.path);
     auto& gradient = static_cast<Gradient&>(*node);
     if (derivative_.sizes == Derivative::image) gradient.add_option(to_value(input.sym_sizes().slice(input.dim() - 2)));
     if (derivative_.sizes == Derivative::input_and_weight) {
@@ -212,6 +214,11 @@ void relu_in_place_counted(const c10::OperatorHandle& op, c10::DispatchKeySet ke
 
 void set_autograd(pybind11::object function) {
   apply_function = function.release().ptr();
+}
+
+void add_path_here(const pybind11::object& tensor, Path path) {
+  Tensor changed = THPVariable_Unpack(tensor.ptr());
+  if (const auto node = torch::autograd::get_current_node()) add_path(changed, *node, path);
 }
 
 TORCH_LIBRARY_IMPL(pyops, Autograd, m) {

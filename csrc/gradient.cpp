@@ -1,9 +1,11 @@
 #include "gradient.h"
 
 #include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/variable.h>
 #include <torch/csrc/dynamo/compiled_autograd.h>
 
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <type_traits>
@@ -42,23 +44,53 @@ variable_list trace(const Node& node, const variable_list& grads, const SwapSave
                                  torch::dynamo::autograd::IValuePacker<Metadata>::pack(metadata));
 }
 
-// The derivative by the input of a gradient that depends on which elements of it are the largest, or positive, and on
-// nothing else of it: zeros, as stock has them, where there would be no path in the graph.
-struct Zeros : Node {
-  explicit Zeros(const torch::autograd::Edge& input) { add_next_edge(input); }
+// Stands between a tensor and its history, and adds the operands that are there by their edges alone.
+class PathNode final : public Node {
+ public:
+  PathNode(torch::autograd::edge_list history_and_operands, Path path)
+      : Node(std::move(history_and_operands)), path_(path) {}
 
-  std::string name() const override { return "pyops::zeros"; }
-  variable_list apply(variable_list&& grads) override { return zeros(grads); }
-  void compiled_args(CompiledNodeArgs& key) const override { key.collect(name()); }
+  std::string name() const override { return "pyops::path"; }
+  variable_list apply(variable_list&& grads) override;
+  void compiled_args(CompiledNodeArgs& key) const override {
+    key.collect(name());
+    key.collect(static_cast<uint8_t>(path_));
+  }
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
-    return trace(*this, grads, saved, {}, {}, [](const variable_list& of, const auto&) { return zeros(of); });
+    // What a traced call returns is taken for a tensor, but these derivatives are undefined.
+    if (path_ == Path::factors) return derivatives(grads[0], num_outputs() - 1, path_);
+    return trace(*this, grads, saved, {}, {},
+                 [path = path_, operands = num_outputs() - 1](const auto& of, const auto&) {
+                   return derivatives(of[0], operands, path);
+                 });
   }
 
  private:
-  static variable_list zeros(const variable_list& grads) {
-    return {grads[0].defined() ? at::zeros_like(grads[0]) : Tensor()};
+  static variable_list derivatives(const Tensor& grad, size_t operands, Path path) {
+    variable_list result(1 + operands);
+    if (!grad.defined()) return result;
+    result[0] = grad;
+    if (path != Path::factors) std::fill(result.begin() + 1, result.end(), at::zeros_like(grad));
+    return result;
   }
+
+  const Path path_;
 };
+
+void add_operands(Tensor& tensor, at::ArrayRef<torch::autograd::Edge> operands, Path path) {
+  torch::autograd::edge_list edges = torch::autograd::collect_next_edges(tensor);
+  edges.insert(edges.end(), operands.begin(), operands.end());
+  torch::autograd::create_gradient_edge(tensor, hold(new PathNode(std::move(edges), path)));
+}
+
+variable_list PathNode::apply(variable_list&& grads) {
+  variable_list result = derivatives(grads[0], num_outputs() - 1, path_);
+  if (path_ == Path::output && c10::GradMode::is_enabled() && result[0].defined()) {
+    result[0] = result[0].clone();  // it belongs to others
+    add_operands(result[0], at::ArrayRef(next_edges()).slice(1), path_);
+  }
+  return result;
+}
 
 variable_list call(const c10::OperatorHandle& backward, const Tensor& grad_output, std::vector<IValue> rest) {
   rest.insert(rest.begin(), grad_output);
@@ -71,12 +103,22 @@ variable_list call(const c10::OperatorHandle& backward, const Tensor& grad_outpu
 
 }  // namespace
 
-Gradient::Pointer Gradient::make(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked) {
-  return hold(new Gradient(backward, std::move(edges), masked));
+void add_path(Tensor& tensor, Node& node, Path path) {
+  torch::autograd::edge_list operands;
+  if (path == Path::output) operands.emplace_back(node.getptr(), 0);
+  if (path == Path::input || path == Path::factors) operands.push_back(node.next_edge(0));
+  if (path == Path::factors) operands.push_back(node.next_edge(1));
+  const bool any = std::any_of(operands.begin(), operands.end(), [](const auto& edge) { return edge.is_valid(); });
+  if (any) add_operands(tensor, operands, path);
 }
 
-Gradient::Gradient(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked)
-    : Node(std::move(edges)), backward_(backward), masked_(masked) {
+Gradient::Pointer Gradient::make(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked,
+                                 Path path) {
+  return hold(new Gradient(backward, std::move(edges), masked, path));
+}
+
+Gradient::Gradient(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked, Path path)
+    : Node(std::move(edges)), backward_(backward), masked_(masked), path_(path) {
   saved_.reserve(3);
   options_.reserve(backward.schema().arguments().size());
 }
@@ -102,10 +144,13 @@ std::vector<IValue> Gradient::arguments() {
 variable_list Gradient::apply(variable_list&& grads) {
   if (!grads[0].defined()) return variable_list(num_outputs());
   const std::lock_guard<std::mutex> lock(mutex_);
-  variable_list gradients = call(backward_, grads[0], arguments());
-  // A product depends on its factors; what only selects elements, the operators without a mask, does not.
-  if (c10::GradMode::is_enabled() && !masked_ && !gradients[0].requires_grad())
-    torch::autograd::create_gradient_edge(gradients[0], hold(new Zeros(next_edge(0))));
+  if (!c10::GradMode::is_enabled()) return call(backward_, grads[0], arguments());
+  Tensor grad_output = grads[0];
+  if (path_ == Path::output) add_path(grad_output = grad_output.clone(), *this, path_);
+  variable_list gradients = call(backward_, grad_output, arguments());
+  if (path_ == Path::input || path_ == Path::factors)
+    for (Tensor& gradient : gradients)
+      if (gradient.defined()) add_path(gradient, *this, path_);
   return gradients;
 }
 

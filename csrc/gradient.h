@@ -10,6 +10,19 @@
 
 namespace pyops {
 
+// On which operands of an op stock's gradients depend without being told so by the operands of our backward op. Their
+// derivative by these is known beforehand, and yet there is a path to them in the graph.
+enum class Path {
+  none,     // the operands of the backward op tell all
+  factors,  // on input and weight, by a derivative that is undefined, and so every gradient requires grad if they do
+  input,    // on input, by a derivative of zeros: which elements are the largest is constant all around it
+  output,   // on the output, likewise; and so does the derivative by grad_output, which is selected by it again
+};
+
+// Adds to the history of `tensor` a path to the operands that `path` names, of the op that `node` differentiates. The
+// tensor is a copy of grad_output where these are the output, else a gradient that nobody has seen yet.
+void add_path(at::Tensor& tensor, torch::autograd::Node& node, Path path);
+
 // Its backward calls the operator `backward` on
 //
 //   grad_output, the saved tensors, the options[, a mask: which gradients are needed]
@@ -25,7 +38,7 @@ class Gradient final : public torch::autograd::Node {
   using Pointer = decltype(torch::autograd::Edge::function);  // std::shared_ptr, from torch 2.13 on c10::intrusive_ptr
 
   // The edges lead to where the inputs come from.
-  static Pointer make(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked);
+  static Pointer make(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked, Path path);
 
   void add_option(c10::IValue option) { options_.push_back(std::move(option)); }
   // `output`: it is the tensor that the node differentiates, which must know the node already.
@@ -38,12 +51,13 @@ class Gradient final : public torch::autograd::Node {
                                                   torch::dynamo::autograd::SwapSavedVariables& saved) override;
 
  private:
-  Gradient(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked);
+  Gradient(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked, Path path);
   torch::autograd::variable_list apply(torch::autograd::variable_list&& grads) override;
   std::vector<c10::IValue> arguments();
 
   const c10::OperatorHandle backward_;
   const bool masked_;
+  const Path path_;
   std::vector<torch::autograd::SavedVariable> saved_;
   std::vector<c10::IValue> options_;
 };

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "device.h"
+#include "gradient.h"
 
 namespace pyops {
 namespace {
@@ -11,6 +12,7 @@ const Kernels *cpu_kernels = nullptr, *cuda_kernels = nullptr;
 }
 
 void set_autograd(pybind11::object function);                      // csrc/autograd.cpp
+void add_path_here(const pybind11::object& tensor, Path path);     // csrc/autograd.cpp
 pybind11::object bind_operator(const pybind11::object& of_torch);  // csrc/calls.cpp
 
 DeviceKernels kernels(const at::Tensor& tensor) {
@@ -28,6 +30,9 @@ DeviceKernels kernels(const at::Tensor& tensor) {
 
 PYBIND11_MODULE(_C, m) {
   m.def("set_autograd", &pyops::set_autograd);
+  m.def("add_path_to_factors", [](const pybind11::object& t) { pyops::add_path_here(t, pyops::Path::factors); });
+  m.def("add_path_to_input", [](const pybind11::object& t) { pyops::add_path_here(t, pyops::Path::input); });
+  m.def("add_path_to_output", [](const pybind11::object& t) { pyops::add_path_here(t, pyops::Path::output); });
   m.def("bind_operator", &pyops::bind_operator);
   m.def("set_cpu_kernels",
         [](const pybind11::capsule& table) { pyops::cpu_kernels = table.get_pointer<const pyops::Kernels>(); });

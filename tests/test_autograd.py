@@ -465,16 +465,3 @@ def test_results_of_a_single_image_may_be_overwritten():
         (g,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
         g.mul_(2)
         g.sum().backward()
-
-
-@pytest.mark.parametrize("function", [F.relu, lambda x: F.max_pool2d(x, 2)], ids=["relu", "max_pool2d"])
-def test_second_derivatives_are_zeros_as_stock_has_them(function):
-    """The gradient is constant all around x; and yet a part of the graph, with or without grad_output in it."""
-    for grad_requires_grad in (False, True):
-        x = leaf(1, 1, 4, 4)
-        y = function(x)
-        grad_output = torch.ones_like(y, requires_grad=grad_requires_grad)
-        (grad,) = torch.autograd.grad(y, x, grad_output, create_graph=True)
-        assert grad.requires_grad
-        (second,) = torch.autograd.grad(grad.square().sum(), x, allow_unused=grad_requires_grad)
-        assert (second is None and grad_requires_grad) or torch.equal(second, torch.zeros_like(x))

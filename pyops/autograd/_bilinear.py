@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+from torch.autograd import forward_ad
 
 from pyops.autograd._function import OpFunction, primals
 
@@ -94,6 +95,17 @@ class BilinearBackward(OpFunction):
         ctx.save_for_backward(grad_output, input, weight)
         ctx.save_for_forward(grad_output, input, weight)
 
+    @staticmethod
+    def mark_constants(ctx: Any, output: tuple[MaybeTensor, ...]) -> None:
+        """In `setup_context` of an op whose gradients stock computes by an op each: none of them requires grad unless
+        one of its own two factors does."""
+        if forward_ad._current_level >= 0:
+            return  # an output without derivatives could have no tangent either
+        by_grad_output, by_input, by_weight = ctx.needs_input_grad[:3]
+        differentiable = by_grad_output or by_weight, by_grad_output or by_input, by_grad_output
+        constant = (grad for grad, needed in zip(output, differentiable, strict=True) if not needed)
+        ctx.mark_non_differentiable(*(grad for grad in constant if grad is not None))
+
     @classmethod
     def pull_back(
         cls, ctx: Any, d_input: MaybeTensor, d_weight: MaybeTensor, d_bias: MaybeTensor
@@ -102,10 +114,11 @@ class BilinearBackward(OpFunction):
         grad_output, input, weight = ctx.saved_tensors
         by_grad_output = by_input = by_weight = None
         if ctx.needs_input_grad[0]:
-            options = ctx.rest[cls.size_count :]
-            by_grad_output = cls.forward_op.product_rule(input, weight, d_input, d_weight, d_bias, options)
-            if by_grad_output is None and d_bias is not None:
-                by_grad_output = cls.broadcast_bias(d_bias, grad_output)
+            if (d_input is None or weight is None) and (d_weight is None or input is None):
+                by_grad_output = None if d_bias is None else cls.broadcast_bias(d_bias, grad_output)
+            else:
+                options = ctx.rest[cls.size_count :]
+                by_grad_output = cls.forward_op.product_rule(input, weight, d_input, d_weight, d_bias, options)
         if d_weight is not None and ctx.needs_input_grad[1]:
             by_input = cls.call(grad_output, None, d_weight, *ctx.rest, [True, False, False])[0]
         if d_input is not None and ctx.needs_input_grad[2]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch._functorch.autograd_function import VmapInfo, enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from pyops import _load
 
@@ -176,6 +177,33 @@ def apply_function(name: str, args: tuple[Any, ...]) -> Any:
 
 
 _load._C.set_autograd(apply_function)
+
+
+def with_path_to_output(grad_output: torch.Tensor) -> torch.Tensor:
+    """In the backward of a Function that does not save its output: grad_output with the path to the output that it has
+    with stock, whose derivative is zeros (`Path` in csrc/gradient.h)."""
+    if is_differentiated():
+        grad_output = grad_output.clone()
+        _load._C.add_path_to_output(grad_output)
+    return grad_output
+
+
+def add_path_to_input(grad_input: torch.Tensor) -> None:
+    """In the backward of a Function that does not save its input: gives its gradient such a path to that."""
+    if is_differentiated():
+        _load._C.add_path_to_input(grad_input)
+
+
+def add_path_to_factors(gradient: torch.Tensor) -> None:
+    """In the backward of a convolution: gives one of its gradients a path to input and weight, whose derivative is
+    undefined; but the gradient requires grad if they do, as stock's."""
+    if is_differentiated():
+        _load._C.add_path_to_factors(gradient)
+
+
+def is_differentiated() -> bool:
+    """In a backward: whether it is recorded, which no compiler supports."""
+    return torch.is_grad_enabled() and not is_compiling()
 
 
 def batch_first(tensor: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from pyops.autograd._bilinear import Bilinear, BilinearBackward, MaybeTensor
 from pyops.autograd._function import (
     Dims,
+    add_path_to_factors,
     batch_first,
     dims_of,
     fold,
@@ -191,7 +192,11 @@ class Conv2d(Bilinear):
 
     @staticmethod
     def backward(ctx: Any, grad_output: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        return Conv2d.pull_back(ctx, grad_output)
+        grads = Conv2d.pull_back(ctx, grad_output)
+        for grad in grads:
+            if grad is not None:
+                add_path_to_factors(grad)
+        return grads
 
     @staticmethod
     def jvp(ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:

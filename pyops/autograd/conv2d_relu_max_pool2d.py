@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from pyops.autograd._bilinear import Bilinear, MaybeTensor
-from pyops.autograd._function import Dims, composition, implements, primals
+from pyops.autograd._function import Dims, composition, implements, primals, with_path_to_output
 from pyops.autograd.conv2d import Conv2d, Conv2dBackward, output_size, vmap_images
 from pyops.autograd.max_pool2d import MaxPool2d, MaxPool2dBackward, MaxPool2dGather
 
@@ -66,7 +66,7 @@ class Conv2dReLUMaxPool2d(Bilinear):
 
     @staticmethod
     def backward(ctx: Any, grad_output: MaybeTensor, _: None) -> tuple[MaybeTensor, ...]:
-        return Conv2dReLUMaxPool2d.pull_back(ctx, grad_output)
+        return Conv2dReLUMaxPool2d.pull_back(ctx, None if grad_output is None else with_path_to_output(grad_output))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: MaybeTensor) -> tuple[MaybeTensor, None]:

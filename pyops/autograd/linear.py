@@ -23,6 +23,7 @@ class LinearBackward(BilinearBackward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         LinearBackward.save(ctx, inputs)
+        LinearBackward.mark_constants(ctx, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: MaybeTensor) -> tuple[MaybeTensor, ...]:

@@ -31,6 +31,7 @@ class LinearBatchedBackward(BilinearBackward):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         LinearBatchedBackward.save(ctx, inputs)
+        LinearBatchedBackward.mark_constants(ctx, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: MaybeTensor) -> tuple[MaybeTensor, ...]:

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 
-from pyops.autograd._function import Dims, OpFunction, batch_first, fold, implements, register_vmap, unfold
+from pyops.autograd._function import (
+    Dims,
+    OpFunction,
+    add_path_to_input,
+    batch_first,
+    fold,
+    implements,
+    register_vmap,
+    unfold,
+)
 from pyops.autograd._images import channels_last, empty_images, pair
 
 Window = tuple[Any, ...]  # kernel_size, stride, padding, dilation, ceil_mode
@@ -78,6 +87,7 @@ class MaxPool2d(OpFunction):
         grad_input = None
         if grad_output is not None:
             grad_input = MaxPool2dBackward.call(grad_output, *ctx.saved_tensors, ctx.image_size, *ctx.window)
+            add_path_to_input(grad_input)
         return (grad_input, None, None, None, None, None)
 
     @staticmethod
@@ -110,12 +120,13 @@ class MaxPool2dBackward(OpFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         _, argmax, ctx.image_size, *ctx.window = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(argmax)
         ctx.save_for_forward(argmax)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        by_grad_output = MaxPool2dGather.call(grad, *ctx.saved_tensors, *ctx.window)
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        by_grad_output = None if grad is None else MaxPool2dGather.call(grad, *ctx.saved_tensors, *ctx.window)
         return (by_grad_output, None, None, None, None, None, None, None)
 
     @staticmethod
@@ -143,12 +154,15 @@ class MaxPool2dGather(OpFunction):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         input, argmax, *ctx.window = inputs
         ctx.image_size = input.shape[-2:]
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(argmax)
         ctx.save_for_forward(argmax)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        by_input = MaxPool2dBackward.call(grad, *ctx.saved_tensors, ctx.image_size, *ctx.window)
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        by_input = None
+        if grad is not None:
+            by_input = MaxPool2dBackward.call(grad, *ctx.saved_tensors, ctx.image_size, *ctx.window)
         return (by_input, None, None, None, None, None, None)
 
     @staticmethod

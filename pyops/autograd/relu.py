@@ -5,7 +5,15 @@ from typing import Any
 
 import torch
 
-from pyops.autograd._function import Dims, OpFunction, batch_first, implements, primals, vmap_by_loop
+from pyops.autograd._function import (
+    Dims,
+    OpFunction,
+    batch_first,
+    implements,
+    primals,
+    vmap_by_loop,
+    with_path_to_output,
+)
 
 
 @implements("relu")
@@ -29,12 +37,13 @@ class ReLU(OpFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output)
         ctx.save_for_forward(output)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
-        return ReLUBackward.call(grad_output, *ctx.saved_tensors)
+    def backward(ctx: Any, grad_output: torch.Tensor | None) -> torch.Tensor | None:
+        return None if grad_output is None else ReLUBackward.call(grad_output, *ctx.saved_tensors)
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:  # diagonal: the same as pulling a gradient back
@@ -85,7 +94,8 @@ class InplaceReLU(ReLU):
 
 @implements("relu_backward")
 class ReLUBackward(OpFunction):
-    """grad_output where output is not <= 0, else 0. Linear in grad_output; its derivative by output is 0."""
+    """grad_output where output is not <= 0, else 0. Linear in grad_output; its derivative by output is zeros, as
+    stock's, not None."""
 
     @staticmethod
     def forward(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -93,16 +103,24 @@ class ReLUBackward(OpFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[1])
         ctx.save_for_forward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ReLUBackward.call(grad, *ctx.saved_tensors), None
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if grad is None:
+            return None, None
+        by_grad_output, by_output = ctx.needs_input_grad
+        return (
+            ReLUBackward.call(grad, *ctx.saved_tensors) if by_grad_output else None,
+            torch.zeros_like(grad) if by_output else None,
+        )
 
     @staticmethod
-    def jvp(ctx: Any, grad_tangent: torch.Tensor, _: torch.Tensor | None) -> torch.Tensor:
-        return ReLUBackward.call(grad_tangent, *primals(ctx))
+    def jvp(ctx: Any, grad_tangent: torch.Tensor | None, _: torch.Tensor | None) -> torch.Tensor:
+        (output,) = primals(ctx)
+        return torch.zeros_like(output) if grad_tangent is None else ReLUBackward.call(grad_tangent, output)
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -137,7 +155,7 @@ class ReLUWithMask(OpFunction):
     def backward(ctx: Any, grad_output: torch.Tensor | None, _: None) -> torch.Tensor | None:
         if grad_output is None:
             return None
-        return ReLUMaskBackward.call(grad_output, *ctx.saved_tensors, ctx.stride)
+        return ReLUMaskBackward.call(with_path_to_output(grad_output), *ctx.saved_tensors, ctx.stride)
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -163,12 +181,13 @@ class ReLUMaskBackward(OpFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor, Any], output: torch.Tensor) -> None:
         _, mask, ctx.stride = inputs
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(mask)
         ctx.save_for_forward(mask)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return ReLUMaskBackward.call(grad, *ctx.saved_tensors, ctx.stride), None, None
+    def backward(ctx: Any, grad: torch.Tensor | None) -> tuple[torch.Tensor | None, None, None]:
+        return None if grad is None else ReLUMaskBackward.call(grad, *ctx.saved_tensors, ctx.stride), None, None
 
     @staticmethod
     def jvp(ctx: Any, grad_tangent: torch.Tensor, *_: None) -> torch.Tensor:
