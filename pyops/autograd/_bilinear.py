@@ -87,10 +87,11 @@ class BilinearBackward(OpFunction):
     forward_op: ClassVar[type[Bilinear]]
     size_count: ClassVar[int] = 0
 
-    @staticmethod
-    def save(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    @classmethod
+    def save(cls, ctx: Any, inputs: tuple[Any, ...]) -> None:
         """`setup_context`."""
         grad_output, input, weight, *ctx.rest, ctx.mask = inputs
+        ctx.options = ctx.rest[cls.size_count :]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(grad_output, input, weight)
         ctx.save_for_forward(grad_output, input, weight)
@@ -117,8 +118,7 @@ class BilinearBackward(OpFunction):
             if (d_input is None or weight is None) and (d_weight is None or input is None):
                 by_grad_output = None if d_bias is None else cls.broadcast_bias(d_bias, grad_output)
             else:
-                options = ctx.rest[cls.size_count :]
-                by_grad_output = cls.forward_op.product_rule(input, weight, d_input, d_weight, d_bias, options)
+                by_grad_output = cls.forward_op.product_rule(input, weight, d_input, d_weight, d_bias, ctx.options)
         if d_weight is not None and ctx.needs_input_grad[1]:
             by_input = cls.call(grad_output, None, d_weight, *ctx.rest, [True, False, False])[0]
         if d_input is not None and ctx.needs_input_grad[2]:
