@@ -1,4 +1,4 @@
-// The Autograd key of every op, in one boxed kernel with three ways on, cheapest first:
+// The Autograd key of every op that has a derivative, in one boxed kernel with three ways on, cheapest first:
 //
 //   - nobody wants a derivative: straight to the kernel, at the cost of a glance at each tensor;
 //   - somebody wants a gradient, and nothing more: a node of the graph in C++ (gradient.h), which keeps what the
@@ -15,6 +15,7 @@
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <mutex>
 #include <optional>
 #include <string>
@@ -69,7 +70,6 @@ constexpr Derivative derivatives[] = {
     {"conv2d_relu_max_pool2d_backward"},
     {"max_pool2d_backward"},
     {"max_pool2d_gather"},
-    {"max_pool2d_indices"},
 };
 
 c10::IValue to_value(c10::SymIntArrayRef numbers) {
@@ -119,7 +119,8 @@ class Recorder {
     }
     const Gradient::Pointer node = Gradient::make(*backward_, std::move(edges), bilinear, derivative_.path);
     auto& gradient = static_cast<Gradient&>(*node);
-    if (derivative_.sizes == Derivative::image) gradient.add_option(to_value(input.sym_sizes().slice(input.dim() - 2)));
+    if (derivative_.sizes == Derivative::image)  // the kernel will refuse an input of fewer dimensions
+      gradient.add_option(to_value(input.sym_sizes().slice(std::max<int64_t>(input.dim() - 2, 0))));
     if (derivative_.sizes == Derivative::input_and_weight) {
       gradient.add_option(to_value(input.sym_sizes()));
       gradient.add_option(to_value(weight.sym_sizes()));
@@ -165,8 +166,10 @@ class AutogradKernel final : public c10::OperatorKernel {
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     const auto arguments = torch::jit::last(*stack, op.schema().arguments().size());
     bool wants_gradient = false, wants_tangent = false;
-    for (const c10::IValue& argument : arguments) {
-      if (!argument.isTensor() || !argument.toTensor().defined()) continue;
+    for (size_t i = 0; i < arguments.size(); ++i) {
+      const c10::IValue& argument = arguments[i];
+      if (!argument.isTensor()) continue;
+      check_defined(op.schema(), i, argument.toTensor());
       wants_gradient |= argument.toTensor().requires_grad();
       wants_tangent |= argument.toTensor()._fw_grad(/*level=*/0).defined();
     }

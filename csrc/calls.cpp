@@ -2,14 +2,22 @@
 // and None go straight into the dispatcher's stack. Whatever else there is (subclasses, modes that override functions,
 // symbols, keywords) is for torch's own call of an operator, which matches any arguments with any schema; it takes 0.3
 // to 0.5 us longer, as long as a small kernel.
+//
+// And calls for an operator's checks alone, of which the fake kernels and the batching rules (pyops/autograd) make one
+// before they look at their arguments.
+#include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
+
+#include "checks.h"
 
 namespace pyops {
 namespace {
@@ -117,11 +125,69 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-}  // namespace
+bool is_symbolic(const c10::IValue& value) {
+  if (value.isTensor()) return value.toTensor().unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  if (value.isList()) return std::any_of(value.toListRef().begin(), value.toListRef().end(), is_symbolic);
+  return value.isSymInt() && value.toSymInt().is_symbolic();
+}
 
-// The function that calls an operator of torch.ops.pyops; all its arguments are positional, and none is left out.
-pybind11::object bind_operator(const pybind11::object& of_torch) {
-  static PyMethodDef method{"operator", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call)),
+// What the dispatcher, which finds a kernel by the tensors, and the kernel say of tensors that are there, on which
+// devices and in which layout. It needs no sizes.
+void check_tensors(const c10::FunctionSchema& schema, const std::vector<c10::IValue>& stack) {
+  const char* op = schema.name().c_str();
+  const char* first_name = nullptr;
+  at::Tensor first;
+  for (size_t i = 0; i < stack.size(); ++i) {
+    if (!stack[i].isTensor()) continue;
+    const at::Tensor& tensor = stack[i].toTensor();
+    check_defined(schema, i, tensor);
+    TORCH_CHECK_NOT_IMPLEMENTED(tensor.layout() == at::kStrided, op, " takes strided tensors, not ", tensor.layout());
+    const char* name = schema.arguments()[i].name().c_str();
+    if (first_name) {
+      check_same_device(op, name, tensor, first_name, first);
+    } else {
+      first_name = name;
+      first = tensor;
+    }
+  }
+}
+
+// The operator's kernel on stand-ins for its tensors, on the meta device: it checks them, sizes its results and has
+// nothing to compute (to_compute in checks.h). A tensor that vmap batches has the sizes of a sample. False if there are
+// symbols among the sizes and numbers: then they have not been checked.
+PyObject* check(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  const auto& op = *static_cast<const Operator*>(PyCapsule_GetPointer(self, nullptr));
+  const c10::FunctionSchema& schema = op.handle.schema();
+  std::vector<c10::IValue> stack;
+  stack.reserve(schema.arguments().size());
+  for (size_t i = 0; i < schema.arguments().size(); ++i) {
+    const c10::Argument& parameter = schema.arguments()[i];
+    stack.push_back(i < static_cast<size_t>(count)
+                        ? torch::jit::toIValue(arguments[i], parameter.real_type(), parameter.N())
+                        : parameter.default_value().value());
+  }
+  check_tensors(schema, stack);
+  for (c10::IValue& value : stack) {
+    if (is_symbolic(value)) Py_RETURN_FALSE;
+    if (!value.isTensor()) continue;
+    const at::Tensor& tensor = value.toTensor();
+    value = at::detail::empty_strided_meta(tensor.sizes(), tensor.strides(), tensor.scalar_type());
+  }
+  // Whatever modes and transforms there are, they do not see this call.
+  const c10::impl::ForceDispatchKeyGuard guard(
+      c10::default_included_set, c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView);
+  op.handle.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+// `called` as a function of Python on an operator of torch.ops.pyops.
+template <Function called>
+pybind11::object bind(const char* name_in_python, const pybind11::object& of_torch) {
+  static PyMethodDef method{name_in_python, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called)),
                             METH_FASTCALL, nullptr};
   const auto name = of_torch.attr("_schema").attr("name").cast<std::string>();
   const c10::OperatorHandle handle = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), "");
@@ -129,6 +195,18 @@ pybind11::object bind_operator(const pybind11::object& of_torch) {
   for (const c10::Argument& argument : handle.schema().arguments()) op->parameters.push_back(parameter_of(argument));
   const auto self = pybind11::reinterpret_steal<pybind11::object>(PyCapsule_New(op.release(), nullptr, nullptr));
   return pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&method, self.ptr()));
+}
+
+}  // namespace
+
+// The function that calls the operator; all its arguments are positional, and none is left out.
+pybind11::object bind_operator(const pybind11::object& of_torch) {
+  return bind<&call>("operator", of_torch);
+}
+
+// The function that calls it for its checks alone; trailing arguments may be left out.
+pybind11::object bind_checks(const pybind11::object& of_torch) {
+  return bind<&check>("checks", of_torch);
 }
 
 }  // namespace pyops

@@ -4,6 +4,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/function_schema.h>
 #include <c10/util/StringUtil.h>
 
 #include <limits>
@@ -47,6 +48,12 @@ inline DType real_dtype(const char* op, const at::Tensor& tensor) {
     default:
       return floating_dtype(op, tensor);
   }
+}
+
+// torch passes an undefined tensor for a None where the schema has a tensor that is not optional.
+inline void check_defined(const c10::FunctionSchema& op, size_t position, const at::Tensor& tensor) {
+  TORCH_CHECK_TYPE(tensor.defined(), op.name(), "(): argument '", op.arguments()[position].name(), "' (position ",
+                   position + 1, ") must be Tensor, not None");
 }
 
 inline void check_same_device(const char* op, const char* name, const at::Tensor& tensor, const char* other_name,
@@ -96,11 +103,17 @@ inline at::Tensor from_batch(const at::Tensor& images, bool batched) {
   return batched ? images : images.squeeze(0);
 }
 
+// Whether there are values of a result to compute. There are none on the meta device, on which an operator is run for
+// its checks and for the sizes of its results (csrc/calls.cpp).
+inline bool to_compute(const at::Tensor& result) {
+  return result.numel() > 0 && !result.is_meta();
+}
+
 inline const void* data_or_null(const OptionalTensor& tensor) {
-  return tensor.has_value() && tensor->defined() ? tensor->const_data_ptr() : nullptr;
+  return tensor.has_value() && tensor->defined() && !tensor->is_meta() ? tensor->const_data_ptr() : nullptr;
 }
 inline void* mutable_data_or_null(const at::Tensor& tensor) {
-  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
+  return tensor.defined() && !tensor.is_meta() ? tensor.mutable_data_ptr() : nullptr;
 }
 
 }  // namespace pyops

@@ -125,8 +125,8 @@ CheckedConv2d checked_conv2d(const char* op, const Tensor& input, const Tensor& 
                         weight.contiguous(memory_format(shape.weight_channels_last)),
                         bias.has_value() ? bias->contiguous() : Tensor(),
                         input.dim() == 4};
-  checked.args.input = checked.input.const_data_ptr();
-  checked.args.weight = checked.weight.const_data_ptr();
+  checked.args.input = data_or_null(checked.input);
+  checked.args.weight = data_or_null(checked.weight);
   checked.args.bias = data_or_null(checked.bias);
   return checked;
 }
@@ -137,7 +137,7 @@ Tensor conv2d(const char* op, const Tensor& input, const Tensor& weight, const O
   const Conv2dShape& shape = checked.args.shape;
   const Tensor output =
       fresh({shape.N, shape.O, shape.OH, shape.OW}, input.options(), memory_format(shape.channels_last));
-  if (output.numel() > 0) {
+  if (to_compute(output)) {
     checked.args.output = output.mutable_data_ptr();
     checked.args.relu = relu;
     kernels(input)->conv2d(checked.args);
@@ -212,7 +212,7 @@ Gradients conv2d_backward(const char* op, const Tensor& grad_output, const Optio
   const at::DimVector output_size{shape.N, shape.O, shape.OH, shape.OW};
   check_shape(op, "grad_output", grad_output, IntArrayRef(output_size).slice(gradients.batched ? 0 : 1));
   gradients.allocate(grad_output.options());
-  if (grad_output.numel() > 0) {
+  if (to_compute(grad_output)) {
     const Tensor g = to_batch(grad_output).contiguous(memory_format(shape.channels_last));
     gradients.args.grad_output = g.const_data_ptr();
     kernels(grad_output)->conv2d_backward(gradients.args);

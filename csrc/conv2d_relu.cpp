@@ -20,8 +20,9 @@ Gradients conv2d_relu_backward(const Tensor& grad_output, const Tensor& output, 
                                const OptionalTensor& weight, IntArrayRef input_size, IntArrayRef weight_size,
                                IntArrayRef stride, IntArrayRef padding, IntArrayRef dilation, int64_t groups,
                                std::array<bool, 3> output_mask) {
-  return conv2d_backward("conv2d_relu_backward", relu_backward(grad_output, output), input, weight, input_size,
-                         weight_size, {stride, padding, dilation, groups}, output_mask);
+  constexpr const char* op = "conv2d_relu_backward";
+  return conv2d_backward(op, relu_backward(op, grad_output, output), input, weight, input_size, weight_size,
+                         {stride, padding, dilation, groups}, output_mask);
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   const auto result = [&](const Tensor& batch) { return conv.batched ? batch : from_batch(batch, false).contiguous(); };
   const Tensor output = empty(input.scalar_type());
   if (argmax) *argmax = empty(argmax_dtype(pool));
-  if (output.numel() > 0)
+  if (to_compute(output))
     kernels(input)->conv2d_relu_max_pool2d(
         {conv.args, pool, output.mutable_data_ptr(), argmax ? argmax->mutable_data_ptr() : nullptr});
   if (argmax) *argmax = result(*argmax);
@@ -77,7 +77,7 @@ Gradients conv2d_relu_max_pool2d_backward(const Tensor& grad_output, const Tenso
               ": expected argmax of the batch size and channels of the convolution's output ",
               conv_size(s, gradients.batched), ", but got ", argmax.sizes());
   gradients.allocate(grad_output.options());
-  if (argmax.numel() == 0) return gradients.results();
+  if (!to_compute(argmax)) return gradients.results();
   pool.channels_last = s.channels_last;
   const at::MemoryFormat format = memory_format(s.channels_last);
   const Tensor g = to_batch(grad_output).contiguous(format), a = to_batch(argmax).contiguous(format);

@@ -19,7 +19,8 @@ class DeviceKernels {
   c10::OptionalDeviceGuard guard_;
 };
 
-// The kernels of the device that holds `tensor`; NotImplementedError if pyops has none for it.
+// The kernels of the device that holds `tensor`; NotImplementedError if pyops has none for it. A meta tensor has those
+// of the CPU, whose properties the checks look at; they are not run.
 DeviceKernels kernels(const at::Tensor& tensor);
 
 }  // namespace pyops

@@ -20,7 +20,7 @@ enum class Path {
 };
 
 // Adds to the history of `tensor` a path to the operands that `path` names, of the op that `node` differentiates. The
-// tensor is a copy of grad_output where these are the output, else a gradient that nobody has seen yet.
+// tensor is a copy of grad_output where these are the output, else a gradient that no other tensor shares yet.
 void add_path(at::Tensor& tensor, torch::autograd::Node& node, Path path);
 
 // Its backward calls the operator `backward` on

@@ -62,7 +62,7 @@ Tensor linear(const char* op, const Tensor& input, const Tensor& weight, const O
   at::DimVector sizes(input.sizes());
   sizes.back() = N;
   Tensor output = fresh(sizes, input.options());
-  if (output.numel() == 0) return output;
+  if (!to_compute(output)) return output;
   const Tensor x = input.contiguous(), w = weight.contiguous();
   const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
   kernels(input)->linear({dtype, rows(input), N, weight.size(1), x.const_data_ptr(), w.const_data_ptr(),
@@ -101,6 +101,7 @@ Gradients linear_backward(const char* op, const Tensor& grad_output, const Optio
   if (want_bias) grad_bias = fresh({N}, grad_output.options());
 
   const auto target = [](const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
+  if (grad_output.is_meta()) return {grad_input, grad_weight, grad_bias};
   const Tensor g = grad_output.contiguous();
   kernels(grad_output)
       ->linear_backward({dtype, M, N, K, g.const_data_ptr(), data_or_null(x), data_or_null(w), target(grad_input),

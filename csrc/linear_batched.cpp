@@ -67,7 +67,7 @@ Tensor linear_batched(const Tensor& input, const Tensor& weight, const OptionalT
   at::DimVector sizes(input.sizes());
   sizes.back() = N;
   Tensor output = fresh(sizes, input.options());
-  if (output.numel() == 0) return output;
+  if (!to_compute(output)) return output;
   const Tensor x = input.contiguous(), w = weight.contiguous(), b = bias.has_value() ? bias->contiguous() : Tensor();
   const DeviceKernels device = kernels(input);
   const bool tf32 = linear_allows_tf32(input);
@@ -108,6 +108,7 @@ Gradients linear_batched_backward(const Tensor& grad_output, const OptionalTenso
     x = input->contiguous();
   }
   if (want_bias) grad_bias = fresh({samples, N}, grad_output.options());
+  if (grad_output.is_meta()) return {grad_input, grad_weight, grad_bias};
   const Tensor g = grad_output.contiguous();
   const DeviceKernels device = kernels(grad_output);
   const bool tf32 = linear_allows_tf32(grad_output);

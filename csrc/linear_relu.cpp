@@ -16,7 +16,8 @@ Tensor linear_relu(const Tensor& input, const Tensor& weight, const OptionalTens
 
 Gradients linear_relu_backward(const Tensor& grad_output, const Tensor& output, const OptionalTensor& input,
                                const OptionalTensor& weight, std::array<bool, 3> output_mask) {
-  return linear_backward("linear_relu_backward", relu_backward(grad_output, output), input, weight, output_mask);
+  constexpr const char* op = "linear_relu_backward";
+  return linear_backward(op, relu_backward(op, grad_output, output), input, weight, output_mask);
 }
 
 }  // namespace

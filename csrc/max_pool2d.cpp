@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntArrayRef kernel_si
   const at::DimVector sizes = output_sizes(shape, input.dim() == 4);
   Tensor output = fresh(sizes, input.options(), format);
   Tensor argmax = fresh(sizes, input.options().dtype(argmax_dtype(shape)), format);
-  if (output.numel() == 0) return {output, argmax};
+  if (!to_compute(output)) return {output, argmax};
   const Tensor x = input.contiguous(format);
   kernels(input)->max_pool2d({dtype, shape, x.const_data_ptr(), output.mutable_data_ptr(), argmax.mutable_data_ptr()});
   return {output, argmax};
@@ -153,7 +153,7 @@ Tensor max_pool2d_backward(const char* op, const Tensor& grad_output, const Tens
   at::DimVector sizes(argmax.sizes());
   std::copy(input_size.begin(), input_size.end(), sizes.end() - 2);
   Tensor grad_input = fresh(sizes, grad_output.options(), format);
-  if (grad_input.numel() == 0) return grad_input;
+  if (!to_compute(grad_input)) return grad_input;
   const Tensor g = grad_output.contiguous(format), a = argmax.contiguous(format);
   kernels(grad_output)
       ->max_pool2d_backward({dtype, shape, g.const_data_ptr(), a.const_data_ptr(), grad_input.mutable_data_ptr()});
@@ -176,7 +176,7 @@ Tensor max_pool2d_gather(const Tensor& input, const Tensor& argmax, IntArrayRef 
 
   const at::MemoryFormat format = memory_format(shape.channels_last);
   Tensor output = fresh(argmax.sizes(), input.options(), format);
-  if (output.numel() == 0) return output;
+  if (!to_compute(output)) return output;
   const Tensor x = input.contiguous(format), a = argmax.contiguous(format);
   kernels(input)->max_pool2d_gather({dtype, shape, x.const_data_ptr(), a.const_data_ptr(), output.mutable_data_ptr()});
   return output;
@@ -190,7 +190,7 @@ Tensor max_pool2d_indices(const Tensor& argmax, IntArrayRef input_size, IntArray
 
   const at::MemoryFormat format = memory_format(shape.channels_last);
   Tensor indices = fresh(argmax.sizes(), argmax.options().dtype(at::kLong), format);
-  if (indices.numel() == 0) return indices;
+  if (!to_compute(indices)) return indices;
   const Tensor a = argmax.contiguous(format);
   kernels(argmax)->max_pool2d_indices({shape, a.const_data_ptr(), indices.mutable_data_ptr<int64_t>()});
   return indices;

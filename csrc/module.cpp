@@ -14,9 +14,10 @@ const Kernels *cpu_kernels = nullptr, *cuda_kernels = nullptr;
 void set_autograd(pybind11::object function);                      // csrc/autograd.cpp
 void add_path_here(const pybind11::object& tensor, Path path);     // csrc/autograd.cpp
 pybind11::object bind_operator(const pybind11::object& of_torch);  // csrc/calls.cpp
+pybind11::object bind_checks(const pybind11::object& of_torch);    // csrc/calls.cpp
 
 DeviceKernels kernels(const at::Tensor& tensor) {
-  if (tensor.is_cpu()) {
+  if (tensor.is_cpu() || tensor.is_meta()) {
     TORCH_CHECK(cpu_kernels, "pyops has no CPU kernels yet: use `import pyops`, which loads them, not pyops._C alone");
     return {*cpu_kernels, std::nullopt};
   }
@@ -34,6 +35,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_path_to_input", [](const pybind11::object& t) { pyops::add_path_here(t, pyops::Path::input); });
   m.def("add_path_to_output", [](const pybind11::object& t) { pyops::add_path_here(t, pyops::Path::output); });
   m.def("bind_operator", &pyops::bind_operator);
+  m.def("bind_checks", &pyops::bind_checks);
   m.def("set_cpu_kernels",
         [](const pybind11::capsule& table) { pyops::cpu_kernels = table.get_pointer<const pyops::Kernels>(); });
   m.def("set_cuda_kernels",

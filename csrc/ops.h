@@ -11,7 +11,7 @@ namespace pyops {
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // of input, weight and bias, as far as asked for
 
-at::Tensor relu_backward(const at::Tensor& grad_output, const at::Tensor& output);
+at::Tensor relu_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& output);
 
 at::Tensor linear(const char* op, const at::Tensor& input, const at::Tensor& weight, const OptionalTensor& bias,
                   bool relu);

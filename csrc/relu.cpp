@@ -2,6 +2,7 @@
 #include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "checks.h"
@@ -22,10 +23,23 @@ Tensor with_layout_of(const Tensor& tensor, const Tensor& layout) {
 Tensor relu(const Tensor& input) {
   const DType dtype = real_dtype("relu", input);
   Tensor output = fresh_like(input);
-  if (output.numel() == 0) return output;
+  if (!to_compute(output)) return output;
   const Tensor dense = with_layout_of(input, output);
   kernels(input)->relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr()});
   return output;
+}
+
+// Whether the strides lead through as much memory as there are elements, to each once; of no element any do.
+bool is_dense(at::IntArrayRef sizes, at::IntArrayRef strides) {
+  if (c10::multiply_integers(sizes) == 0) return true;
+  int64_t stride = 1;
+  for (auto left = std::count_if(sizes.begin(), sizes.end(), [](int64_t size) { return size > 1; }); left > 0; --left) {
+    size_t d = 0;
+    while (d < sizes.size() && !(sizes[d] > 1 && strides[d] == stride)) ++d;
+    if (d == sizes.size()) return false;
+    stride *= sizes[d];
+  }
+  return true;
 }
 
 int64_t mask_words(int64_t numel) {
@@ -36,7 +50,7 @@ std::tuple<Tensor, Tensor> relu_with_mask(const Tensor& input) {
   const DType dtype = floating_dtype("relu_with_mask", input);
   Tensor output = fresh_like(input);
   Tensor mask = fresh({mask_words(output.numel())}, input.options().dtype(at::kLong));
-  if (output.numel() == 0) return {output, mask};
+  if (!to_compute(output)) return {output, mask};
   const Tensor dense = with_layout_of(input, output);
   kernels(input)->relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr(),
                         static_cast<uint64_t*>(mask.mutable_data_ptr())});
@@ -52,10 +66,10 @@ Tensor relu_mask_backward(const Tensor& grad_output, const Tensor& mask, at::Int
   TORCH_CHECK(static_cast<int64_t>(stride.size()) == grad_output.dim(), op,
               ": expected a stride for each dimension of ", "grad_output of shape ", grad_output.sizes(),
               ", but got stride=", stride);
-  Tensor grad_input = fresh_strided(grad_output.sizes(), stride, grad_output.options());
-  TORCH_CHECK(grad_input.is_non_overlapping_and_dense(), op, ": stride must be that of a dense tensor of shape ",
+  TORCH_CHECK(is_dense(grad_output.sizes(), stride), op, ": stride must be that of a dense tensor of shape ",
               grad_output.sizes(), ", but got stride=", stride);
-  if (grad_input.numel() == 0) return grad_input;
+  Tensor grad_input = fresh_strided(grad_output.sizes(), stride, grad_output.options());
+  if (!to_compute(grad_input)) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input), words = mask.contiguous();
   kernels(grad_output)
       ->relu_mask_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(),
@@ -66,7 +80,7 @@ Tensor relu_mask_backward(const Tensor& grad_output, const Tensor& mask, at::Int
 void relu_(const Tensor& input) {
   const DType dtype = real_dtype("relu_", input);
   at::assert_no_internal_overlap(input);
-  if (input.numel() == 0) return;
+  if (!to_compute(input)) return;
   if (input.is_non_overlapping_and_dense()) {
     kernels(input)->relu({dtype, input.numel(), input.const_data_ptr(), input.mutable_data_ptr()});
   } else {
@@ -76,12 +90,12 @@ void relu_(const Tensor& input) {
 
 }  // namespace
 
-Tensor relu_backward(const Tensor& grad_output, const Tensor& output) {
-  const DType dtype = real_dtype("relu_backward", output);
-  check_same_kind("relu_backward", "grad_output", grad_output, "output", output);
-  check_shape("relu_backward", "grad_output", grad_output, output.sizes());
+Tensor relu_backward(const char* op, const Tensor& grad_output, const Tensor& output) {
+  const DType dtype = real_dtype(op, output);
+  check_same_kind(op, "grad_output", grad_output, "output", output);
+  check_shape(op, "grad_output", grad_output, output.sizes());
   Tensor grad_input = fresh_like(output);
-  if (grad_input.numel() == 0) return grad_input;
+  if (!to_compute(grad_input)) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input);
   const Tensor dense_output = with_layout_of(output, grad_input);
   kernels(output)->relu_backward({dtype, grad_input.numel(), dense_grad.const_data_ptr(), dense_output.const_data_ptr(),
@@ -104,7 +118,9 @@ PYOPS_LIBRARY_IMPL(m) {
   m.impl("relu_", relu_);
   m.impl("relu_with_mask", relu_with_mask);
   m.impl("relu_mask_backward", relu_mask_backward);
-  m.impl("relu_backward", relu_backward);
+  m.impl("relu_backward", [](const Tensor& grad_output, const Tensor& output) {
+    return relu_backward("relu_backward", grad_output, output);
+  });
 }
 
 }  // namespace pyops

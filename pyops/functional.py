@@ -87,11 +87,21 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear, (input, weight, bias), input, weight, bias=bias)
-    if weight.dim() == 1 and bias is None:
+    try:
+        is_vector = weight.dim() == 1 and bias is None
+        is_one_bias = bias is not None and bias.dim() <= 1 and bias.numel() == 1 and weight.dim() == 2
+    except AttributeError:
+        raise _not_tensors("linear", weight, bias) from None
+    if is_vector:
         return _ops().linear(input, weight.unsqueeze(0), None).squeeze(-1)
-    if bias is not None and bias.dim() <= 1 and bias.numel() == 1 and weight.dim() == 2:
+    if is_one_bias:
         bias = bias.expand(weight.shape[0])
     return _ops().linear(input, weight, bias)
+
+
+def _not_tensors(op: str, weight: Any, bias: Any) -> TypeError:
+    types = f"weight={type(weight).__name__} and bias={type(bias).__name__}"
+    return TypeError(f"{op}: weight must be a Tensor, and bias a Tensor or None, but got {types}")
 
 
 def conv2d(
@@ -143,15 +153,20 @@ def _padding_by_name(padding: str, input: Tensor, weight: Tensor, stride: Ints, 
         return 0
     if padding != "same":
         raise RuntimeError(f"conv2d: Invalid padding string: '{padding}', expected 'same' or 'valid'")
-    strides = [stride] if isinstance(stride, int) else list(stride)
+    strides, dilations = _numbers(stride), _numbers(dilation)
     if any(s > 1 for s in strides):
         raise RuntimeError(f"conv2d: padding='same' is not supported for strided convolutions, got stride={strides}")
-    dilations = [dilation] if isinstance(dilation, int) else list(dilation)
-    if weight.dim() != 4 or min(dilations, default=0) < 1:
+    if not isinstance(weight, Tensor) or weight.dim() != 4 or min(dilations, default=0) < 1:
         return 0  # the op will say what is wrong
     totals = dilations[0] * (weight.shape[2] - 1), dilations[-1] * (weight.shape[3] - 1)
     before = [total // 2 for total in totals]
     return [*before, *(total - b for total, b in zip(totals, before, strict=True))]
+
+
+def _numbers(values: Ints) -> list[int]:
+    """The value or the values as a list; none where they are not all integers, which the op will refuse."""
+    values = values if isinstance(values, list | tuple) else [values]
+    return list(values) if all(isinstance(v, int | torch.SymInt) for v in values) else []
 
 
 def max_pool2d(
@@ -207,7 +222,11 @@ def linear_relu(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     """
     if has_torch_function_variadic(input, weight, bias):
         return handle_torch_function(linear_relu, (input, weight, bias), input, weight, bias=bias)
-    if weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+    try:
+        is_usual = weight.dim() == 2 and (bias is None or bias.shape == weight.shape[:1])
+    except AttributeError:
+        raise _not_tensors("linear_relu", weight, bias) from None
+    if not is_usual:
         return relu(linear(input, weight, bias))
     return _ops().linear_relu(input, weight, bias)
 

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch.autograd import forward_ad
 
-from pyops.autograd._function import OpFunction, primals
+from pyops.autograd._function import OpFunction, in_transform, primals
 
 MaybeTensor = torch.Tensor | None
 
@@ -100,7 +100,7 @@ class BilinearBackward(OpFunction):
     def mark_constants(ctx: Any, output: tuple[MaybeTensor, ...]) -> None:
         """In `setup_context` of an op whose gradients stock computes by an op each: none of them requires grad unless
         one of its own two factors does."""
-        if forward_ad._current_level >= 0:
+        if forward_ad._current_level >= 0 or in_transform():
             return  # an output without derivatives could have no tangent either
         by_grad_output, by_input, by_weight = ctx.needs_input_grad[:3]
         differentiable = by_grad_output or by_weight, by_grad_output or by_input, by_grad_output

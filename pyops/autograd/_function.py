@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 import torch
@@ -64,7 +65,13 @@ def composition(
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        register_op(name, function, fake, vmap)
+        check = checks(name)
+
+        def apply(*args: Any) -> Any:
+            check(*args)
+            return function(*args)
+
+        register_op(name, apply, fake, vmap)
         return function
 
     return register
@@ -112,7 +119,12 @@ def primals(ctx: Any) -> tuple[torch.Tensor | None, ...]:
 def register_op(name: str, apply: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]) -> None:
     """Tells torch of the derivatives, the shapes and the batching rule of ``torch.ops.pyops.<name>``."""
     APPLY[f"pyops::{name}"] = apply
-    torch.library.register_fake(f"pyops::{name}", on_one_device(name, fake))
+    register_shapes(name, fake, vmap)
+
+
+def register_shapes(name: str, fake: Callable[..., Any], vmap: Callable[..., Any]) -> None:
+    """The same for an op that has no derivative."""
+    torch.library.register_fake(f"pyops::{name}", checked(name, fake))
     register_vmap(name, vmap)
 
 
@@ -124,11 +136,13 @@ def register_vmap(name: str, vmap: Callable[..., Any]) -> None:
     contract (`custom_function_call_vmap_helper`), without the search for tensors in any structure, which takes longer
     than most ops, of `vmap(grad)` of LeNet half the time. No op is random."""
     op = getattr(torch.ops.pyops, name).default
+    check = checks(name)
     defaults = [argument.default_value for argument in op._schema.arguments]
     batched = torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)
     functorch = torch._C._functorch
 
     def kernel(*args: Any) -> Any:
+        check(*args)  # a batched tensor has the sizes of a sample
         interpreter = functorch.peek_interpreter_stack()
         level = interpreter.level()
         args += tuple(defaults[len(args) :])  # torch leaves out trailing arguments that have their default value
@@ -140,7 +154,8 @@ def register_vmap(name: str, vmap: Callable[..., Any]) -> None:
             if all(dim is None for dim in in_dims):  # batched on another level
                 return op(*operands)
             info = VmapInfo(functorch.CVmapInterpreterPtr(interpreter).batchSize(), "error")
-            results, out_dims = vmap(info, in_dims, *operands)
+            rule = vmap if info.batch_size else functools.partial(vmap_of_no_samples, op)
+            results, out_dims = rule(info, in_dims, *operands)
         if not op._schema.returns:
             return None
         if isinstance(results, torch.Tensor):
@@ -153,18 +168,62 @@ def register_vmap(name: str, vmap: Callable[..., Any]) -> None:
     LIBRARY.impl(name, kernel, "FuncTorchBatched")
 
 
-def on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake` after a check that the real kernels make too: torch calls it if any tensor is on the meta device."""
+def checks(name: str) -> Callable[..., None]:
+    """The checks that the operator (csrc/<op>.cpp) makes of its arguments, as a function of them.
 
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        devices = {str(arg.device): None for arg in (*args, *kwargs.values()) if isinstance(arg, torch.Tensor)}
-        if len(devices) > 1:
-            raise RuntimeError(
-                f"{name}: expected all tensors to be on the same device, but got {' and '.join(devices)}"
-            )
-        return fake(*args, **kwargs)
+    Where tensors or numbers have symbols for sizes, what is checked is the example that the tracer has of them. A size
+    that depends on data has none: then nothing is checked before the operator runs.
+    """
+    check_known = _load._C.bind_checks(getattr(torch.ops.pyops, name).default)
 
-    return checked
+    def check(*args: Any) -> None:
+        if not check_known(*args):
+            examples = [example(arg) for arg in args]
+            if all(each is not UNKNOWN for each in examples):
+                check_known(*examples)
+
+    return check
+
+
+UNKNOWN = object()
+
+
+def example(argument: Any) -> Any:
+    """An argument of an operator with numbers in the place of symbols; UNKNOWN where one of them has no example."""
+    match argument:
+        case torch.SymInt():
+            return UNKNOWN if argument.node.hint is None else argument.node.hint
+        case list() | tuple():
+            numbers = [example(each) for each in argument]
+            return UNKNOWN if any(each is UNKNOWN for each in numbers) else numbers
+        case torch.Tensor():
+            size, stride = example(tuple(argument.shape)), example(argument.stride())
+            if size is UNKNOWN or stride is UNKNOWN:
+                return UNKNOWN
+            return torch.empty_strided(size, stride, dtype=argument.dtype, device="meta")
+    return argument
+
+
+def checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`fake` after the checks that the real kernels make too. torch calls it if any tensor is on the meta device."""
+    check = checks(name)
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    return checked_fake
+
+
+def vmap_of_no_samples(op: Callable[..., Any], info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
+    """The batching rule for a vmapped dimension of size 0, which no rule could infer other sizes from: results of the
+    shapes that those of one sample have, of zeros."""
+    sample = (a if dim is None else a.sum(dim, dtype=a.dtype) for a, dim in zip(args, in_dims, strict=True))
+    results = op(*sample)
+    if isinstance(results, torch.Tensor):
+        return results[None][:0], 0
+    outputs = tuple(None if result is None else result[None][:0] for result in results or ())
+    return outputs, dims_of(outputs)
 
 
 APPLY: dict[str, Callable[..., Any]] = {}
@@ -244,9 +303,10 @@ def dims_of(outputs: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
 
 
 def vmap_by_loop(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The batching rule of last resort: one call for each sample, the results stacked."""
+    """The batching rule of last resort: one call for each sample, the results stacked. `in_dims` may be those of the
+    tensors alone."""
     rows = [
-        call(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
+        call(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip_longest(args, in_dims)))
         for i in range(info.batch_size)
     ]
     if isinstance(rows[0], torch.Tensor):

@@ -32,6 +32,10 @@ def output_size(image: Sequence[int], kernel: Sequence[int], stride: Any, paddin
     ]
 
 
+def output_is_channels_last(input: torch.Tensor, weight: torch.Tensor) -> bool:
+    return (channels_last(input) or channels_last(weight)) and not is_empty(input.shape)
+
+
 # Samples of fewer images, each with a weight of its own, are one convolution with as many groups; those of more fill
 # the vectors by themselves, and are convolved one after another. LeNet's second layer, 10 samples, one thread: of 1
 # image 0.04 ms instead of 0.11, of 8 0.29 instead of 0.33, of 64 3.0 instead of 2.1; its weight gradient 0.05 instead
@@ -218,8 +222,7 @@ class Conv2d(Bilinear):
     ) -> torch.Tensor:
         size = output_size(input.shape[-2:], weight.shape[2:], stride, padding, dilation)
         out_channels = weight.shape[0] if input.shape[-3] != 0 else 0  # stock: no channels in, no channels out
-        last = channels_last(input) or channels_last(weight)
-        return empty_images(input, (*input.shape[:-3], out_channels, *size), last and not is_empty(input.shape))
+        return empty_images(input, (*input.shape[:-3], out_channels, *size), output_is_channels_last(input, weight))
 
 
 Conv2dBackward.forward_op = Conv2d

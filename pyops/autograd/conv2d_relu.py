@@ -16,7 +16,7 @@ def _backward_vmap(info: Any, in_dims: Dims, grad_output: torch.Tensor, output: 
 
 
 def _backward_fake(grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
-    return Conv2dBackward.fake(grad_output, *rest)
+    return Conv2dBackward.fake(ReLUBackward.fake(grad_output, output), *rest)
 
 
 @composition("conv2d_relu_backward", _backward_fake, _backward_vmap)

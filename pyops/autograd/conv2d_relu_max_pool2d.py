@@ -6,7 +6,8 @@ import torch
 
 from pyops.autograd._bilinear import Bilinear, MaybeTensor
 from pyops.autograd._function import Dims, composition, implements, primals, with_path_to_output
-from pyops.autograd.conv2d import Conv2d, Conv2dBackward, output_size, vmap_images
+from pyops.autograd._images import empty_images
+from pyops.autograd.conv2d import Conv2d, Conv2dBackward, output_is_channels_last, output_size, vmap_images
 from pyops.autograd.max_pool2d import MaxPool2d, MaxPool2dBackward, MaxPool2dGather
 
 CONV_OPTIONS = 4  # stride, padding, dilation, groups; those of the pooling come after
@@ -14,7 +15,8 @@ CONV_OPTIONS = 4  # stride, padding, dilation, groups; those of the pooling come
 
 def _backward_fake(grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
     input, weight, input_size, weight_size, *options, mask = rest
-    return Conv2dBackward.fake(grad_output, input, weight, input_size, weight_size, *options[:CONV_OPTIONS], mask)
+    like = torch.empty_like(argmax, dtype=grad_output.dtype)  # it tells the memory format where there is no input
+    return Conv2dBackward.fake(like, input, weight, input_size, weight_size, *options[:CONV_OPTIONS], mask)
 
 
 def _backward_vmap(info: Any, in_dims: Dims, grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any) -> Any:
@@ -22,8 +24,9 @@ def _backward_vmap(info: Any, in_dims: Dims, grad_output: torch.Tensor, argmax: 
     conv, pool = options[:CONV_OPTIONS], options[CONV_OPTIONS:]
     conv_size = output_size(input_size[-2:], weight_size[2:], *conv[:3])
     grad_conv, dim = MaxPool2dBackward.vmap(info, in_dims[:2], grad_output, argmax, conv_size, *pool)
-    dims = (dim, *in_dims[2:4])
-    return Conv2dBackward.vmap(info, dims, grad_conv, input, weight, input_size, weight_size, *conv, mask)
+    others = input_size, weight_size, *conv, mask
+    dims = dim, *in_dims[2:4], *(None for _ in others)
+    return Conv2dBackward.vmap(info, dims, grad_conv, input, weight, *others)
 
 
 @composition("conv2d_relu_max_pool2d_backward", _backward_fake, _backward_vmap)
@@ -82,7 +85,10 @@ class Conv2dReLUMaxPool2d(Bilinear):
     @staticmethod
     def fake(input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor, *options: Any) -> tuple[Any, Any]:
         conv = Conv2d.fake(input, weight, bias, *options[:CONV_OPTIONS])
-        return MaxPool2d.fake(conv, *options[CONV_OPTIONS:])
+        pooled = MaxPool2d.fake(conv, *options[CONV_OPTIONS:])
+        last = output_is_channels_last(input, weight)
+        images = (empty_images(t, t.shape, last, t.dtype) for t in pooled)
+        return tuple(images if input.dim() == 4 else (t.contiguous() for t in images))
 
 
 def _output_fake(*args: Any) -> torch.Tensor:

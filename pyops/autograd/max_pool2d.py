@@ -17,7 +17,7 @@ from pyops.autograd._function import (
     batch_first,
     fold,
     implements,
-    register_vmap,
+    register_shapes,
     unfold,
 )
 from pyops.autograd._images import channels_last, empty_images, pair
@@ -187,5 +187,4 @@ def _indices_vmap(info: Any, in_dims: Dims, argmax: torch.Tensor, *rest: Any) ->
     return unfold(torch.ops.pyops.max_pool2d_indices(fold(argmax), *rest), *argmax.shape[:-3]), 0
 
 
-torch.library.register_fake("pyops::max_pool2d_indices", _indices_fake)
-register_vmap("max_pool2d_indices", _indices_vmap)
+register_shapes("max_pool2d_indices", _indices_fake, _indices_vmap)
