@@ -115,14 +115,18 @@ def _switch(module: Module, classes: Mapping[type, type], caller: str) -> Module
     if not isinstance(module, torch.nn.Module):
         raise TypeError(f"{caller}: module must be a torch.nn.Module, got {type(module).__name__}")
     for layer in module.modules():
-        cls = type(layer)
-        if cls in classes:
-            layer.__class__ = classes[cls]
-        elif is_parametrized(layer) and (base := cls.__bases__[0]) in classes:
-            # torch gave this layer a class of its own, holding the parametrized tensors as properties. Copies of the
-            # layer share that class, so it is made anew over the other base instead of being changed.
-            layer.__class__ = type(cls.__name__, (classes[base],), dict(vars(cls)))
+        _switch_layer(layer, classes)
     return module
+
+
+def _switch_layer(layer: torch.nn.Module, classes: Mapping[type, type]) -> None:
+    cls = type(layer)
+    if cls in classes:
+        layer.__class__ = classes[cls]
+    elif is_parametrized(layer) and (base := cls.__bases__[0]) in classes:
+        # torch gave this layer a class of its own, holding the parametrized tensors as properties. Copies of the layer
+        # share that class, so it is made anew over the other base instead of being changed.
+        layer.__class__ = type(f"Parametrized{classes[base].__name__}", (classes[base],), dict(vars(cls)))
 
 
 # ---- fusing ----
@@ -131,6 +135,12 @@ def _switch(module: Module, classes: Mapping[type, type], caller: str) -> Module
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: torch.nn.Module, name: str) -> bool:
         return type(module).__module__ in (nn.__name__, __name__) or super().is_leaf_module(module, name)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        # The graph holds calls only, not the contexts that they are made in.
+        node.meta["grad_modes"] = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return node
 
 
 def _sequences(root: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
@@ -142,11 +152,14 @@ def _sequences(root: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
         chains = [chain for chain in training if chain in evaluation]
     except Exception:  # a forward that fx cannot follow may raise anything
         chains = [list(layer) for layer in root.modules() if type(layer) is torch.nn.Sequential]
+    hooked = [set(module.modules()) for module in root.modules() if not _is_plain(module)]
     for chain in chains:
         for i in range(len(chain)):
             for length in (3, 2):
                 layers = chain[i : i + length]
-                if len(layers) == length and all(id(layer) in once and _is_plain(layer) for layer in layers):
+                # The hooks of a module that has all of the layers inside see none of what is between them.
+                seen = any(module & {*layers} and not module >= {*layers} for module in hooked)
+                if len(layers) == length and not seen and all(id(layer) in once for layer in layers):
                     yield layers
 
 
@@ -154,7 +167,8 @@ def _traced(root: torch.nn.Module, training: bool) -> list[list[torch.nn.Module]
     """The longest chains of module calls in the graph of `root.forward`."""
     modes = {layer: layer.training for layer in root.modules()}
     try:
-        root.train(training)
+        for layer in modes:
+            layer.training = training  # not by train(), which a model may have made do more
         graph = _Tracer().trace(root)
     finally:
         for layer, mode in modes.items():
@@ -166,7 +180,9 @@ def _traced(root: torch.nn.Module, training: bool) -> list[list[torch.nn.Module]
         if node.op != "call_module" or calls.count(node.target) > 1:
             continue
         before = node.args[0] if len(node.args) == 1 and not node.kwargs else None
-        chain = ends.pop(before, None) if isinstance(before, fx.Node) and len(before.users) == 1 else None
+        follows = isinstance(before, fx.Node) and len(before.users) == 1
+        follows = follows and before.meta["grad_modes"] == node.meta["grad_modes"]
+        chain = ends.pop(before, None) if follows else None
         if chain is None:
             chains.append(chain := [])
         chain.append(root.get_submodule(node.target))
@@ -215,12 +231,12 @@ def _fuse_lenet(net: LeNet) -> None:
 
 
 def _unfuse(layer: torch.nn.Module) -> None:
-    layer.__class__ = _UNFUSED.get(type(layer), type(layer))
+    _switch_layer(layer, _UNFUSED)
     if not vars(layer).pop(_FUSED_FLAG, False):
         return
     if isinstance(layer, LeNet):
         layer.fused = False
         return
-    layer.__class__ = _UNFUSED_LAYER[type(layer)]
+    _switch_layer(layer, _UNFUSED_LAYER)
     for name in ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode"):
         vars(layer).pop(name, None)
