@@ -39,6 +39,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--capability", choices=("default", "avx2", "avx512"), help="default: each that can run")
     parser.add_argument("--device", choices=("cpu", "emulated"), default="cpu")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
+    parser.add_argument("--until-failure", action="store_true", help="end with the first problem that fails")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -87,7 +88,7 @@ def main() -> int:
     well = True
     for capability in each:
         chosen = replace(settings, capability=capability)
-        well &= report(chosen, campaign.run(chosen, arguments.jobs))
+        well &= report(chosen, campaign.run(chosen, arguments.jobs, arguments.until_failure))
     return 0 if well else 1
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import assert_close, check, conv2d_unfolded, gradients
+from oracle import assert_close, assert_same_strides, check, conv2d_unfolded, gradients
 from tensors import FLOATING, LAYOUTS, layouts, place, random
 
 from pyops.functional import conv2d
@@ -139,6 +139,16 @@ def test_unbatched(bias, where, dtype):
 def test_layouts(where, weight_where, grad_where):
     tensors = [random((2, 4, 7, 6), where=where), random((6, 2, 3, 3), where=weight_where), random((6,))]
     check("conv2d", tensors, {"groups": 2, "padding": 1}, grad=grad_where)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("weight_where", ["contiguous", "channels_last"])
+@both_formats
+def test_strides(where, weight_where, groups):
+    input, weight = random((2, 4, 7, 6), where=where), random((8, 4 // groups, 3, 3), where=weight_where)
+    for x in (input, input[0]):
+        expected = torch.nn.functional.conv2d(x, weight, groups=groups)
+        assert_same_strides("output", conv2d(x, weight, groups=groups), expected)
 
 
 EMPTY = [

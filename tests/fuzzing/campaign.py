@@ -194,9 +194,16 @@ class Worker:
         self.start(seed + self.count)
         return False
 
+    def stop(self) -> None:
+        """Ends the process before its time."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
 
-def run(settings: Settings, jobs: int) -> Result:
-    """Runs a campaign in so many processes."""
+
+def run(settings: Settings, jobs: int, until_failure: bool = False) -> Result:
+    """Runs a campaign in `jobs` processes, to its end or until the first failure."""
     if settings.device == "emulated":
         import emulated
 
@@ -206,7 +213,7 @@ def run(settings: Settings, jobs: int) -> Result:
         for i in range(jobs):
             worker = Worker(settings, i, jobs, Path(folder), result)
             selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-        while selector.get_map():
+        while selector.get_map() and not (until_failure and result.failures):
             for key, _ in selector.select(timeout=1.0):
                 worker = key.data
                 line = worker.process.stdout.readline()
@@ -219,6 +226,8 @@ def run(settings: Settings, jobs: int) -> Result:
                     selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
             for key in selector.get_map().values():
                 key.data.watch()
+        for key in selector.get_map().values():
+            key.data.stop()
     return result
 
 

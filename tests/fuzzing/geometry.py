@@ -86,7 +86,7 @@ def _pair(rng: random.Random, h: int, w: int) -> int | tuple[int, int]:
 
 
 def draw_convolution(rng: random.Random, most_products: int) -> Convolution:
-    """A convolution of at most so many multiplications."""
+    """A convolution of at most `most_products` multiplications."""
     while True:
         same = rng.random() < 0.08
         h, w = (draw_same_axis(rng) if same else draw_axis(rng) for _ in range(2))

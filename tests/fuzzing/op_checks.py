@@ -9,7 +9,6 @@ from typing import Any
 import oracle
 import torch
 from tensors import place
-from torch._prims_common import suggest_memory_format
 
 import pyops
 from fuzzing.call import Call, seed_values
@@ -57,20 +56,8 @@ def check_product(call: Call) -> None:
         call.gradient,
         wanted=call.wanted,
         reference=reference,
-        like=convolved_like(call, *tensors[:2]) if call.op == "conv2d" else None,
         roundings=max(sizes) if call.values == "tiny" else 1,
     )
-
-
-def convolved_like(call: Call, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """A tensor as stock's rule has it: channels-last if input or weight is. It is not asked of stock, some of whose
-    backends crash on images of one column, and decide differently on images of one pixel, which have both formats."""
-    batch = input if input.dim() == 4 else input[None]
-    meta = (t.to("meta", memory_format=torch.contiguous_format) for t in (batch, weight))
-    last = torch.channels_last in (suggest_memory_format(batch), suggest_memory_format(weight))
-    output = S.conv2d(*meta, **call.options)
-    output = output.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    return output if input.dim() == 4 else output[0]
 
 
 def check_relu(call: Call) -> None:

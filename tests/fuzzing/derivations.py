@@ -1,0 +1,194 @@
+"""What the problems of transforms.py do with a function: everything that torch can derive from it.
+
+A function here takes tensors and returns a tuple of tensors, and so does what is made of it. The source text of these
+functions becomes a part of the tests that problems are printed as, which therefore need torch and pyops alone.
+"""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+
+
+def normal(seed, *shapes, dtype=torch.float64):
+    """Tensors of normal distribution."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+
+
+def direction(like):
+    """Numbers of no special value, the same for every tensor of a shape."""
+    numbers = torch.linspace(1.0, 0.3 + like.numel(), like.numel(), dtype=like.dtype, device=like.device)
+    return numbers.cos().reshape(like.shape)
+
+
+def laid(tensor, layout):
+    """The values of the tensor, stored in another way."""
+    match layout:
+        case "channels_last":
+            return tensor.movedim(-3, -1).contiguous().movedim(-1, -3)
+        case "transposed":
+            return tensor.mT.contiguous().mT
+        case "sliced":
+            return torch.stack([tensor, tensor], -1)[..., 0]
+        case "expanded":
+            return tensor[:1].expand(tensor.shape)
+    return tensor
+
+
+# ---- transforms of torch.func; each of them can be applied to what another one gives ----
+
+
+def pull(function, argnums, curved):
+    """Gradients of a scalar, linear in the results or not."""
+
+    def value(*tensors):
+        return sum((r.sin() if curved else r * direction(r)).sum() for r in function(*tensors))
+
+    return torch.func.grad(value, argnums)
+
+
+def vjp(function, argnums):
+    """The results, and what comes of pulling a direction back."""
+
+    def pulled(*tensors):
+        results, back = torch.func.vjp(function, *tensors)
+        grads = back(tuple(direction(r) for r in results))
+        return *results, *(grads[i] for i in argnums)
+
+    return pulled
+
+
+def push(function, argnums, curved):
+    """The tangents of the results, for tangents of some arguments that depend on these or not."""
+
+    def pushed(*tensors):
+        def of_chosen(*chosen):
+            arguments = list(tensors)
+            for i, argument in zip(argnums, chosen, strict=True):
+                arguments[i] = argument
+            return function(*arguments)
+
+        chosen = tuple(tensors[i] for i in argnums)
+        return torch.func.jvp(of_chosen, chosen, tuple(t.cos() if curved else direction(t) for t in chosen))[1]
+
+    return pushed
+
+
+def jacobian(function, mode, argnum, chunk_size):
+    """Of all results, by one argument."""
+    if mode == "forward":
+        return torch.func.jacfwd(function, argnum)
+    return torch.func.jacrev(function, argnum, chunk_size=chunk_size)
+
+
+# ---- torch.autograd ----
+
+
+def tangents(function, tensors, with_tangent, needs):
+    """Dual numbers: results, tangents, and the gradients of both by the tensors that need one."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    found = []
+    with forward_ad.dual_level():
+        duals = [forward_ad.make_dual(t, direction(t)) if d else t for t, d in zip(leaves, with_tangent, strict=True)]
+        for result in function(*duals):
+            for each in forward_ad.unpack_dual(result):
+                found.append(each)
+                options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+                value = each.sin().sum() + sum(leaf.sum() * 0 for leaf in wanted)
+                found += torch.autograd.grad(value, wanted, **options) if wanted else ()
+    return tuple(found)
+
+
+def second(function, tensors, needs, of, grad_needs, curved):
+    """Gradients by the tensors `of`, and their gradients, or None, by all that require grad, grad_output too."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    (output,) = function(*leaves)
+    grad_output = direction(output).requires_grad_(grad_needs)
+    first = torch.autograd.grad(output, [leaves[i] for i in of], grad_output, create_graph=True)
+    value = sum((g.sin() if curved else g * direction(g)).sum() for g in first)
+    found = [*first, torch.tensor(value.requires_grad)]
+    if value.requires_grad:
+        operands = [t for t in (*leaves, grad_output) if t.requires_grad]
+        found += torch.autograd.grad(value, operands, allow_unused=True)
+    return tuple(found)
+
+
+def batched(function, tensors, needs, count):
+    """Gradients for several grad_outputs at once."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    (output,) = function(*leaves)
+    grads = direction(output.expand(count, *output.shape))
+    return torch.autograd.grad(output, [t for t in leaves if t.requires_grad], grads, is_grads_batched=True)
+
+
+def gradients(function, tensors, needs, layout):
+    """The results, and the gradients for a gradient of the first one that has that layout."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    results = function(*leaves)
+    wanted = [t for t in leaves if t.requires_grad]
+    if not wanted:
+        return results
+    return *results, *torch.autograd.grad(results[0], wanted, laid(direction(results[0]), layout))
+
+
+def gradients_of_all(function, tensors, needs):
+    """The results, which other transforms have given, and the gradients of a scalar; zeros where there are none."""
+    leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
+    wanted = [leaf for leaf in leaves if leaf.requires_grad]
+    results = function(*leaves)
+    value = sum(r.sin().sum() for r in results) + sum(leaf.sum() * 0 for leaf in wanted)
+    return *results, *torch.autograd.grad(value, wanted, allow_unused=True, materialize_grads=True)
+
+
+# ---- comparisons ----
+
+LIMITS_OF_STOCK = ("ZeroTensors are immutable", "Trying to use forward AD with aten::copy")
+
+
+def compare(derive, ours, stock):
+    """Raises an AssertionError unless `derive` gives the same of both functions."""
+    try:
+        expected = derive(stock)
+    except RuntimeError as error:
+        if not any(limit in str(error) for limit in LIMITS_OF_STOCK):
+            raise
+        return
+    actual = derive(ours)
+    assert len(actual) == len(expected), f"{len(actual)} results instead of {len(expected)}"
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert (a is None) == (e is None), f"result {i} is {a} instead of {e}"
+        if e is None:
+            continue
+        assert (a.shape, a.dtype) == (e.shape, e.dtype), f"result {i}: {a.shape} {a.dtype}, not {e.shape} {e.dtype}"
+        a, e = a.detach().double(), e.detach().double()
+        scale = max(1.0, float(e.abs().max())) if e.numel() else 1.0
+        same = torch.isclose(a, e, rtol=0, atol=1e-10 * scale, equal_nan=True)
+        if not same.all():
+            at = tuple((~same).nonzero()[0].tolist())
+            raise AssertionError(
+                f"result {i} of shape {tuple(e.shape)}: {int((~same).sum())} elements wrong, the first at {at}: "
+                f"{a[at].item()!r} instead of {e[at].item()!r}"
+            )
+
+
+def compare_with_fakes(derive, tensors, fake, exact):
+    """Raises an AssertionError unless the results of `derive` for the tensors have the shapes, strides and dtypes of
+    those for meta or fake tensors; `exact`: also the strides of dimensions of one element, which torch's own operators
+    do not foretell."""
+    real = derive(tensors)
+    if fake:
+        with FakeTensorMode() as mode:
+            foretold = derive([mode.from_tensor(t) for t in tensors])
+    else:
+        meta = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
+        foretold = derive(meta)
+    for i, (r, f) in enumerate(zip(real, foretold, strict=True)):
+        assert (r is None) == (f is None), f"result {i}: {r}, but {f} of tensors without values"
+        if r is None:
+            continue
+        r, f = (
+            (t.dtype, tuple(t.shape), [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 or exact])
+            for t in (r, f)
+        )
+        assert r == f, f"result {i}: {r}, but {f} of tensors without values"

@@ -1,0 +1,96 @@
+"""In matrix products and what they share with convolutions."""
+
+from fuzzing.faults.fault import Fault
+
+FAULTS = (
+    Fault(
+        "gemm: of one row only the last chunk of K counts",
+        "gemm.h",
+        "(load(total + j, count) + load(sums + j, count)).store(total + j, count);",
+        "load(sums + j, count).store(total + j, count);",
+        "linear",
+        "gemm.one_row",
+    ),
+    Fault(
+        "gemm: every chunk of K begins at the first row of B",
+        "gemm.h",
+        "return {b.at(k, n), multiples(Scratch::b_offsets",
+        "return {b.at(0, n), multiples(Scratch::b_offsets",
+        "linear",
+        "gemm.tiles_in_place",
+    ),
+    Fault(
+        "gemm: the panels of every chunk are kept in one place",
+        "gemm.h",
+        "panels + (kept ? (k - x.k_begin) / terms<F> * columns : 0)",
+        "panels",
+        "linear",
+        "gemm.tiles_of_panels",
+    ),
+    Fault(
+        "linear: the gradient of a weight for one sample lacks the end of its rows",
+        "linear.cpp",
+        "for (int64_t k = 0; k < x.K; k += V::size()) {",
+        "for (int64_t k = 0; k + V::size() <= x.K; k += V::size()) {",
+        "linear",
+        "linear.weight_gradient.outer_product",
+    ),
+    Fault(
+        "linear: parts of the batch after the first begin 16 samples late",
+        "linear.cpp",
+        "std::min(i * part, x.M), std::min",
+        "std::min(i * part + 16 * (i > 0), x.M), std::min",
+        "linear",
+        "linear.weight_gradient.split_k",
+    ),
+    Fault(
+        "blocking: chunks of K overlap by 16 terms",
+        "blocking.h",
+        "i < chunks; ++i, k += size)",
+        "i < chunks; ++i, k += size - 16)",
+        "linear",
+    ),
+    Fault(
+        "tile: the bias of the first panel is added to every panel",
+        "tile.cpp",
+        "if (target.column_bias) target.column_bias += width * Factors<T>::size();",
+        "",
+        "linear",
+    ),
+    Fault(
+        "tile: the chunks of K before the last are lost where there is a bias",
+        "tile.cpp",
+        "if (x.accumulate) for_each_sum([&](int i, int j, Sum<T>* to, V value) { sum[i][j] = V::loadu(to) + value; });",
+        "",
+        "linear",
+    ),
+    Fault(
+        "tile: a part of a vector is not rectified",
+        "tile.cpp",
+        "    if (target.relu) sum = at::vec::clamp_min(sum, V(0));\n    if constexpr",
+        "    if constexpr",
+        "linear_relu",
+    ),
+    Fault(
+        "sums: the last chunk of rows is missing in the gradient of a bias",
+        "sums.h",
+        "for (int64_t i = 1; i < chunks; ++i) sum += partial",
+        "for (int64_t i = 1; i + 1 < chunks; ++i) sum += partial",
+        "linear",
+    ),
+    Fault(
+        "transpose: rows left over of tiles lack the columns of whole tiles",
+        "transpose.h",
+        "c = r < whole_rows ? whole_columns : in_squares;",
+        "c = whole_columns;",
+        "linear",
+    ),
+    Fault(
+        "output: 16-bit results are truncated",
+        "output.h",
+        "at::vec::convert_from_float<Out>(value, value).store(target, static_cast<int>(count));",
+        "const Vec<float> exact = value & Vec<float>(c10::bit_cast<float>(0xFFFF0000u));\n"
+        "    at::vec::convert_from_float<Out>(exact, exact).store(target, static_cast<int>(count));",
+        "linear",
+    ),
+)

@@ -1,0 +1,24 @@
+"""The table of faults of mutate.py goes with the code of the kernels."""
+
+import importlib
+
+import mutate
+from fuzzing.faults import FAULTS
+
+from pyops import _load
+
+
+def test_every_fault_can_be_planted():
+    assert mutate.stale(FAULTS) == []
+
+
+def test_a_fault_is_planted_in_every_algorithm():
+    kernels = importlib.import_module(f"pyops._cpu_{_load.cpu_capability.lower()}")
+    assert mutate.without_fault(kernels.algorithm_counts(), FAULTS) == []
+
+
+def test_what_a_header_affects():
+    kernels = mutate.SOURCES / "cpu"
+    affected = mutate.affected(kernels / "relu_mask.h")
+    assert affected == {kernels / "relu_mask.h", kernels / "relu.cpp"}
+    assert kernels / "correlate.cpp" in mutate.affected(mutate.SOURCES / "kernels.h")
