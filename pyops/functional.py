@@ -61,9 +61,18 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
     if not inplace:
         return _ops().relu(input)
     if is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return input.copy_(_ops().relu(input))  # copy_ can be transformed in every way already
+        return _overwrite(input, _ops().relu(input))
     _bound.relu_(input)
     return input
+
+
+def _overwrite(tensor: Tensor, values: Tensor) -> Tensor:
+    """`tensor.copy_(values)`, which every transform of torch can take but a derivative of `functionalize`."""
+    if not is_compiling():
+        levels = torch._C._functorch.get_interpreter_stack() or ()
+        if any(level.key() == torch._C._functorch.TransformType.Functionalize for level in levels):
+            return tensor.fill_(-0.0).add_(values)  # -0.0 + x is x, if it is a zero too
+    return tensor.copy_(values)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -53,6 +53,21 @@ TWINS = {
 }
 
 
+def squares(function):
+    """A scalar whose derivatives depend on everything."""
+    return lambda *tensors: function(*tensors).square().sum()
+
+
+def all_of(tensors):
+    """The argnums of all of them."""
+    return tuple(range(len(tensors)))
+
+
+def tangents(tensors):
+    """Directions, for forward mode."""
+    return tuple(t.cos() for t in tensors)
+
+
 def lenets(fused: bool = False, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
     """Our LeNet and stock's, with the same parameters."""
     stock = StockLeNet().to(dtype)
