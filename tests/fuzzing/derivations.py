@@ -106,11 +106,11 @@ def second(function, tensors, needs, of, grad_needs, curved):
     (output,) = function(*leaves)
     grad_output = direction(output).requires_grad_(grad_needs)
     first = torch.autograd.grad(output, [leaves[i] for i in of], grad_output, create_graph=True)
-    value = sum((g.sin() if curved else g * direction(g)).sum() for g in first)
-    found = [*first, torch.tensor(value.requires_grad)]
-    if value.requires_grad:
+    found = [*first, torch.tensor([g.requires_grad for g in first])]
+    used = [g.sin() if curved else g for g in first if g.requires_grad]
+    if used:
         operands = [t for t in (*leaves, grad_output) if t.requires_grad]
-        found += torch.autograd.grad(value, operands, allow_unused=True)
+        found += torch.autograd.grad(used, operands, [direction(g) for g in used], allow_unused=True)
     return tuple(found)
 
 
@@ -143,7 +143,15 @@ def gradients_of_all(function, tensors, needs):
 
 # ---- comparisons ----
 
-LIMITS_OF_STOCK = ("ZeroTensors are immutable", "Trying to use forward AD with aten::copy")
+LIMITS_OF_STOCK = (
+    "ZeroTensors are immutable",
+    "Trying to use forward AD with aten::copy",
+    "NYI: querying is_contiguous inside of vmap for memory_format",
+    "derivative for aten::copy is not implemented",
+    "Expected the output of forward differentiable view operations to have the tangent have the same layout",
+    "output_padding is not supported for non-transposed convolutions",
+    "slow_conv2d: grad_weight must be contiguous",
+)
 
 
 def compare(derive, ours, stock):
@@ -184,8 +192,7 @@ def compare_with_fakes(derive, tensors, fake, exact):
         meta = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
         foretold = derive(meta)
     for i, (r, f) in enumerate(zip(real, foretold, strict=True)):
-        assert (r is None) == (f is None), f"result {i}: {r}, but {f} of tensors without values"
-        if r is None:
+        if r is None and f is None:
             continue
         r, f = (
             (t.dtype, tuple(t.shape), [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1 or exact])

@@ -293,16 +293,18 @@ def draw_of_autograd(rng: random.Random, seed: int, call: Call, kind: str) -> li
     ]
 
 
-def draw_options(rng: random.Random, call: Call, kind: str) -> str:
-    """What a function of derivations.py takes besides the function and its tensors."""
+def draw_options(rng: random.Random, call: Call, kind: str, linear: bool = False) -> str:
+    """What a function of derivations.py takes besides the function and its tensors; `linear`: so that it does nothing
+    to the results of the op."""
     count = len(call.shapes)
     needs = flags(rng, count)
     match kind:
         case "second":
             of = tuple(i for i in range(count) if needs[i] and rng.random() < 0.7) or (needs.index(True),)
-            return f"{needs}, of={of}, grad_needs={rng.random() < 0.4}, curved={rng.random() < 0.5}"
+            return f"{needs}, of={of}, grad_needs={rng.random() < 0.4}, curved={not linear and rng.random() < 0.5}"
         case "tangents":
-            return f"with_tangent={flags(rng, count)}, needs={rng.choice((needs, (False,) * count))}"
+            needs = (False,) * count if linear else rng.choice((needs, (False,) * count))
+            return f"with_tangent={flags(rng, count)}, {needs=}"
         case "batched":
             return f"{needs}, count={rng.randint(1, 4)}"
         case "gradients":
@@ -311,18 +313,20 @@ def draw_options(rng: random.Random, call: Call, kind: str) -> str:
 
 
 def draw_shapes(rng: random.Random, seed: int, call: Call, _: str) -> list[str]:
-    """Of any layout and dtype. A call inside of vmap has no gradients here."""
-    inside_of_vmap = rng.random() < 0.3
-    if inside_of_vmap:
+    """Of any layout and dtype. No operator of torch may be in between, unless it foretells what it does."""
+    fake = rng.random() < 0.5
+    if rng.random() < 0.3:
         chain = Chain(rng, call)
-        chain.vmap(chunks=False)  # which are joined by torch, and it foretells other strides
-        derive = f"{chain.steps[0]}(*tensors)"
+        chain.vmap(chunks=False)
+        derive, fake = f"{chain.steps[0]}(*tensors)", False
     else:
         kind = rng.choice(("gradients", "gradients", "second", "tangents"))
-        derive = f"{kind}(f, tensors, {draw_options(rng, call, kind)})"
+        options = draw_options(rng, call, kind, linear=True)
+        derive = f"{kind}(f, tensors, {options})"
+    usual, exact = "tangents" in derive, derive.startswith("gradients")
     return [
-        *draw_tensors(rng, seed, call, f", dtype={rng.choice(DTYPES)}", usual="tangents" in derive),
+        *draw_tensors(rng, seed, call, f", dtype={rng.choice(DTYPES)}", usual),
         f"f = {call.ours()}",
         f"derive = lambda tensors: {derive}",
-        f"compare_with_fakes(derive, tensors, fake={rng.random() < 0.5}, exact={derive.startswith('gradients')})",
+        f"compare_with_fakes(derive, tensors, fake={fake}, exact={exact})",
     ]
