@@ -16,6 +16,7 @@ SIZES = (1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 15, 16, 17, 19, 20, 
 KERNELS = (1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 4, 5, 5, 7, 9, 11)
 STRIDES = (1, 1, 1, 1, 1, 2, 2, 3, 4, 5)
 DILATIONS = (1, 1, 1, 1, 1, 2, 2, 3, 5)
+LAYERS = ((1, 2, 5, 8, 9, 17, 24), (1, 3, 6, 8, 16), (1, 3, 6, 8, 16))  # batch, input and output channels
 FEATURES = (0, 1, 1, 2, 3, 5, 8, 15, 16, 17, 20, 31, 32, 33, 63, 64, 65, 84, 100, 127, 130, 256, 257, 300, 520, 600)
 
 
@@ -92,6 +93,9 @@ def draw_convolution(rng: random.Random, most_products: int) -> Convolution:
         h, w = (draw_same_axis(rng) if same else draw_axis(rng) for _ in range(2))
         if rng.random() < 0.35:  # a square image and window, as most are
             w = h
+        if rng.random() < 0.1:  # the most common kernel, for which there is code of its own
+            same, padding = False, rng.choice((0, 1, 1, 2))
+            h, w = (Axis(axis.size, 3, 1, (padding, padding)) for axis in (h, w))
         groups = rng.choice(GROUPS) if rng.random() < 0.35 else 1
         kind = rng.random()
         in_channels, out_channels = rng.choice(CHANNELS), rng.choice(CHANNELS)
@@ -115,6 +119,24 @@ def draw_convolution(rng: random.Random, most_products: int) -> Convolution:
             (h.outputs(), w.outputs()),
         )
         if 0 < convolution.products() <= most_products:
+            return convolution
+
+
+def draw_layer(rng: random.Random) -> Convolution:
+    """A layer of a small network on a small batch: enough work for several threads, or for a batch cut into parts."""
+    while True:
+        kernel = rng.choice((3, 3, 5, 7))
+        padding = rng.choice((0, 0, kernel // 2))
+        h, w = (Axis(rng.randint(10, 28), kernel, 1, (padding, padding)) for _ in range(2))
+        batch, channels, out_channels = (rng.choice(sizes) for sizes in LAYERS)
+        options = {"padding": padding} if padding else {}
+        convolution = Convolution(
+            (batch, channels, h.size, w.size),
+            (out_channels, channels, kernel, kernel),
+            options,
+            (h.outputs(), w.outputs()),
+        )
+        if 500_000 <= convolution.products() <= 3_000_000:
             return convolution
 
 

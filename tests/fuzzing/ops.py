@@ -24,6 +24,7 @@ WEIGHTS = {
 VALUES = ("normal",) * 11 + ("integers",) * 4 + ("special",) * 3 + ("tiny",) * 1
 DERIVATIVES = ("gradients",) * 18 + ("second", "forward")
 THREADS = (1,) * 17 + (2, 2, 3)
+LARGE = 200_000  # products, of which more are worth several threads
 
 
 class Problem(Call):
@@ -73,7 +74,8 @@ def _draw_linear(rng: random.Random, op: str, most_products: int) -> Drawn:
 
 
 def _draw_conv2d(rng: random.Random, op: str, most_products: int) -> Drawn:
-    convolution = geometry.draw_convolution(rng, most_products)
+    large = most_products > LARGE and rng.random() < 0.3
+    convolution = geometry.draw_layer(rng) if large else geometry.draw_convolution(rng, most_products)
     pool: dict[str, Any] = {}
     if op == "conv2d_relu_max_pool2d":
         pooling, _ = geometry.draw_pooling(rng, convolution.output)
@@ -141,6 +143,6 @@ def _draw_call(
         values,
         grad_layout,
         derivative,
-        rng.choice(THREADS),
+        rng.choice(THREADS if most_products <= LARGE else (1, 2, 3)),
         pool,
     )
