@@ -57,7 +57,8 @@ def assert_identical(what: str, actual: torch.Tensor, expected: torch.Tensor) ->
     """The same dtype, shape and strides, and the same values down to the sign of zero; a NaN is any NaN."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
     if actual.shape != expected.shape or not same(actual, expected).all():
-        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)  # says where they differ
+        # Says where they differ.
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
     assert_same_strides(what, actual, expected)
     if actual.is_floating_point():
         zeros = expected == 0
