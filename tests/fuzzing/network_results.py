@@ -63,7 +63,7 @@ class Tolerance(NamedTuple):
 # A tensor in float64 is held against the reference element by element, relative to its largest; in other dtypes as a
 # whole, by its norm, because a value near a kink changes some elements altogether.
 TOLERANCES = {
-    torch.float64: Tolerance(1e-9, 1e-12, 1e-11),
+    torch.float64: Tolerance(1e-9, 1e-14, 1e-11),
     torch.float32: Tolerance(1e-4, 1e-6, 1e-6),
     torch.bfloat16: Tolerance(0.05, 0.002, 0.004),
 }

@@ -74,7 +74,8 @@ class Body:
 
     def layer(self, stem: str, constructor: str, shape: Shape, fresh: bool) -> None:
         """Registers a layer and calls it."""
-        self.assign(f"{self.register(stem, constructor)}({self.value.name})", shape, fresh)
+        named = "input=" if stem in ("conv", "linear", "relu", "pool") and self.rng.random() < 0.05 else ""
+        self.assign(f"{self.register(stem, constructor)}({named}{self.value.name})", shape, fresh)
 
     def shared(self, constructor: str) -> str:
         """A layer that all calls in this class share."""
@@ -149,6 +150,7 @@ class Body:
             (self.relu, self.pool) if image else (self.relu,),
             (self.pool, self.relu) if image else (self.relu,),
             (self.norm, self.relu),
+            (self.by_mode, self.relu) if self.calls and self.rng.random() < 0.2 else (self.relu,),
         )
         for step in self.rng.choice(orders):
             step()
@@ -225,7 +227,7 @@ class Body:
         """Something else in training than in evaluation."""
         name, shape, _ = self.value
         self.assign(name, shape, fresh=False)
-        self.lines.append(f"if self.training:\n    {self.value.name} = {self.value.name} * 0.5")
+        self.lines.append(f"if self.training:\n    {self.value.name} = {self.value.name} + 0.25")
 
     def untraceable(self) -> None:
         """What torch.fx cannot trace, though it depends on no values."""
@@ -296,8 +298,13 @@ class Body:
 
     def sequence(self) -> None:
         children, value = sequential(self, self.rng.randint(2, 5))
-        if children:
+        if children and self.rng.random() < 0.8:
             self.layer("sequence", f"nn.Sequential({', '.join(children)})", value.shape, value.fresh)
+        elif children:
+            layers, before = self.register("layers", f"nn.ModuleList([{', '.join(children)}])"), self.value.name
+            self.assign(before, value.shape, value.fresh)
+            name = self.value.name
+            self.lines.append(f"for layer in {layers}:\n    {name} = layer({name})")
 
     @property
     def batch_or_none(self) -> int | None:

@@ -22,6 +22,7 @@ from fuzzing.rounding import Noise
 
 COMPILED = 0.02  # of the networks: Dynamo takes a second for each
 SIDES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 17)
+MOST_FROZEN = 24  # few networks have more parameters
 IMPORTS = """import copy
 from collections.abc import Callable
 from typing import Any
@@ -93,18 +94,17 @@ class Problem:
         ways = {
             "convert": lambda: self.run(converted(stock), x),
             "convert(fuse=True)": lambda: self.run(fused(), x),
+            "revert": reverted,
             "patch": patched,
         }
-        if self.dtype == torch.float64:  # stock's memory formats in other dtypes are those of other backends
-            ways["revert"] = reverted
         if self.compiled:
             ways["torch.compile"] = compiled
         return ways
 
     def check(self) -> None:
-        # oneDNN's float32 gradients of strided 1x1 convolutions with channels-last weights write out of bounds.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about even kernels with padding="same"
+            # oneDNN overruns buffers in the float32 gradients of strided 1x1 convolutions with channels-last weights.
             with torch.backends.mkldnn.flags(enabled=False):
                 self._check()
 
@@ -114,7 +114,7 @@ class Problem:
         def noisy(level: float) -> Iterator[Results]:
             yield self.run(copy.deepcopy(stock), x)  # in a dtype that rounds more than the reference
             for seed in range(12):
-                with Noise(level, seed):
+                with Noise(level, seed, forward=seed % 3 > 0):
                     yield self.run(copy.deepcopy(stock), x)
 
         try:
@@ -123,19 +123,17 @@ class Problem:
             if "inplace operation" not in str(error) and "in-place operation" not in str(error):
                 raise
             return  # stock refuses what is overwritten though it saved it; we need not have saved it
-        # Stock's float64 kernels join the results of groups by torch.cat, which takes channels-last 1x1 maps for
-        # contiguous ones, and so may what comes after it.
-        strides = "groups=" not in self.source
+        if not all(value.isfinite().all() for value in expected.values()):
+            return  # two steps were enough to diverge
+        # Stock's memory formats in float32 and bfloat16 are those of oneDNN, and in float64 its convolutions join the
+        # results of groups by torch.cat, which takes channels-last 1x1 maps for contiguous ones.
+        strides = self.dtype == torch.float64 and "groups=" not in self.source
         for way, run in self.ways(stock, x).items():
             try:
                 assert_same(run(), expected, self.dtype, noisy, strides)
             except Exception as error:
                 kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
-                raise AssertionError(f"{way}: {kind}{error}\n{self}") from error
-
-    def __str__(self) -> str:
-        options = [f"{name}={value}" for name, value in vars(self).items() if name != "source"]
-        return f"{self.source}\n{', '.join(options)}"
+                raise AssertionError(f"{way}: {kind}{error}") from error
 
     def as_test(self) -> str:
         """A test that trains the network in every way and compares with stock, together with its imports."""
@@ -192,7 +190,7 @@ def draw(seed: int) -> Problem:
     source = draw_source(rng, Value("x", shape, fresh=not needs_grad), batch)
     frozen: tuple[int, ...] = ()
     if rng.random() < 0.3:
-        frozen = tuple(i for i in range(24) if rng.random() < rng.choice((0.3, 0.3, 1.0)))
+        frozen = tuple(i for i in range(MOST_FROZEN) if rng.random() < rng.choice((0.3, 0.3, 1.0)))
     formats = [("input",), ("model",), ("input", "model")]
     channels_last = rng.choice(formats) if len(shape) == 3 and batch is not None and rng.random() < 0.3 else ()
     return Problem(

@@ -19,21 +19,26 @@ _COMPUTE |= {F.gelu, F.leaky_relu, torch.add, Tensor.add, Tensor.__add__, Tensor
 
 
 class Noise(TorchFunctionMode):
-    """Adds noise to the result of each op and to the gradient that comes back to it: `level` times the largest
-    magnitude of the tensor, times a normal variable. Zeros stay zeros: what is zero without cancellation is exact."""
+    """Adds noise to the gradient of each op's result and, if `forward`, to the result: `level` times the largest
+    magnitude of the tensor, times a normal variable. Zeros stay zeros: what is zero without cancellation is exact.
 
-    def __init__(self, level: float, seed: int) -> None:
+    Noise in the forward can be left out, as it is no model of rounding where all values of a channel are equal, such as
+    behind a ReLU that lets nothing through: a batch normalization of them has much larger gradients without noise.
+    """
+
+    def __init__(self, level: float, seed: int, forward: bool) -> None:
         super().__init__()
-        self.level, self.generator = level, torch.Generator().manual_seed(seed)
+        self.level, self.generator, self.forward = level, torch.Generator().manual_seed(seed), forward
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func not in _COMPUTE:
             return result
-        noisy = result + self.noise(result.detach())
-        if noisy.requires_grad:
-            noisy.register_hook(lambda grad: grad + self.noise(grad))
-        return noisy
+        if self.forward:
+            result = result + self.noise(result.detach())
+        if result.requires_grad:
+            result.register_hook(lambda grad: grad + self.noise(grad))
+        return result
 
     def noise(self, values: Tensor) -> Tensor:
         if values.numel() == 0:
