@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import assert_identical
 from tensors import FLOATING, INTEGER, LAYOUTS, layouts, place, random, with_ties
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pyops
 from pyops.functional import relu
@@ -95,6 +96,21 @@ def test_gradient_layouts(where, grad_where, dtype):
     input = random((2, 3, 5, 7), dtype, where)
     grad = random(input.shape, dtype, grad_where)
     assert_identical("gradient", gradient(relu, input, grad), gradient(torch.relu, input, grad))
+
+
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    (((1, 1), (2, 2)), ((1, 2), (1, 1)), ((2, 1, 3, 3), (9, 1, 3, 1)), ((1, 3, 1, 2), (1, 1, 9, 3))),
+    ids=str,
+)
+def test_strides_of_one_element(shape, strides):
+    """Dimensions of one element may have any stride; stock gives its result that of a memory format."""
+    input = torch.randn(30).as_strided(shape, strides).requires_grad_()
+    expected = torch.relu(input).stride()
+    assert relu(input).stride() == relu(input.detach()).stride() == expected
+    assert gradient(relu, input, torch.ones(shape)).stride() == gradient(torch.relu, input, torch.ones(shape)).stride()
+    with FakeTensorMode() as mode:
+        assert relu(mode.from_tensor(input)).stride() == expected
 
 
 # ---- in place ----

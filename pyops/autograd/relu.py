@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 
 from pyops.autograd._function import (
     Dims,
@@ -14,6 +15,12 @@ from pyops.autograd._function import (
     vmap_by_loop,
     with_path_to_output,
 )
+
+
+def empty_like(tensor: torch.Tensor) -> torch.Tensor:
+    """With the strides of the kernels' results: contiguous ones for what is contiguous and channels-last at once."""
+    contiguous = is_contiguous_or_false(tensor)
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
 
 
 @implements("relu")
@@ -55,7 +62,7 @@ class ReLU(OpFunction):
 
     @staticmethod
     def fake(input: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(input)
+        return empty_like(input)
 
 
 @implements("relu_")
@@ -128,7 +135,7 @@ class ReLUBackward(OpFunction):
 
     @staticmethod
     def fake(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(output)
+        return empty_like(output)
 
 
 @implements("relu_with_mask")
@@ -167,7 +174,7 @@ class ReLUWithMask(OpFunction):
 
     @staticmethod
     def fake(input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.empty_like(input), input.new_empty(((input.numel() + 63) // 64,), dtype=torch.int64)
+        return empty_like(input), input.new_empty(((input.numel() + 63) // 64,), dtype=torch.int64)
 
 
 @implements("relu_mask_backward")
