@@ -43,6 +43,7 @@ TORCHS_OWN = re.compile(
     "|but instead found type '(Fake)?Tensor'"  # a tensor of one value is a number where there is a value
     "|must be Tensor, not None"  # in inference mode the kernel says what is wrong with an undefined tensor
     "|Expected IntList but got GenericList|_local_scalar_dense|storage of BatchedTensorImpl"  # so are others
+    "|cannot be represented as a SymInt"  # a huge number that is checked where it is a plain integer
     "|can't allocate memory"  # which tensors without values do not need
     "|more than one element of the written-to tensor"  # in forward mode a tangent gets the strides of its primal
 )

@@ -100,6 +100,7 @@ def check_max_pool2d(call: Call) -> None:
         for g in (grad.double(), grad.double().abs())
     )
     oracle.assert_close("gradient", actual, exact, magnitude)
+    assert not (actual.signbit() & (actual == 0)).any(), "gradient: sums that begin with zero are never -0.0"
     return None
 
 

@@ -62,7 +62,7 @@ def _draw_linear(rng: random.Random, op: str, most_products: int) -> Drawn:
         leading = [] if rng.random() < 0.05 else leading
         inputs, outputs = rng.choice(geometry.FEATURES), rng.choice(geometry.FEATURES)
         if op == "linear" and rng.random() < 0.02:  # a weight too large to be read where it lies, which is packed
-            leading, inputs, outputs, most_products = [rng.choice((5, 5, 17, 70, 200, 450))], 600, 700, 200_000_000
+            leading, inputs, outputs, most_products = [rng.choice((1, 5, 5, 17, 70, 200, 450))], 600, 700, 200_000_000
         samples = rng.choice((1, 2, 3, 5, 16)) if op == "linear_batched" else 1
         if samples * math.prod(leading) * inputs * outputs <= most_products:
             break
