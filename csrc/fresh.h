@@ -40,12 +40,7 @@ inline at::Tensor fresh_strided(at::IntArrayRef size, at::IntArrayRef stride, co
   return on_large_pages(at::detail::empty_strided_cpu(size, stride, c10::typeMetaToScalarType(options.dtype())));
 }
 
-// With the strides that stock's elementwise ops give their results: those of a dense tensor, except that dimensions of
-// one element get the strides of its memory format.
 inline at::Tensor fresh_like(const at::Tensor& tensor) {
-  for (at::MemoryFormat format : {at::MemoryFormat::Contiguous, at::MemoryFormat::ChannelsLast}) {
-    if (tensor.is_contiguous(format)) return fresh(tensor.sizes(), tensor.options(), format);
-  }
   if (tensor.is_non_overlapping_and_dense()) return fresh_strided(tensor.sizes(), tensor.strides(), tensor.options());
   return on_large_pages(at::empty_like(tensor));
 }

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._prims_common import is_contiguous_or_false
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 
 from pyops.autograd._function import (
     Dims,
@@ -18,9 +18,10 @@ from pyops.autograd._function import (
 
 
 def empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """With the strides of the kernels' results: contiguous ones for what is contiguous and channels-last at once."""
-    contiguous = is_contiguous_or_false(tensor)
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format if contiguous else torch.preserve_format)
+    """With the strides of the kernels' results: those of a dense tensor, also of its dimensions of one element."""
+    if is_non_overlapping_and_dense_or_false(tensor):
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return torch.empty_like(tensor)
 
 
 @implements("relu")
