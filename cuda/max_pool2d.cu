@@ -141,6 +141,12 @@ __global__ void __launch_bounds__(block_threads, 1)
   *reinterpret_cast<Vector<T, pack>*>(grad_input + number) = results;
 }
 
+// A sum of one term, which begins with zero as the others do: -0.0 becomes 0.0.
+template <class T>
+__device__ __forceinline__ T sum_of_one(T term) {
+  return narrow<T>(widen(term) + Compute<T>(0));
+}
+
 // The backward of windows side by side that cover the image: a thread for each window, or `pack` channels of it, writes
 // all its elements.
 template <class T, class A, class Index, int pack>
@@ -159,7 +165,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       Vector<T, pack> values;
 #pragma unroll
       for (int e = 0; e < pack; ++e)
-        values.values[e] = static_cast<int64_t>(winners.values[e]) == tap ? grads.values[e] : none;
+        values.values[e] = static_cast<int64_t>(winners.values[e]) == tap ? sum_of_one(grads.values[e]) : none;
       *reinterpret_cast<Vector<T, pack>*>(row + j * pool.input.w_stride) = values;
     }
   }
@@ -180,7 +186,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     Vector<T, pack> values;
 #pragma unroll
     for (int e = 0; e < pack; ++e)
-      values.values[e] = winners.values[e / 2] == i * 2 + e % 2 ? grads.values[e / 2] : none;
+      values.values[e] = winners.values[e / 2] == i * 2 + e % 2 ? sum_of_one(grads.values[e / 2]) : none;
     T* row = grad_input + pool.input.offset(at.n, at.c, at.h * 2 + i, at.w * 2);
     *reinterpret_cast<Vector<T, pack>*>(row) = values;
   }

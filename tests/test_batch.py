@@ -57,6 +57,7 @@ CONVS = [  # a sample, the weight, options
     ((40, 23, 37), (13, 40, 3, 3), {"padding": 1}),  # three taps at once
     ((1, 40, 41), (1, 1, 3, 3), {}),
     ((2, 1, 1), (3, 2, 1, 1), {}),
+    ((3, 14, 13), (3, 1, 13, 13), {"groups": 3}),  # more taps than a chunk of K has
 ]
 
 
@@ -75,6 +76,7 @@ def test_conv2d(dtype, sample, weight, options, weight_where, layout):
     ("sample", "weight", "options"),
     [
         *CONVS[:5],
+        ((3, 15, 14), (3, 1, 13, 13), {"groups": 3}),
         ((3, 32, 32), (16, 3, 3, 3), {}),  # three taps at once
         ((2, 16, 16), (16, 2, 3, 3), {"padding": 1}),
         ((16, 10, 10), (16, 4, 3, 3), {"groups": 4}),  # groups that share vectors

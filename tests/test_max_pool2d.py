@@ -185,6 +185,17 @@ def test_few_columns(window):
         check(with_ties((3, 35, 7, 7), dtype, "contiguous"), "contiguous", **window)
 
 
+@both_formats
+@pytest.mark.parametrize("window", [*WINDOWS, {"kernel_size": (2, 3)}], ids=str)
+@pytest.mark.parametrize("columns", [6, 32, 37])
+def test_gradients_of_minus_zero(columns, window, where):
+    """The sums begin with zero, as stock's do, also those of a single gradient."""
+    input = random((3, 5, 12, columns), torch.float32, where)
+    minus_zero = torch.full_like(max_pool2d(input, **window), -0.0)
+    (grad,) = gradients(lambda t: max_pool2d(t, **window), [input], minus_zero)
+    assert (grad == 0).all() and not grad.signbit().any()
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 6, 6), (0, 1, 5, 5)], ids=str)
 def test_empty_batch(shape):
     check(random(shape), kernel_size=2)

@@ -37,6 +37,18 @@ double transposing(const Correlation<T>& x) {
   return x.channels_last ? 0 : 23 / static_cast<double>(x.depth());
 }
 
+template <class T>
+bool is_depthwise(const Correlation<T>& x) {
+  return x.groups > 1 && x.source.channels == 1 && x.out_channels == 1 &&
+         (x.channels_last || x.out_pixels().x_stride == 1);
+}
+
+// Whether correlate_depthwise takes each sum in one chain where the other ways take it in chunks of KC terms.
+template <class T>
+bool has_long_chains(const Correlation<T>& x) {
+  return is_depthwise(x) && x.depth() > KC;
+}
+
 // Whether the vectors should run along the images: where lanes would be idle or multiply the zeros around an image,
 // more than what transposing a block of images into cache and back costs.
 template <class T>
@@ -44,7 +56,7 @@ bool vectors_along_images(const Correlation<T>& x, int64_t count) {
   const Source<T>& s = x.source;
   constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(Compute<T>);
   const int64_t out = x.groups * x.out_channels * s.pixels();
-  if (count < lanes || (s.image_stride + out) * lanes > most_elements) return false;
+  if (count < lanes || (s.image_stride + out) * lanes > most_elements || has_long_chains(x)) return false;
   const double inside = share_inside(s), products = inside * static_cast<double>(out * x.depth());
   const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
   // Measured: a vector along x ends at every row, and a tile of one vector waits for its few chains of sums. Of more
@@ -125,12 +137,6 @@ const T* filters_of_taps(const Correlation<T>& x) {
   for (int64_t g = 0; g < x.groups; ++g)
     for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filters.at(g, 0)[x.filter_step(t)];
   return selected;
-}
-
-template <class T>
-bool is_depthwise(const Correlation<T>& x) {
-  return x.groups > 1 && x.source.channels == 1 && x.out_channels == 1 &&
-         (x.channels_last || x.out_pixels().x_stride == 1);
 }
 
 template <class T>
@@ -274,7 +280,7 @@ bool multiplies_pairs(const Correlation<T>& x) {
 template <class T>
 bool sums_in_order(const Correlation<T>& x) {
   const Way way = way_of(&x, 1);
-  return way != Way::group_lanes && way != Way::triples;
+  return way != Way::group_lanes && way != Way::triples && !has_long_chains(x);
 }
 
 template <class T>

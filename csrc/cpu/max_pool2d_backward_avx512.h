@@ -58,8 +58,11 @@ class RowPair2x2 {
     const __m128i argmax = _mm_maskz_loadu_epi8(windows, argmaxes);
     const __m512 both = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(grad));
     const __m128i taps = _mm_unpacklo_epi8(argmax, argmax);
-    _mm512_mask_storeu_ps(upper, columns, _mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(taps, upper_taps), both));
-    if (lower) _mm512_mask_storeu_ps(lower, columns, _mm512_maskz_mov_ps(_mm_cmpeq_epi8_mask(taps, lower_taps), both));
+    const auto won_by = [&](__m128i tap) {  // a sum that begins with zero, as elsewhere: -0.0 becomes 0.0
+      return _mm512_maskz_add_ps(_mm_cmpeq_epi8_mask(taps, tap), both, _mm512_setzero_ps());
+    };
+    _mm512_mask_storeu_ps(upper, columns, won_by(upper_taps));
+    if (lower) _mm512_mask_storeu_ps(lower, columns, won_by(lower_taps));
   }
 
   const MaxPool2dShape& s_;

@@ -72,7 +72,8 @@ class PatternBackward {
     // A vector of elements, of these 16 windows.
     C10_ALWAYS_INLINE static __m512 choose(__m512i lanes, __m512i taps, __m512 grad, __m128i argmax) {
       const __m512i argmax_of_lanes = _mm512_permutexvar_epi32(lanes, _mm512_cvtepu8_epi32(argmax));
-      return _mm512_maskz_permutexvar_ps(_mm512_cmpeq_epi32_mask(argmax_of_lanes, taps), lanes, grad);
+      const __mmask16 won = _mm512_cmpeq_epi32_mask(argmax_of_lanes, taps);
+      return _mm512_maskz_add_ps(won, _mm512_permutexvar_ps(lanes, grad), _mm512_setzero_ps());  // -0.0 becomes 0.0
     }
   };
 
