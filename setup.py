@@ -74,20 +74,21 @@ SANITIZE = os.environ.get("PYOPS_SANITIZE") == "1"
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-def extension(name: str, folder: str, flags: list[str]) -> setuptools.Extension:
+def extension(name: str, sources: list[str], flags: list[str]) -> setuptools.Extension:
     return setuptools.Extension(
         f"pyops.{name}",
-        sources=sorted(glob(f"{folder}/*.cpp") + glob(f"{folder}/*.cu")),
+        sources=sorted(sources),
         depends=glob("csrc/**/*.h", recursive=True) + glob("cuda/*.h"),
         extra_compile_args=flags,
         language="c++",
     )
 
 
-EXTENSIONS = [extension("_C", "csrc", ["-O2"])]
+EXTENSIONS = [extension("_C", glob("csrc/*.cpp") + glob("csrc/autograd/*.cpp"), ["-O2"])]
 for capability, flags in CPU_CAPABILITIES.items():
     macros = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
-    EXTENSIONS.append(extension(f"_cpu_{capability.lower()}", "csrc/cpu", ["-O3", *macros, *flags]))
+    sources = glob("csrc/cpu/**/*.cpp", recursive=True)
+    EXTENSIONS.append(extension(f"_cpu_{capability.lower()}", sources, ["-O3", *macros, *flags]))
 
 
 def reason_against_cuda() -> str | None:
@@ -102,7 +103,7 @@ def reason_against_cuda() -> str | None:
 
 
 if torch_fits and reason_against_cuda() is None:
-    EXTENSIONS.append(extension("_cuda", "cuda", ["-O2"]))
+    EXTENSIONS.append(extension("_cuda", glob("cuda/*.cpp") + glob("cuda/*.cu"), ["-O2"]))
 
 
 class build_ext(BuildExtension):

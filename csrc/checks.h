@@ -104,7 +104,7 @@ inline at::Tensor from_batch(const at::Tensor& images, bool batched) {
 }
 
 // Whether there are values of a result to compute. There are none on the meta device, on which an operator is run for
-// its checks and for the sizes of its results (csrc/calls.cpp).
+// its checks and for the sizes of its results (csrc/autograd/fast_call.cpp).
 inline bool to_compute(const at::Tensor& result) {
   return result.numel() > 0 && !result.is_meta();
 }

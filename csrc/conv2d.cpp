@@ -6,9 +6,9 @@
 #include <array>
 #include <tuple>
 
+#include "allocate.h"
 #include "checks.h"
 #include "device.h"
-#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -136,7 +136,7 @@ Tensor conv2d(const char* op, const Tensor& input, const Tensor& weight, const O
   CheckedConv2d checked = checked_conv2d(op, input, weight, bias, options);
   const Conv2dShape& shape = checked.args.shape;
   const Tensor output =
-      fresh({shape.N, shape.O, shape.OH, shape.OW}, input.options(), memory_format(shape.channels_last));
+      allocate({shape.N, shape.O, shape.OH, shape.OW}, input.options(), memory_format(shape.channels_last));
   if (to_compute(output)) {
     checked.args.output = output.mutable_data_ptr();
     checked.args.relu = relu;
@@ -184,7 +184,7 @@ void Conv2dGradients::allocate(const at::TensorOptions& like) {
   // With nothing to sum over (an empty batch, no channels) the gradients are zeros.
   const bool empty = shape.N * shape.O == 0;
   const auto gradient = [&](IntArrayRef size, at::MemoryFormat gradient_format) {
-    Tensor result = fresh(size, like, gradient_format);
+    Tensor result = allocate(size, like, gradient_format);
     return empty ? result.zero_() : result;
   };
   if (want_input) grad_input = gradient({shape.N, shape.C, shape.H, shape.W}, format);

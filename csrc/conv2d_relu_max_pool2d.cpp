@@ -3,8 +3,8 @@
 // gives the argmax, so that it is computed only where a gradient is wanted.
 #include <torch/library.h>
 
+#include "allocate.h"
 #include "device.h"
-#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -27,7 +27,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   MaxPool2dShape pool = checked_pool_shape(op, conv_size(s, conv.batched), pool_options);
   pool.channels_last = s.channels_last;
   const auto empty = [&](at::ScalarType dtype) {
-    return fresh({pool.N, pool.C, pool.OH, pool.OW}, input.options().dtype(dtype), memory_format(s.channels_last));
+    return allocate({pool.N, pool.C, pool.OH, pool.OW}, input.options().dtype(dtype), memory_format(s.channels_last));
   };
   // A single image has no memory format: max_pool2d's are contiguous.
   const auto result = [&](const Tensor& batch) { return conv.batched ? batch : from_batch(batch, false).contiguous(); };

@@ -5,9 +5,9 @@
 #include <array>
 #include <tuple>
 
+#include "allocate.h"
 #include "checks.h"
 #include "device.h"
-#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -61,7 +61,7 @@ Tensor linear(const char* op, const Tensor& input, const Tensor& weight, const O
 
   at::DimVector sizes(input.sizes());
   sizes.back() = N;
-  Tensor output = fresh(sizes, input.options());
+  Tensor output = allocate(sizes, input.options());
   if (!to_compute(output)) return output;
   const Tensor x = input.contiguous(), w = weight.contiguous();
   const OptionalTensor b = bias.has_value() ? OptionalTensor(bias->contiguous()) : bias;
@@ -91,14 +91,14 @@ Gradients linear_backward(const char* op, const Tensor& grad_output, const Optio
   if (want_input) {
     at::DimVector sizes(grad_output.sizes());
     sizes.back() = K;
-    grad_input = fresh(sizes, grad_output.options());
+    grad_input = allocate(sizes, grad_output.options());
     w = weight->contiguous();
   }
   if (want_weight) {
-    grad_weight = fresh({N, K}, grad_output.options());
+    grad_weight = allocate({N, K}, grad_output.options());
     x = input->contiguous();
   }
-  if (want_bias) grad_bias = fresh({N}, grad_output.options());
+  if (want_bias) grad_bias = allocate({N}, grad_output.options());
 
   const auto target = [](const Tensor& t) { return t.defined() && t.numel() > 0 ? t.mutable_data_ptr() : nullptr; };
   if (grad_output.is_meta()) return {grad_input, grad_weight, grad_bias};

@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <array>
 
+#include "allocate.h"
 #include "checks.h"
 #include "device.h"
-#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -66,7 +66,7 @@ Tensor linear_batched(const Tensor& input, const Tensor& weight, const OptionalT
 
   at::DimVector sizes(input.sizes());
   sizes.back() = N;
-  Tensor output = fresh(sizes, input.options());
+  Tensor output = allocate(sizes, input.options());
   if (!to_compute(output)) return output;
   const Tensor x = input.contiguous(), w = weight.contiguous(), b = bias.has_value() ? bias->contiguous() : Tensor();
   const DeviceKernels device = kernels(input);
@@ -100,14 +100,14 @@ Gradients linear_batched_backward(const Tensor& grad_output, const OptionalTenso
   if (want_input) {
     at::DimVector sizes(grad_output.sizes());
     sizes.back() = K;
-    grad_input = fresh(sizes, grad_output.options());
+    grad_input = allocate(sizes, grad_output.options());
     w = weight->contiguous();
   }
   if (want_weight) {
-    grad_weight = fresh({samples, N, K}, grad_output.options());
+    grad_weight = allocate({samples, N, K}, grad_output.options());
     x = input->contiguous();
   }
-  if (want_bias) grad_bias = fresh({samples, N}, grad_output.options());
+  if (want_bias) grad_bias = allocate({samples, N}, grad_output.options());
   if (grad_output.is_meta()) return {grad_input, grad_weight, grad_bias};
   const Tensor g = grad_output.contiguous();
   const DeviceKernels device = kernels(grad_output);

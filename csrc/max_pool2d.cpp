@@ -6,9 +6,9 @@
 #include <array>
 #include <tuple>
 
+#include "allocate.h"
 #include "checks.h"
 #include "device.h"
-#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -111,8 +111,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntArrayRef kernel_si
   shape.channels_last = is_channels_last(input);
   const at::MemoryFormat format = memory_format(shape.channels_last);
   const at::DimVector sizes = output_sizes(shape, input.dim() == 4);
-  Tensor output = fresh(sizes, input.options(), format);
-  Tensor argmax = fresh(sizes, input.options().dtype(argmax_dtype(shape)), format);
+  Tensor output = allocate(sizes, input.options(), format);
+  Tensor argmax = allocate(sizes, input.options().dtype(argmax_dtype(shape)), format);
   if (!to_compute(output)) return {output, argmax};
   const Tensor x = input.contiguous(format);
   kernels(input)->max_pool2d({dtype, shape, x.const_data_ptr(), output.mutable_data_ptr(), argmax.mutable_data_ptr()});
@@ -152,7 +152,7 @@ Tensor max_pool2d_backward(const char* op, const Tensor& grad_output, const Tens
   const at::MemoryFormat format = memory_format(shape.channels_last);
   at::DimVector sizes(argmax.sizes());
   std::copy(input_size.begin(), input_size.end(), sizes.end() - 2);
-  Tensor grad_input = fresh(sizes, grad_output.options(), format);
+  Tensor grad_input = allocate(sizes, grad_output.options(), format);
   if (!to_compute(grad_input)) return grad_input;
   const Tensor g = grad_output.contiguous(format), a = argmax.contiguous(format);
   kernels(grad_output)
@@ -175,7 +175,7 @@ Tensor max_pool2d_gather(const Tensor& input, const Tensor& argmax, IntArrayRef 
   const DType dtype = floating_dtype(op, input);
 
   const at::MemoryFormat format = memory_format(shape.channels_last);
-  Tensor output = fresh(argmax.sizes(), input.options(), format);
+  Tensor output = allocate(argmax.sizes(), input.options(), format);
   if (!to_compute(output)) return output;
   const Tensor x = input.contiguous(format), a = argmax.contiguous(format);
   kernels(input)->max_pool2d_gather({dtype, shape, x.const_data_ptr(), a.const_data_ptr(), output.mutable_data_ptr()});
@@ -189,7 +189,7 @@ Tensor max_pool2d_indices(const Tensor& argmax, IntArrayRef input_size, IntArray
   const MaxPool2dShape shape = shape_of_argmax(op, argmax, input_size, window);
 
   const at::MemoryFormat format = memory_format(shape.channels_last);
-  Tensor indices = fresh(argmax.sizes(), argmax.options().dtype(at::kLong), format);
+  Tensor indices = allocate(argmax.sizes(), argmax.options().dtype(at::kLong), format);
   if (!to_compute(indices)) return indices;
   const Tensor a = argmax.contiguous(format);
   kernels(argmax)->max_pool2d_indices({shape, a.const_data_ptr(), indices.mutable_data_ptr<int64_t>()});

@@ -3,18 +3,18 @@
 // (cuda/) if they were built.
 #include <pybind11/pybind11.h>
 
+#include "autograd/node.h"
 #include "device.h"
-#include "gradient.h"
 
 namespace pyops {
 namespace {
 const Kernels *cpu_kernels = nullptr, *cuda_kernels = nullptr;
 }
 
-void set_autograd(pybind11::object function);                      // csrc/autograd.cpp
-void add_path_here(const pybind11::object& tensor, Path path);     // csrc/autograd.cpp
-pybind11::object bind_operator(const pybind11::object& of_torch);  // csrc/calls.cpp
-pybind11::object bind_checks(const pybind11::object& of_torch);    // csrc/calls.cpp
+void set_autograd(pybind11::object function);                      // csrc/autograd/dispatch.cpp
+void add_path_here(const pybind11::object& tensor, Path path);     // csrc/autograd/dispatch.cpp
+pybind11::object bind_operator(const pybind11::object& of_torch);  // csrc/autograd/fast_call.cpp
+pybind11::object bind_checks(const pybind11::object& of_torch);    // csrc/autograd/fast_call.cpp
 
 DeviceKernels kernels(const at::Tensor& tensor) {
   if (tensor.is_cpu() || tensor.is_meta()) {

@@ -5,9 +5,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "allocate.h"
 #include "checks.h"
 #include "device.h"
-#include "fresh.h"
 #include "ops.h"
 
 namespace pyops {
@@ -17,12 +17,12 @@ using at::Tensor;
 
 // `tensor` with the strides of `layout` (dense, of the same shape): itself where it already has them.
 Tensor with_layout_of(const Tensor& tensor, const Tensor& layout) {
-  return tensor.strides() == layout.strides() ? tensor : fresh_like(layout).copy_(tensor);
+  return tensor.strides() == layout.strides() ? tensor : allocate_like(layout).copy_(tensor);
 }
 
 Tensor relu(const Tensor& input) {
   const DType dtype = real_dtype("relu", input);
-  Tensor output = fresh_like(input);
+  Tensor output = allocate_like(input);
   if (!to_compute(output)) return output;
   const Tensor dense = with_layout_of(input, output);
   kernels(input)->relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr()});
@@ -48,8 +48,8 @@ int64_t mask_words(int64_t numel) {
 
 std::tuple<Tensor, Tensor> relu_with_mask(const Tensor& input) {
   const DType dtype = floating_dtype("relu_with_mask", input);
-  Tensor output = fresh_like(input);
-  Tensor mask = fresh({mask_words(output.numel())}, input.options().dtype(at::kLong));
+  Tensor output = allocate_like(input);
+  Tensor mask = allocate({mask_words(output.numel())}, input.options().dtype(at::kLong));
   if (!to_compute(output)) return {output, mask};
   const Tensor dense = with_layout_of(input, output);
   kernels(input)->relu({dtype, dense.numel(), dense.const_data_ptr(), output.mutable_data_ptr(),
@@ -68,7 +68,7 @@ Tensor relu_mask_backward(const Tensor& grad_output, const Tensor& mask, at::Int
               ", but got stride=", stride);
   TORCH_CHECK(is_dense(grad_output.sizes(), stride), op, ": stride must be that of a dense tensor of shape ",
               grad_output.sizes(), ", but got stride=", stride);
-  Tensor grad_input = fresh_strided(grad_output.sizes(), stride, grad_output.options());
+  Tensor grad_input = allocate_strided(grad_output.sizes(), stride, grad_output.options());
   if (!to_compute(grad_input)) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input), words = mask.contiguous();
   kernels(grad_output)
@@ -94,7 +94,7 @@ Tensor relu_backward(const char* op, const Tensor& grad_output, const Tensor& ou
   const DType dtype = real_dtype(op, output);
   check_same_kind(op, "grad_output", grad_output, "output", output);
   check_shape(op, "grad_output", grad_output, output.sizes());
-  Tensor grad_input = fresh_like(output);
+  Tensor grad_input = allocate_like(output);
   if (!to_compute(grad_input)) return grad_input;
   const Tensor dense_grad = with_layout_of(grad_output, grad_input);
   const Tensor dense_output = with_layout_of(output, grad_input);

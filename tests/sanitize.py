@@ -22,7 +22,13 @@ OPTIONS = {
 }
 TESTS = [
     *(f"test_{stem}.py" for stem in ("relu", "linear", "conv2d", "max_pool2d", "fused", "threads", "errors", "lenet")),
-    *("test_calls.py", "test_linear_batched.py", "test_cuda_kernels.py", "test_cuda_products.py", "test_emulator.py"),
+    *(
+        "test_fast_call.py",
+        "test_linear_batched.py",
+        "test_cuda_kernels.py",
+        "test_cuda_products.py",
+        "test_emulator.py",
+    ),
     "--every=3",
     "--hypothesis-profile=thin",
 ]

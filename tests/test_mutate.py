@@ -19,6 +19,6 @@ def test_a_fault_is_planted_in_every_algorithm():
 
 def test_what_a_header_affects():
     kernels = mutate.SOURCES / "cpu"
-    affected = mutate.affected(kernels / "relu_mask.h")
-    assert affected == {kernels / "relu_mask.h", kernels / "relu.cpp"}
-    assert kernels / "correlate.cpp" in mutate.affected(mutate.SOURCES / "kernels.h")
+    affected = mutate.affected(kernels / "simd" / "mask_bits.h")
+    assert affected == {kernels / "simd" / "mask_bits.h", kernels / "relu.cpp"}
+    assert kernels / "conv2d" / "convolve.cpp" in mutate.affected(mutate.SOURCES / "kernels.h")

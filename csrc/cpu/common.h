@@ -7,6 +7,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -62,6 +63,24 @@ inline __m256i narrowed(c10::Half, __m512 v) {
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
+}
+
+// The integers i with begin <= i < end; there are none where end <= begin.
+struct Range {
+  int64_t begin, end;
+
+  int64_t size() const { return std::max(end - begin, int64_t{0}); }
+  bool has(int64_t i) const { return begin <= i && i < end; }
+};
+
+// The i in [0, count) for which first + i * step lies in [0, size): the part of a row of elements, or of a kernel's
+// taps, that is inside the image. It divides only where the row leaves the image and step is not 1, because copying a
+// short row takes no longer than a division.
+inline Range range_inside(int64_t first, int64_t step, int64_t count, int64_t size) {
+  const auto steps = [step](int64_t distance) { return step == 1 ? distance : ceil_div(distance, step); };
+  const int64_t begin = first < 0 ? std::min(steps(-first), count) : 0;
+  const int64_t end = first + (count - 1) * step < size ? count : std::clamp(steps(size - first), begin, count);
+  return {begin, end};
 }
 
 constexpr int64_t cache_line = 64;  // bytes

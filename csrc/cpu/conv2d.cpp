@@ -1,14 +1,14 @@
 // conv2d: the forward is one correlation of the input with the weight.
-#include "conv2d.h"
+#include "conv2d/problem.h"
 
 namespace pyops::cpu {
 
 template <class T>
-Correlation<T> forward_correlation(const Conv2dArgs& x) {
+ConvProblem<T> forward_problem(const Conv2dArgs& x) {
   const Conv2dShape& s = x.shape;
   const Layout out(s.O, s.OH, s.OW, s.channels_last);
   const WeightLayout w(s);
-  return {input_source<T>(s, x.input),
+  return {conv_input<T>(s, x.input),
           {static_cast<const T*>(x.weight), s.O / s.groups * w.out_stride, w.out_stride, w.channel_stride, w.tap_stride,
            s.O * w.out_stride},
           s.channels_last,
@@ -23,14 +23,14 @@ Correlation<T> forward_correlation(const Conv2dArgs& x) {
 
 void conv2d(const Conv2dArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
-    const auto correlation = forward_correlation<decltype(zero)>(x);
-    correlate(&correlation, 1);
+    const auto correlation = forward_problem<decltype(zero)>(x);
+    convolve(&correlation, 1);
   });
 }
 
-template Correlation<float> forward_correlation(const Conv2dArgs&);
-template Correlation<double> forward_correlation(const Conv2dArgs&);
-template Correlation<c10::BFloat16> forward_correlation(const Conv2dArgs&);
-template Correlation<c10::Half> forward_correlation(const Conv2dArgs&);
+template ConvProblem<float> forward_problem(const Conv2dArgs&);
+template ConvProblem<double> forward_problem(const Conv2dArgs&);
+template ConvProblem<c10::BFloat16> forward_problem(const Conv2dArgs&);
+template ConvProblem<c10::Half> forward_problem(const Conv2dArgs&);
 
 }  // namespace pyops::cpu

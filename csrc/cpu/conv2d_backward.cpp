@@ -1,57 +1,57 @@
 // The gradients of conv2d.
 //
-// grad_input: way_of chooses. Gathered, it is a correlation of grad_output with the weight, its input and output
-// channels exchanged. The pixels whose coordinates have the same remainders by the stride meet the same taps, so each
-// of the stride_h x stride_w remainders (a phase) is a correlation of stride 1 with its share of the taps: no zeros are
-// multiplied and every element is written once, where col2im would add into it.
+// grad_input: choose_algorithm chooses. Gathered, it is a correlation of grad_output with the weight, its input and
+// output channels exchanged. The pixels whose coordinates have the same remainders by the stride meet the same taps, so
+// each of the stride_h x stride_w remainders (a phase) is a correlation of stride 1 with its share of the taps: no
+// zeros are multiplied and every element is written once, where col2im would add into it.
 //
-// grad_weight: conv2d_weight_gradient.cpp. Of few channels all gradients are computed together, over blocks of images:
-// conv2d_images.cpp.
+// grad_weight: conv2d/weight_gradient.cpp. Of few channels all gradients are computed together, over blocks of images:
+// conv2d/batch_lanes.cpp.
 //
 // grad_bias: sums of grad_output over all but the channels.
 //
 // Guarantees: those of gemm.h; the sums run over the taps inside of the image only, also where values are infinite.
-#include "borders.h"
-#include "conv2d_images.h"
-#include "sums.h"
+#include "conv2d/batch_lanes.h"
+#include "conv2d/border_taps.h"
+#include "gemm/bias_sums.h"
 
 namespace pyops::cpu {
 
 template <class T>
-std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x) {
+std::pair<const ConvProblem<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;
   const Layout grad(s.O, s.OH, s.OW, s.channels_last), image(s.C, s.H, s.W, s.channels_last);
   const WeightLayout w(s);
   const int64_t out = s.O / s.groups, in = s.C / s.groups;
   const int64_t y_phases = std::min(s.stride_h, s.H), x_phases = std::min(s.stride_w, s.W);
   Tap* taps = scratch<Tap>(Scratch::gradient_taps, s.kernel_h * s.kernel_w);
-  auto* phases = scratch<Correlation<T>>(Scratch::phases, y_phases * x_phases);
+  auto* phases = scratch<ConvProblem<T>>(Scratch::phases, y_phases * x_phases);
   for (int64_t phase_y = 0; phase_y < y_phases; ++phase_y) {
     for (int64_t phase_x = 0; phase_x < x_phases; ++phase_x) {
       const int64_t height = ceil_div(s.H - phase_y, s.stride_h), width = ceil_div(s.W - phase_x, s.stride_w);
-      Source<T> source{static_cast<const T*>(x.grad_output),
-                       grad.image_stride,
-                       grad.channel_stride,
-                       grad.y_stride,
-                       grad.x_stride,
-                       s.N,
-                       s.OH,
-                       s.OW,
-                       out,
-                       1,
-                       1,
-                       height,
-                       width,
-                       taps,
-                       0,
-                       s.N * grad.image_stride,
-                       s.weight_channels_last};
+      ConvInput<T> source{static_cast<const T*>(x.grad_output),
+                          grad.image_stride,
+                          grad.channel_stride,
+                          grad.y_stride,
+                          grad.x_stride,
+                          s.N,
+                          s.OH,
+                          s.OW,
+                          out,
+                          1,
+                          1,
+                          height,
+                          width,
+                          taps,
+                          0,
+                          s.N * grad.image_stride,
+                          s.weight_channels_last};
       for (int64_t i = 0; i < s.kernel_h; ++i) {
         for (int64_t j = 0; j < s.kernel_w; ++j) {
           const int64_t y = phase_y + s.padding_top - i * s.dilation_h, x = phase_x + s.padding_left - j * s.dilation_w;
           if (y % s.stride_h != 0 || x % s.stride_w != 0) continue;
           const int64_t dy = y / s.stride_h, dx = x / s.stride_w;
-          if (is_met(source, dy, dx)) *taps++ = {dy, dx, i * s.kernel_w + j}, ++source.tap_count;
+          if (meets_image(source, dy, dx)) *taps++ = {dy, dx, i * s.kernel_w + j}, ++source.tap_count;
         }
       }
       phases[phase_y * x_phases + phase_x] = {
@@ -74,7 +74,7 @@ std::pair<const Correlation<T>*, int64_t> input_gradient_phases(const Conv2dBack
 }
 
 #define INSTANTIATE(T) \
-  template std::pair<const Correlation<T>*, int64_t> input_gradient_phases<T>(const Conv2dBackwardArgs&);
+  template std::pair<const ConvProblem<T>*, int64_t> input_gradient_phases<T>(const Conv2dBackwardArgs&);
 FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
@@ -89,49 +89,49 @@ bool is_linear(const Conv2dShape& s) {
 // Whether the gradient of the input should be added up tap by tap, rather than gathered pixel by pixel: by the share of
 // useful products of either, weighed by what was measured of 4400 shapes, of which every third goes this way.
 template <class T>
-bool should_go_by_taps(const Conv2dShape& s) {
+bool should_use_kn2row(const Conv2dShape& s) {
   if constexpr (std::is_same_v<T, Compute<T>>) {
-    constexpr int64_t least_terms = 32;  // more channels than go along the images (conv2d_images.cpp)
+    constexpr int64_t least_terms = 32;  // more channels than go along the images (conv2d/batch_lanes.cpp)
     if (s.groups > 1 || s.O < least_terms || s.kernel_h * s.kernel_w == 1) return false;
     const double gathered = static_cast<double>(s.H * s.W) / static_cast<double>(s.stride_h * s.stride_w);
-    const double met = share_inside(input_source<T>(s, nullptr)) * static_cast<double>(s.OH * s.OW);
+    const double met = fraction_inside(conv_input<T>(s, nullptr)) * static_cast<double>(s.OH * s.OW);
     // Channels-first images are copied to be gathered.
     const double gathering = (s.channels_last ? 1.1 : 0.87) * met / gathered;
     // The sums of a tap are loaded and stored, which takes as long as 16 terms.
     const double terms = static_cast<double>(s.O) / static_cast<double>(s.O + 16);
-    const double by_taps = terms * lanes_used<T>(s.C) * (s.C > Vec<T>::size() ? 1 : 0.7);
-    return gathering < by_taps;
+    const double kn2row = terms * lane_utilization<T>(s.C) * (s.C > Vec<T>::size() ? 1 : 0.7);
+    return gathering < kn2row;
   } else {
     return false;
   }
 }
 
-enum class InputGradient { linear, by_taps, correlation };
+enum class InputGradientAlgorithm { linear, kn2row, convolution };
 
 // The first that applies, with what it takes in ms and what the others would; one core with AVX-512.
 template <class T>
-InputGradient way_of(const Conv2dShape& s) {
+InputGradientAlgorithm choose_algorithm(const Conv2dShape& s) {
   // 16x64x7x7 -> 128, 7x7: 0.07, by taps 0.44, gathered 0.51.
-  if (is_linear(s)) return InputGradient::linear;
+  if (is_linear(s)) return InputGradientAlgorithm::linear;
   // 1x64x14x14 -> 192, 5x5: 0.32, gathered 0.57; 12x24x8x8 -> 96, 7x7: 0.17, 1.08.
-  if (should_go_by_taps<T>(s)) return InputGradient::by_taps;
+  if (should_use_kn2row<T>(s)) return InputGradientAlgorithm::kn2row;
   // 8x64x56x56 -> 64, 3x3, padding 1: 9.3, by taps 9.9.
-  return InputGradient::correlation;
+  return InputGradientAlgorithm::convolution;
 }
 
 template <class T>
 void input_gradient(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;
-  const InputGradient way = way_of<T>(s);
-  if (way == InputGradient::linear) {
+  const InputGradientAlgorithm algorithm = choose_algorithm<T>(s);
+  if (algorithm == InputGradientAlgorithm::linear) {
     count_run(Algorithm::input_gradient_linear);
     return linear_backward(
         {x.dtype, s.N, s.O, s.C * s.H * s.W, x.grad_output, nullptr, x.weight, x.grad_input, nullptr, nullptr, x.tf32});
   }
   if constexpr (std::is_same_v<T, Compute<T>>)
-    if (way == InputGradient::by_taps) return input_gradient_by_taps<T>(x);
+    if (algorithm == InputGradientAlgorithm::kn2row) return input_gradient_kn2row<T>(x);
   const auto [phases, count] = input_gradient_phases<T>(x);
-  correlate(phases, count);
+  convolve(phases, count);
 }
 
 }  // namespace
@@ -140,11 +140,11 @@ void conv2d_backward(const Conv2dBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Conv2dShape& s = x.shape;
-    if (backward_along_images<T>(x)) {
+    if (should_use_batch_lanes_backward<T>(x)) {
       const int64_t image = s.O * s.OH * s.OW;
-      return backward_of_blocks<T>(x, [&](int64_t first, int64_t count, Compute<T>* block, const Team& team) {
+      return batch_lanes_backward<T>(x, [&](int64_t first, int64_t count, Compute<T>* block, const Team& team) {
         const T* images = static_cast<const T*>(x.grad_output) + first * image;
-        team.share([&](Share share) { to_block(block, images, image, count, share); });
+        team.share([&](Share share) { to_chwn(block, images, image, count, share); });
       });
     }
     if (x.grad_input) input_gradient<T>(x);

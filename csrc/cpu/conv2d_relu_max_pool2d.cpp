@@ -5,9 +5,9 @@
 // with one number more for the windows that pass none. Values, and the windows' winners where they are above 0, are
 // those of the three ops one after the other; a window without gradient gives +0. The chunks depend on the shape only.
 //
-// Three ways, chosen by forward_of_all. Where windows lie side by side, over blocks of images (images.h), of which only
-// the input and the pooled output are transposed, a quarter of what the convolution gives:
-//   2x2 windows, no tap outside of the image: the maximum is taken in registers (conv2d_pool_2x2.h).
+// Three ways, chosen by forward_of_all. Where windows lie side by side, over blocks of images (conv2d/chwn.h), of which
+// only the input and the pooled output are transposed, a quarter of what the convolution gives:
+//   2x2 windows, no tap outside of the image: the maximum is taken in registers (conv2d/fused_pool_2x2.h).
 //   others of few channels: the convolution of a block, then the larger of whole vectors.
 // Else convolution and pooling one after the other, on as many images as half an L2 cache holds. LeNet's layers on 64
 // images, one core with AVX-512, in these three ways: first 0.093, 0.130 and 0.160 ms, second 0.133, 0.159 and 0.166;
@@ -15,8 +15,8 @@
 // is wanted, the first way takes 0.84 and 0.96 of its time.
 #include <algorithm>
 
-#include "conv2d_images.h"
-#include "conv2d_pool_2x2.h"
+#include "conv2d/batch_lanes.h"
+#include "conv2d/fused_pool_2x2.h"
 
 namespace pyops::cpu {
 namespace {
@@ -33,7 +33,7 @@ bool is_tiled(const MaxPool2dShape& s) {
 // f(window, pixel, tap) for every tap of every window of some channels of an image: elements of the pooled image and of
 // its input.
 template <class Start, class F, class End>
-void for_each_window(const MaxPool2dShape& s, Span channels, const Start& start, const F& f, const End& end) {
+void for_each_window(const MaxPool2dShape& s, Range channels, const Start& start, const F& f, const End& end) {
   const Layout in(s.C, s.H, s.W, s.channels_last), out(s.C, s.OH, s.OW, s.channels_last);
   for (int64_t c = channels.begin; c < channels.end; ++c) {
     for (int64_t y = 0; y < s.OH; ++y) {
@@ -57,30 +57,30 @@ class PooledBlock {
   static constexpr int64_t lanes = kLanes<T>;
 
  public:
-  PooledBlock(const Correlation<T>& correlation, const MaxPool2dShape& pool) : correlation_(correlation), pool_(pool) {}
+  PooledBlock(const ConvProblem<T>& correlation, const MaxPool2dShape& pool) : correlation_(correlation), pool_(pool) {}
 
   // A null argmax is not written.
   void operator()(const C* source, C* pooled, uint8_t* argmax, const Team& team) const {
     C* unpooled = scratch<C>(Scratch::output_block, correlation_.output_size() * lanes);
     team.share([&](Share share) { correlation_(source, unpooled, share); });
     team.share([&](Share share) {
-      const Span channels = share.of(pool_.C);
+      const Range channels = share.of(pool_.C);
       argmax ? pool<uint8_t>(unpooled, pooled, argmax, channels) : pool<void>(unpooled, pooled, argmax, channels);
     });
   }
 
  private:
   template <class A>
-  void pool(const C* unpooled, C* pooled, uint8_t* argmax, Span channels) const {
+  void pool(const C* unpooled, C* pooled, uint8_t* argmax, Range channels) const {
     for_each_window(
-        pool_, channels, [&](int64_t) { return rectified_best<C, A>(pool_.taps()); },
+        pool_, channels, [&](int64_t) { return rectified_max<C, A>(pool_.taps()); },
         [&](auto& best, int64_t pixel, int64_t tap) {
           best.update(rounded<T>(Vec<C>::loadu(unpooled + pixel * lanes)), tap);
         },
-        [&](const auto& best, int64_t window) { store_best(best, pooled, argmax, window * lanes); });
+        [&](const auto& best, int64_t window) { store_max(best, pooled, argmax, window * lanes); });
   }
 
-  const ImagesCorrelation<T> correlation_;
+  const BatchLanesConvolution<T> correlation_;
   const MaxPool2dShape& pool_;
 };
 
@@ -96,11 +96,11 @@ void forward_of_blocks(const Conv2dReluMaxPool2dArgs& x, double flops, const Poo
     C* pooled = scratch<C>(Scratch::pooled_block, out * lanes);
     uint8_t* argmax = x.argmax ? scratch<uint8_t>(Scratch::argmax_block, out * lanes) : nullptr;
     team.share(
-        [&](Share share) { to_block(source, static_cast<const T*>(x.conv.input) + first * in, in, count, share); });
+        [&](Share share) { to_chwn(source, static_cast<const T*>(x.conv.input) + first * in, in, count, share); });
     pooled_block(source, pooled, argmax, team);
     team.share([&](Share share) {
-      from_block(static_cast<T*>(x.output) + first * out, pooled, out, count, share);
-      if (argmax) bytes_from_block(static_cast<uint8_t*>(x.argmax) + first * out, argmax, out, count, lanes, share);
+      from_chwn(static_cast<T*>(x.output) + first * out, pooled, out, count, share);
+      if (argmax) bytes_from_chwn(static_cast<uint8_t*>(x.argmax) + first * out, argmax, out, count, lanes, share);
     });
   });
 }
@@ -113,13 +113,13 @@ void backward_of_pooled_blocks(const Conv2dReluMaxPool2dBackwardArgs& x) {
   const MaxPool2dShape& pool = x.pool;
   const int64_t out = pool.C * pool.OH * pool.OW, between = pool.C * pool.H * pool.W;
   const bool gaps = pool.OH * pool.kernel_h < pool.H || pool.OW * pool.kernel_w < pool.W;  // pixels of no window
-  backward_of_blocks<T>(x.conv, [&](int64_t first, int64_t count, C* block, const Team& team) {
+  batch_lanes_backward<T>(x.conv, [&](int64_t first, int64_t count, C* block, const Team& team) {
     C* pooled = scratch<C>(Scratch::pooled_block, out * lanes);
     uint8_t* argmax = scratch<uint8_t>(Scratch::argmax_block, out * lanes);
     team.share([&](Share share) {
-      to_block(pooled, static_cast<const T*>(x.grad_output) + first * out, out, count, share);
-      bytes_to_block(argmax, static_cast<const uint8_t*>(x.argmax) + first * out, out, count, lanes, share);
-      const Span elements = share.of(between);
+      to_chwn(pooled, static_cast<const T*>(x.grad_output) + first * out, out, count, share);
+      bytes_to_chwn(argmax, static_cast<const uint8_t*>(x.argmax) + first * out, out, count, lanes, share);
+      const Range elements = share.of(between);
       if (gaps) std::fill_n(block + elements.begin * lanes, elements.size() * lanes, C(0));
     });
     struct Window {
@@ -172,7 +172,7 @@ void forward(const Conv2dReluMaxPool2dArgs& x, int64_t n, int64_t count, T* betw
 template <class T>
 void forward_of_chunks(const Conv2dReluMaxPool2dArgs& x, double flops) {
   count_run(Algorithm::fused_chunks);
-  // A vector's lanes of images (conv2d_images.cpp) at least, and as many as half an L2 cache holds.
+  // A vector's lanes of images (conv2d/batch_lanes.cpp) at least, and as many as half an L2 cache holds.
   constexpr int64_t lanes = Vec<T>::size(), cached = (512 << 10) / sizeof(T);
   const Conv2dShape& s = x.conv.shape;
   const int64_t image = s.O * s.OH * s.OW, fitting = std::max(cached / image, int64_t{1});
@@ -190,7 +190,7 @@ void forward_of_all(Conv2dReluMaxPool2dArgs x) {
   constexpr int64_t lanes = kLanes<T>, most_elements = (1 << 20) / sizeof(Compute<T>);
   const Conv2dShape& s = x.conv.shape;
   x.conv.relu = false;  // pooling does it
-  const Correlation<T> correlation = forward_correlation<T>(x.conv);
+  const ConvProblem<T> correlation = forward_problem<T>(x.conv);
   const int64_t in = s.C * s.H * s.W, between = s.O * s.OH * s.OW, out = s.O * x.pool.OH * x.pool.OW;
   const double flops = 2.0 * static_cast<double>(s.N * between * correlation.depth());
   // Blocks of images are summed in order, one number at a time. The result is to be conv2d's.
@@ -217,7 +217,7 @@ bool conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dBackwardArgs& x) {
   bool taken = false;
   dispatch_floating(x.conv.dtype, [&](auto zero) {
     using T = decltype(zero);
-    taken = is_tiled(x.pool) && backward_along_images<T>(x.conv);
+    taken = is_tiled(x.pool) && should_use_batch_lanes_backward<T>(x.conv);
     if (!taken) return;
     count_run(Algorithm::fused_backward_batch_lanes);
     backward_of_pooled_blocks<T>(x);

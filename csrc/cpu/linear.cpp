@@ -8,7 +8,7 @@
 // 64x400 -> 120 on one core with AVX-512: 52 us, 15 of which lay out the weight; stock torch 51.
 // In bfloat16, by pairs, on another: 17 us, in float32 34, stock 30; 1024x4096 -> 4096 72 ms, in float32 147, stock 71.
 // All matrices are row-major. Guarantees: those of gemm.h; a row of output is the same whatever the other rows hold.
-#include "sums.h"
+#include "gemm/bias_sums.h"
 
 namespace pyops::cpu {
 namespace {
@@ -75,15 +75,15 @@ void weight_gradient(const LinearBackwardArgs& x) {
 void linear(const LinearArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    dispatch_factor<T>([&](auto factor) { forward<T, decltype(factor)>(x); });
+    dispatch_operand<T>([&](auto operand) { forward<T, decltype(operand)>(x); });
   });
 }
 
 void linear_backward(const LinearBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    dispatch_factor<T>([&](auto factor) {
-      using F = decltype(factor);
+    dispatch_operand<T>([&](auto operand) {
+      using F = decltype(operand);
       if (x.grad_input) input_gradient<T, F>(x);
       if (x.grad_weight) weight_gradient<T, F>(x);
     });

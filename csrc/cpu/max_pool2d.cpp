@@ -12,31 +12,24 @@
 // (v > max) || isnan(v): of equal taps the first wins, of several NaNs the last. Taps out of bounds are read as -inf
 // (or the lowest integer), which is also the start of max, so that they never win; the start of argmax is the first tap
 // in bounds, which is then right if all are -inf. (A window without taps in bounds, which dilation allows, gives -inf.)
-#include "max_pool2d.h"
-
 #include <algorithm>
 #include <array>
 #include <numeric>
 
-#include "algorithms.h"
-#include "max_pool2d_avx512.h"
-#include "max_pool2d_best.h"
-#include "scratch.h"
+#include "max_pool2d/forward_2x2_avx512.h"
+#include "max_pool2d/lanes.h"
+#include "max_pool2d/running_max.h"
+#include "runtime/algorithms.h"
+#include "runtime/scratch.h"
 
 namespace pyops::cpu {
 namespace {
 
-// The taps of a window that lie inside the input, along one axis.
-struct TapRange {
-  int64_t begin, end;
-
-  // `origin` is where tap 0 lies on an axis of `size` elements.
-  TapRange(int64_t origin, int64_t kernel, int64_t dilation, int64_t size) : begin(0), end(kernel) {
-    if (origin < 0) begin = at::divup(-origin, dilation);
-    if (origin + (kernel - 1) * dilation >= size) end = at::divup(std::max<int64_t>(size - origin, 0), dilation);
-    if (begin >= end) begin = end = 0;
-  }
-};
+// The taps of a window that lie inside the input, along one axis of `size` elements on which tap 0 is at `origin`.
+Range taps_inside(int64_t origin, int64_t kernel, int64_t dilation, int64_t size) {
+  const Range taps = range_inside(origin, dilation, kernel, size);
+  return taps.size() > 0 ? taps : Range{0, 0};
+}
 
 // Every stride-th element from p on. With kStride = 2 all of the 2 * kLanes elements are read.
 template <int64_t kStride, class T>
@@ -54,7 +47,7 @@ Vec<Compute<T>> load_strided(const T* p, int64_t stride) {
 
 // Writes a vector of windows; `room` is the number of elements this chunk has yet to write.
 template <class T, class A>
-void store_windows(const Best<Compute<T>, A>& best, T* output, A* argmax, int64_t room) {
+void store_windows(const RunningMax<Compute<T>, A>& best, T* output, A* argmax, int64_t room) {
   store_lanes(output, best.max(), room);
   const auto tap = best.tap();
   if (room >= kLanes<T>) {
@@ -78,10 +71,10 @@ class ChannelPool {
     argmax += begin * s_.OW * s_.C;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t h0 = row % s_.OH * s_.stride_h - s_.padding_h;
-      const TapRange taps_h(h0, s_.kernel_h, s_.dilation_h, s_.H);
+      const Range taps_h = taps_inside(h0, s_.kernel_h, s_.dilation_h, s_.H);
       const int64_t row_first = (row / s_.OH * s_.H + h0) * s_.W;
       for (int64_t w0 = -s_.padding_w, x = 0; x < s_.OW; ++x, w0 += s_.stride_w) {
-        const TapRange taps_w(w0, s_.kernel_w, s_.dilation_w, s_.W);
+        const Range taps_w = taps_inside(w0, s_.kernel_w, s_.dilation_w, s_.W);
         const Pixel pixel{(row_first + w0) * s_.C, taps_h, taps_w};
         int64_t c = 0;
         for (; c + kMany * kLanes<T> <= s_.C; c += kMany * kLanes<T>) {
@@ -102,7 +95,7 @@ class ChannelPool {
   // A pixel of the output: where tap (0, 0) of channel 0 lies, and the taps in bounds.
   struct Pixel {
     int64_t first;
-    TapRange taps_h, taps_w;
+    Range taps_h, taps_w;
   };
 
   // The windows of kVectors vectors of channels from c on.
@@ -112,7 +105,7 @@ class ChannelPool {
     const int64_t row_step = s_.dilation_h * s_.W * s_.C, column_step = s_.dilation_w * s_.C;
     const int64_t last = first + c + (taps_h.end - 1) * row_step + (taps_w.end - 1) * column_step;
     const bool whole = in_.holds(last, kVectors * kLanes<T>);
-    using Windows = Best<Compute<T>, A>;
+    using Windows = RunningMax<Compute<T>, A>;
     const Windows start(static_cast<A>(taps_h.begin * s_.kernel_w + taps_w.begin));
     std::array<Windows, kVectors> best;
     best.fill(start);
@@ -161,7 +154,7 @@ class ColumnPool {
     argmax += begin * s_.OW;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t h0 = y * s_.stride_h - s_.padding_h;
-      const TapRange taps_h(h0, s_.kernel_h, s_.dilation_h, s_.H);
+      const Range taps_h = taps_inside(h0, s_.kernel_h, s_.dilation_h, s_.H);
       const int64_t row_first = plane + h0 * s_.W;  // of tap row 0, maybe out of bounds
       for (int64_t x = 0; x < s_.OW; x += kLanes<T>) {
         const int64_t w0 = x * stride() - s_.padding_w;
@@ -181,17 +174,17 @@ class ColumnPool {
   }
 
  private:
-  using Windows = Best<Compute<T>, A>;
+  using Windows = RunningMax<Compute<T>, A>;
 
   // Whether all taps of the windows are in bounds and may be read in whole vectors.
-  bool reads_inside(int64_t row_first, int64_t w0, int64_t live, TapRange taps_h) const {
+  bool reads_inside(int64_t row_first, int64_t w0, int64_t live, Range taps_h) const {
     const int64_t reach = (s_.kernel_w - 1) * s_.dilation_w;
     return w0 >= 0 && w0 + (live - 1) * stride() + reach < s_.W &&
            in_.holds(row_first + w0 + taps_h.begin * row_step_,
                      (taps_h.end - 1 - taps_h.begin) * row_step_ + reach + span());
   }
 
-  Windows inside(int64_t first, TapRange taps_h) const {
+  Windows inside(int64_t first, Range taps_h) const {
     Windows best(static_cast<A>(taps_h.begin * s_.kernel_w));
     const T* row = in_.data + first;
     if (kKernel && taps_h.begin == 0 && taps_h.end == kKernel) {
@@ -229,7 +222,7 @@ class ColumnPool {
   }
 
   // The same where taps lie out of bounds, or a vector would reach beyond the tensor.
-  Windows edge(int64_t row_first, int64_t w0, int64_t live, TapRange taps_h) const {
+  Windows edge(int64_t row_first, int64_t w0, int64_t live, Range taps_h) const {
     Windows best = start(w0, live, taps_h.begin * s_.kernel_w);
     for (int64_t i = taps_h.begin; i < taps_h.end; ++i) {
       for (int64_t j = 0; j < s_.kernel_w; ++j) {
@@ -275,9 +268,9 @@ void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax)
     for (int64_t row = begin; row < end; ++row) {
       const T* const plane = input + row / s.OH * s.H * s.W;
       const int64_t h0 = row % s.OH * s.stride_h - s.padding_h;
-      const TapRange taps_h(h0, s.kernel_h, s.dilation_h, s.H);
+      const Range taps_h = taps_inside(h0, s.kernel_h, s.dilation_h, s.H);
       for (int64_t x = 0, w0 = -s.padding_w; x < s.OW; ++x, w0 += s.stride_w) {
-        const TapRange taps_w(w0, s.kernel_w, s.dilation_w, s.W);
+        const Range taps_w = taps_inside(w0, s.kernel_w, s.dilation_w, s.W);
         C max = kLowest<C>;
         int64_t tap = taps_h.begin * s.kernel_w + taps_w.begin;
         for (int64_t i = taps_h.begin; i < taps_h.end; ++i) {
@@ -319,7 +312,7 @@ void gather_windows(const MaxPool2dShape& s, const T* input, T* output, uint8_t*
       const T* const planes = input + group * planes_at_once * plane;
       for (int64_t v = 0; v < vectors; ++v) {
         const auto first = Vec<Index>::loadu(firsts + v * lanes);
-        Best<T, uint8_t> best;
+        RunningMax<T, uint8_t> best;
         for (int64_t i = 0; i < s.kernel_h; ++i)
           for (int64_t j = 0; j < s.kernel_w; ++j)
             best.update(at::vec::gather<sizeof(T)>(planes + i * s.dilation_h * s.W + j * s.dilation_w, first),

@@ -12,13 +12,13 @@
 // float32 and round once. No argmax is trusted: gathering only ever compares it, scattering checks it.
 #include <algorithm>
 
-#include "algorithms.h"
-#include "max_pool2d.h"
-#include "max_pool2d_backward_avx512.h"
-#include "max_pool2d_backward_patterns.h"
-#include "max_pool2d_backward_scatter.h"
-#include "max_pool2d_elements.h"
-#include "scratch.h"
+#include "max_pool2d/backward_patterns_avx512.h"
+#include "max_pool2d/backward_row_pairs_avx512.h"
+#include "max_pool2d/backward_scatter.h"
+#include "max_pool2d/elements.h"
+#include "max_pool2d/lanes.h"
+#include "runtime/algorithms.h"
+#include "runtime/scratch.h"
 
 namespace pyops::cpu {
 namespace {

@@ -4,8 +4,8 @@
 #include <Python.h>
 #include <c10/macros/Macros.h>
 
-#include "algorithms.h"
 #include "common.h"
+#include "runtime/algorithms.h"
 
 namespace {
 

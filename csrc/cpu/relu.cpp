@@ -12,8 +12,8 @@
 // its gradient, -0.0 stays -0.0 and blocks it. output may be input: what is written has been read.
 #include <algorithm>
 
-#include "algorithms.h"
-#include "relu_mask.h"
+#include "runtime/algorithms.h"
+#include "simd/mask_bits.h"
 
 namespace pyops::cpu {
 namespace {

@@ -230,7 +230,7 @@ APPLY: dict[str, Callable[..., Any]] = {}
 
 
 def apply_function(name: str, args: tuple[Any, ...]) -> Any:
-    """What the operators' Autograd kernel (csrc/autograd.cpp) calls where somebody wants a derivative."""
+    """What the operators' Autograd kernel (csrc/autograd/dispatch.cpp) calls where somebody wants a derivative."""
     with enable_single_level_autograd_function():  # under torch.func.grad that kernel runs once for each level
         return APPLY[name](*args)
 
@@ -240,7 +240,7 @@ _load._C.set_autograd(apply_function)
 
 def with_path_to_output(grad_output: torch.Tensor) -> torch.Tensor:
     """In the backward of a Function that does not save its output: grad_output with the path to the output that it has
-    with stock, whose derivative is zeros (`Path` in csrc/gradient.h)."""
+    with stock, whose derivative is zeros (`Path` in csrc/autograd/node.h)."""
     if is_differentiated():
         grad_output = grad_output.clone()
         _load._C.add_path_to_output(grad_output)

@@ -5,7 +5,7 @@ from fuzzing.faults.fault import Fault
 FAULTS = (
     Fault(
         "gemm: of squares side by side the second writes where the first does",
-        "gemm.h",
+        "gemm/gemm.h",
         "finish_row<F>(x.out, n + c * lanes, total[c], counts[c]);",
         "finish_row<F>(x.out, n, total[c], counts[c]);",
         "linear",
@@ -14,7 +14,7 @@ FAULTS = (
     ),
     Fault(
         "gemm: of squares one after the other only the last chunk of K counts",
-        "gemm.h",
+        "gemm/gemm.h",
         "total[c] = first ? sum[c] : total[c] + sum[c];",
         "total[c] = first || chains == 1 ? sum[c] : total[c] + sum[c];",
         "linear",
@@ -23,7 +23,7 @@ FAULTS = (
     ),
     Fault(
         "pooling 2x2: the upper row says which column wins",
-        "max_pool2d_avx512.h",
+        "max_pool2d/forward_2x2_avx512.h",
         "(lower.right_wins & lower_wins) | (upper.right_wins & ~lower_wins);",
         "upper.right_wins;",
         "max_pool2d",
@@ -32,7 +32,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: a pattern reaches over 17 windows",
-        "max_pool2d_backward_patterns.h",
+        "max_pool2d/backward_patterns_avx512.h",
         "if (earlier + *std::max_element(p.lanes, p.lanes + p.count) >= 16) return false;",
         "if (earlier + *std::max_element(p.lanes, p.lanes + p.count) > 16) return false;",
         "max_pool2d",
@@ -41,7 +41,7 @@ FAULTS = (
     ),
     Fault(
         "pooling 2x2: a row below the windows takes gradients of the next plane",
-        "max_pool2d_backward_avx512.h",
+        "max_pool2d/backward_row_pairs_avx512.h",
         "any ? last_windows_ : 0, last_columns_);",
         "last_windows_, last_columns_);",
         "max_pool2d",
@@ -50,7 +50,7 @@ FAULTS = (
     ),
     Fault(
         "pooling 3x3: a row below the windows takes gradients of the next plane",
-        "max_pool2d_backward_avx512.h",
+        "max_pool2d/backward_row_pairs_avx512.h",
         "below = y + 1 < s_.OH ? s_.OW - x : 0;",
         "below = s_.OW - x;",
         "max_pool2d",

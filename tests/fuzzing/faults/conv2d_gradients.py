@@ -13,7 +13,7 @@ FAULTS = (
     ),
     Fault(
         "tap by tap: taps that are met take the weights of the first ones",
-        "conv2d_input_gradient_by_taps.cpp",
+        "conv2d/input_gradient_kn2row.cpp",
         "weights + tap->index * s.O * stride + c;",
         "weights + (tap - source.taps) * s.O * stride + c;",
         "conv2d",
@@ -21,7 +21,7 @@ FAULTS = (
     ),
     Fault(
         "tap by tap: every chunk of the output channels takes the first gradients",
-        "conv2d_input_gradient_by_taps.cpp",
+        "conv2d/input_gradient_kn2row.cpp",
         "{images_here, offsets, grad_steps + o},",
         "{images_here, offsets, grad_steps},",
         "conv2d",
@@ -29,7 +29,7 @@ FAULTS = (
     ),
     Fault(
         "depthwise: one of four sums of the weight's gradient is lost",
-        "conv2d_depthwise.cpp",
+        "conv2d/depthwise.cpp",
         "return (sums[0] + sums[1]) + (sums[2] + sums[3]);",
         "return (sums[0] + sums[1]) + sums[2];",
         "conv2d",
@@ -37,7 +37,7 @@ FAULTS = (
     ),
     Fault(
         "depthwise 3x3: the bottom taps of the weight's gradient are the middle ones",
-        "conv2d_depthwise_3x3.h",
+        "conv2d/depthwise_3x3.h",
         "sum.bottom = at::vec::fmadd(values.bottom, g, sum.bottom);",
         "sum.bottom = at::vec::fmadd(values.middle, g, sum.bottom);",
         "conv2d",
@@ -45,7 +45,7 @@ FAULTS = (
     ),
     Fault(
         "planes: the parts of an uneven batch overlap",
-        "conv2d_weight_gradient.cpp",
+        "conv2d/weight_gradient.cpp",
         "for (int64_t n = part * s.N / parts; n < (part + 1) * s.N / parts; ++n) {\n      transpose",
         "for (int64_t n = part * (s.N / parts); n < (part + 1) * s.N / parts; ++n) {\n      transpose",
         "conv2d",
@@ -53,15 +53,15 @@ FAULTS = (
     ),
     Fault(
         "along outputs: rows go by channel where they are multiplied by tap",
-        "conv2d_weight_gradient.cpp",
-        "by_tap && !s.tap_by_tap ? i % band.channels * s.tap_count + i / band.channels : i;",
+        "conv2d/weight_gradient.cpp",
+        "by_tap && !s.tap_by_tap ? i % tile.channels * s.tap_count + i / tile.channels : i;",
         "i;",
         "conv2d",
         "conv2d.weight_gradient.implicit_gemm_outputs",
     ),
     Fault(
         "along outputs: the second part of the batch is not added",
-        "gemm.h",
+        "gemm/gemm.h",
         "for (int64_t part = 1; part < parts; ++part) {",
         "for (int64_t part = 2; part < parts; ++part) {",
         "conv2d",
@@ -69,7 +69,7 @@ FAULTS = (
     ),
     Fault(
         "along inputs: taps with gaps between them are taken for neighbours",
-        "conv2d_weight_gradient_along_inputs.h",
+        "conv2d/weight_gradient_inputs.h",
         "s.taps[t].dy == s.taps[t - 1].dy && s.taps[t].dx == s.taps[t - 1].dx + 1;",
         "s.taps[t].dy == s.taps[t - 1].dy;",
         "conv2d",
@@ -77,15 +77,15 @@ FAULTS = (
     ),
     Fault(
         "along x: pixels after the end of a row are multiplied with zeros",
-        "conv2d_weight_gradient_along_x.h",
-        "const V value = V::loadu(row[r] + run.window, run.lanes);",
-        "const V value = V::loadu(row[r] + run.window);",
+        "conv2d/weight_gradient_width.h",
+        "const V value = V::loadu(row[r] + run.input, run.lanes);",
+        "const V value = V::loadu(row[r] + run.input);",
         "conv2d",
         "conv2d.weight_gradient.dot_products_width",
     ),
     Fault(
         "along images: lanes without an image keep one of the block before",
-        "images.h",
+        "conv2d/chwn.h",
         "if (count < lanes) std::fill_n(block, elements.size() * lanes, Compute<T>(0));",
         "",
         "conv2d",
@@ -93,7 +93,7 @@ FAULTS = (
     ),
     Fault(
         "partial kernel: the gradient of a tap that is not met is not written",
-        "conv2d_weight_gradient.cpp",
+        "conv2d/weight_gradient.cpp",
         "  std::fill_n(grad_weight, s.O * source.channels * kernel, T(0));\n",
         "",
         "conv2d",
@@ -101,7 +101,7 @@ FAULTS = (
     ),
     Fault(
         "partial kernel: the taps that are met come first",
-        "conv2d_weight_gradient.cpp",
+        "conv2d/weight_gradient.cpp",
         "source.tap(row).index * weight.tap_stride]",
         "(&source.tap(row) - source.taps) * weight.tap_stride]",
         "conv2d",
@@ -109,7 +109,7 @@ FAULTS = (
     ),
     Fault(
         "nonfinite gradients: every group takes the channels of the first",
-        "conv2d_weight_gradient.cpp",
+        "conv2d/weight_gradient.cpp",
         "channel = o / (s.O / s.groups) * in + task % in;",
         "channel = task % in;",
         "conv2d",
@@ -117,7 +117,7 @@ FAULTS = (
     ),
     Fault(
         "shared lanes: the gradient after the end of a row is a term",
-        "conv2d_grouped_lanes.cpp",
+        "conv2d/grouped_lanes.cpp",
         "if (i - t < b.x || i - t >= b.end) continue;",
         "if (i - t < b.x || i - t > b.end) continue;",
         "conv2d",
@@ -125,7 +125,7 @@ FAULTS = (
     ),
     Fault(
         "sums: of a bias only the last image counts",
-        "sums.h",
+        "gemm/bias_sums.h",
         "total += at::vec::vec_reduce_all",
         "total = at::vec::vec_reduce_all",
         "conv2d",

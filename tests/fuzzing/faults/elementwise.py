@@ -29,7 +29,7 @@ FAULTS = (
     ),
     Fault(
         "relu: NaN blocks its gradient",
-        "relu_mask.h",
+        "simd/mask_bits.h",
         "_mm256_movemask_ps(_mm256_cmp_ps(output, _mm256_setzero_ps(), _CMP_NLE_UQ))",
         "_mm256_movemask_ps(_mm256_cmp_ps(output, _mm256_setzero_ps(), _CMP_GT_OQ))",
         "relu",
@@ -38,7 +38,7 @@ FAULTS = (
     ),
     Fault(
         "relu: the last lane of 16 takes the bit of the one before",
-        "relu_mask.h",
+        "simd/mask_bits.h",
         "1 << 14, int16_t(-0x8000))",
         "1 << 14, 1 << 14)",
         "relu",

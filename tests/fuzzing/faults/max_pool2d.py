@@ -5,7 +5,7 @@ from fuzzing.faults.fault import Fault
 FAULTS = (
     Fault(
         "pooling: of equal taps the last one wins",
-        "max_pool2d_best.h",
+        "max_pool2d/running_max.h",
         "const auto wins = (v > max_) | (v != v);",
         "const auto wins = (v >= max_) | (v != v);",
         "max_pool2d",
@@ -14,7 +14,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: NaN does not win",
-        "max_pool2d_best.h",
+        "max_pool2d/running_max.h",
         "if constexpr (std::is_floating_point_v<C>) wins = wins | values.isnan();",
         "",
         "max_pool2d",
@@ -23,8 +23,8 @@ FAULTS = (
     Fault(
         "pooling: the tap after the image is inside",
         "max_pool2d.cpp",
-        "if (origin + (kernel - 1) * dilation >= size)",
-        "if (origin + (kernel - 1) * dilation > size)",
+        "range_inside(origin, dilation, kernel, size);",
+        "range_inside(origin, dilation, kernel, size + 1);",
         "max_pool2d",
         "max_pool2d.channels",
     ),
@@ -62,7 +62,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: elements are gathered from the first image",
-        "max_pool2d_gather.cpp",
+        "max_pool2d/gather.cpp",
         "input[n * image_size + element];",
         "input[element];",
         "max_pool2d",
@@ -70,7 +70,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: indices count the channels",
-        "max_pool2d_gather.cpp",
+        "max_pool2d/gather.cpp",
         "for_all_windows(as_channels_last(args.shape), args.argmax, 1, 0,",
         "for_all_windows(as_channels_last(args.shape), args.argmax, 1, 1,",
         "max_pool2d",
@@ -86,7 +86,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: the margin left of the plane is part of it",
-        "max_pool2d_backward_scatter.h",
+        "max_pool2d/backward_scatter.h",
         "sums += s_.padding_h * width_ + s_.padding_w;",
         "sums += s_.padding_h * width_;",
         "max_pool2d",
@@ -121,7 +121,7 @@ FAULTS = (
 FUSED_FAULTS = (
     Fault(
         "fused 2x2: the bias is forgotten",
-        "conv2d_pool_2x2.h",
+        "conv2d/fused_pool_2x2.h",
         "best.update(rounded<T>(bias ? sum[i][j] + bias_of_row : sum[i][j]), j);",
         "best.update(rounded<T>(sum[i][j]), j);",
         "conv2d_relu_max_pool2d",
@@ -129,7 +129,7 @@ FUSED_FAULTS = (
     ),
     Fault(
         "fused 2x2: the filters of every group are those of the first",
-        "conv2d_pool_2x2.h",
+        "conv2d/fused_pool_2x2.h",
         "for (int64_t g = 0; g < x_.groups; ++g, filters += x_.out_channels * x_.depth()) {",
         "for (int64_t g = 0; g < x_.groups; ++g) {",
         "conv2d_relu_max_pool2d",
@@ -137,7 +137,7 @@ FUSED_FAULTS = (
     ),
     Fault(
         "fused along images: the maximum is not rectified",
-        "conv2d_pool_2x2.h",
+        "conv2d/fused_pool_2x2.h",
         "static_cast<uint8_t>(dead_window(taps)), C(0));",
         "static_cast<uint8_t>(dead_window(taps)), kLowest<C>);",
         "conv2d_relu_max_pool2d",
@@ -145,7 +145,7 @@ FUSED_FAULTS = (
     ),
     Fault(
         "fused along images: without an argmax NaN does not win",
-        "max_pool2d_best.h",
+        "max_pool2d/running_max.h",
         "max_ = Vec<C>::blendv(at::vec::clamp_min(max_, values), values, values.isnan());",
         "max_ = at::vec::clamp_min(max_, values);",
         "conv2d_relu_max_pool2d",
@@ -169,7 +169,7 @@ FUSED_FAULTS = (
     ),
     Fault(
         "fused backward: of 8 to 16 bytes the first 8 are read",
-        "transpose.h",
+        "simd/transpose.h",
         "if (count == 8) return _mm_loadl_epi64",
         "if (count >= 8) return _mm_loadl_epi64",
         "conv2d_relu_max_pool2d",

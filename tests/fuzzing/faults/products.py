@@ -5,7 +5,7 @@ from fuzzing.faults.fault import Fault
 FAULTS = (
     Fault(
         "gemm: of one row only the last chunk of K counts",
-        "gemm.h",
+        "gemm/gemm.h",
         "(load(total + j, count) + load(sums + j, count)).store(total + j, count);",
         "load(sums + j, count).store(total + j, count);",
         "linear",
@@ -13,7 +13,7 @@ FAULTS = (
     ),
     Fault(
         "gemm: every chunk of K begins at the first row of B",
-        "gemm.h",
+        "gemm/gemm.h",
         "return {b.at(k, n), multiples(Scratch::b_offsets",
         "return {b.at(0, n), multiples(Scratch::b_offsets",
         "linear",
@@ -21,8 +21,8 @@ FAULTS = (
     ),
     Fault(
         "gemm: the panels of every chunk are kept in one place",
-        "gemm.h",
-        "panels + (kept ? (k - x.k_begin) / terms<F> * columns : 0)",
+        "gemm/gemm.h",
+        "panels + (kept ? (k - x.k_begin) / k_per_step<F> * columns : 0)",
         "panels",
         "linear",
         "gemm.tiles_of_panels",
@@ -45,49 +45,50 @@ FAULTS = (
     ),
     Fault(
         "blocking: chunks of K overlap by 16 terms",
-        "blocking.h",
+        "gemm/k_chunks.h",
         "i < chunks; ++i, k += size)",
         "i < chunks; ++i, k += size - 16)",
         "linear",
     ),
     Fault(
         "tile: the bias of the first panel is added to every panel",
-        "tile.cpp",
-        "if (target.column_bias) target.column_bias += width * Factors<T>::size();",
+        "gemm/microkernel.cpp",
+        "if (target.column_bias) target.column_bias += width * OperandVec<T>::size();",
         "",
         "linear",
     ),
     Fault(
         "tile: the chunks of K before the last are lost where there is a bias",
-        "tile.cpp",
-        "if (x.accumulate) for_each_sum([&](int i, int j, Sum<T>* to, V value) { sum[i][j] = V::loadu(to) + value; });",
+        "gemm/microkernel.cpp",
+        "if (x.accumulate)\n      for_each_sum("
+        "[&](int i, int j, Accumulator<T>* to, V value) { sum[i][j] = V::loadu(to) + value; });",
         "",
         "linear",
     ),
     Fault(
         "tile: a part of a vector is not rectified",
-        "tile.cpp",
+        "gemm/microkernel.cpp",
         "    if (target.relu) sum = at::vec::clamp_min(sum, V(0));\n    if constexpr",
         "    if constexpr",
         "linear_relu",
     ),
     Fault(
         "sums: the last chunk of rows is missing in the gradient of a bias",
-        "sums.h",
+        "gemm/bias_sums.h",
         "for (int64_t i = 1; i < chunks; ++i) sum += partial",
         "for (int64_t i = 1; i + 1 < chunks; ++i) sum += partial",
         "linear",
     ),
     Fault(
         "transpose: rows left over of tiles lack the columns of whole tiles",
-        "transpose.h",
+        "simd/transpose.h",
         "c = r < whole_rows ? whole_columns : in_squares;",
         "c = whole_columns;",
         "linear",
     ),
     Fault(
         "output: 16-bit results are truncated",
-        "output.h",
+        "gemm/output.h",
         "at::vec::convert_from_float<Out>(value, value).store(target, static_cast<int>(count));",
         "const Vec<float> exact = value & Vec<float>(c10::bit_cast<float>(0xFFFF0000u));\n"
         "    at::vec::convert_from_float<Out>(exact, exact).store(target, static_cast<int>(count));",

@@ -1,0 +1,180 @@
+// output = relu(max_pool2d(conv2d(input, weight, bias))) of one block of images (conv2d/chwn.h), for 2x2 windows side
+// by side: the four pixels of a window are the columns of one register tile, so that of four sums only the largest goes
+// to memory. Filters are the rows, packed so that a tile reads them one after the other.
+//
+// A sum runs over (channel, tap) in the chunks of gemm.h: the result is that of BatchLanesConvolution and pooling, to
+// the last bit.
+#pragma once
+
+#include <array>
+
+#include "../gemm/dot_tile.h"
+#include "../max_pool2d/running_max.h"
+#include "chwn.h"
+#include "problem.h"
+
+namespace pyops::cpu {
+
+// The maximum of a window before its first tap: it starts at 0, as if that were one, so that what is not above it is
+// not seen. A is uint8_t, or void where no argmax is wanted.
+template <class C, class A>
+RunningMax<C, A> rectified_max(int64_t taps) {
+  return RunningMax<C, A>(static_cast<uint8_t>(dead_window(taps)), C(0));
+}
+
+// Writes a vector of windows at `offset` in their block.
+template <class C, class A>
+void store_max(const RunningMax<C, A>& best, C* pooled, uint8_t* argmax, int64_t offset) {
+  best.max().store(pooled + offset);
+  if constexpr (!std::is_void_v<A>) {
+    const auto taps = best.tap();
+    std::copy_n(taps.begin(), kLanes<C>, argmax + offset);
+  }
+}
+
+// What the 16-bit types lose when a tensor of them is written.
+template <class T>
+Vec<Compute<T>> rounded(const Vec<Compute<T>>& values) {
+  if constexpr (!is_reduced<T>) {
+    return values;
+  } else {
+    T written[kLanes<T>];
+    store(written, values, kLanes<T>);
+    return load(written, kLanes<T>);
+  }
+}
+
+template <class T>
+class Pooled2x2 {
+  using C = Compute<T>;
+  using V = Vec<C>;
+
+ public:
+  // No tap leaves the image.
+  static bool takes(const ConvProblem<T>& x, const MaxPool2dShape& pool) {
+    return pool.kernel_h == 2 && pool.kernel_w == 2 && !reaches_outside(x.input, ReceptiveField(x.input));
+  }
+
+  // Lays out in the scratch of this thread, until it makes another one.
+  Pooled2x2(const ConvProblem<T>& x, const MaxPool2dShape& pool) : x_(x), pool_(pool) {
+    const ConvInput<T>& s = x.input;
+    const int64_t K = x.depth(), O = x.out_channels;
+    int64_t* steps = scratch<int64_t>(Scratch::source_steps, K);
+    for (int64_t k = 0; k < K; ++k) {
+      const Tap& tap = s.tap(k);
+      steps[k] = (s.channel(k) * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * kLanes<T>;
+    }
+    C* filters = scratch<C>(Scratch::weight, x.groups * O * K);
+    steps_ = steps, filters_ = filters;
+    for (int64_t g = 0; g < x.groups; ++g)
+      for_each_even_part(x_.out_channels, most_rows, [&](int64_t o, int64_t rows) {
+        for (int64_t k = 0; k < K; ++k)
+          for (int64_t i = 0; i < rows; ++i) *filters++ = static_cast<C>(x.filters.at(g, o + i)[x.filter_step(k)]);
+      });
+  }
+
+  // A null argmax is not written.
+  void operator()(const C* source, C* pooled, uint8_t* argmax, const Team& team) const {
+    team.share([&](Share share) { pool(source, pooled, argmax, share.of(pool_.OH * pool_.OW)); });
+  }
+
+ private:
+  void pool(const C* source, C* pooled, uint8_t* argmax, Range windows) const {
+    const auto& tiles = argmax ? tiles_with_argmax : tiles_without_argmax;
+    const ConvInput<T>& s = x_.input;
+    const Layout out(pool_.C, pool_.OH, pool_.OW, pool_.channels_last);
+    const int64_t right = s.step_w * s.x_stride * kLanes<T>, below = s.step_h * s.y_stride * kLanes<T>;
+    const C* filters = filters_;
+    for (int64_t g = 0; g < x_.groups; ++g, filters += x_.out_channels * x_.depth()) {
+      const C* images = source + g * s.channels * s.channel_stride * kLanes<T>;
+      for (int64_t i = windows.begin; i < windows.end; ++i) {
+        const int64_t y = i / pool_.OW, x = i % pool_.OW;
+        const C* pixel = images + 2 * y * below + 2 * x * right;
+        for_each_even_part(x_.out_channels, most_rows, [&](int64_t o, int64_t rows) {
+          const int64_t channel = g * x_.out_channels + o;
+          const int64_t window = channel * out.channel_stride + y * out.y_stride + x * out.x_stride;
+          tiles[rows - 1](*this, {pixel, pixel + right, pixel + below, pixel + below + right}, filters + o * x_.depth(),
+                          x_.bias ? x_.bias + channel : nullptr,
+                          {pooled, argmax, window * kLanes<T>, out.channel_stride * kLanes<T>});
+        });
+      }
+    }
+  }
+
+#if defined(CPU_CAPABILITY_AVX512)
+  static constexpr int most_rows = 6;  // times 4 sums in 32 registers
+#elif defined(CPU_CAPABILITY_AVX2)
+  static constexpr int most_rows = 3;  // in 16
+#else
+  static constexpr int most_rows = 1;  // in 16, of which a Vectorized takes two
+#endif
+
+  // The windows of one pixel in a block, a channel's at distance `stride`.
+  struct Target {
+    C* pooled;
+    uint8_t* argmax;
+    int64_t first, stride;
+  };
+
+// A false alarm: what a chunk reads of `totals`, the one before it has written.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+  template <class A, int rows>
+  static void tile(const Pooled2x2& x, const std::array<const C*, 4>& pixels, const C* filters, const T* bias,
+                   const Target& target) {
+    C totals[rows][4][kLanes<T>];
+    for_each_chunk(0, x.x_.depth(), [&](int64_t k, int64_t kc, bool first, bool last) {
+      V sum[rows][4];
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) sum[i][j] = V(0);
+      const std::array<const C*, 4> pixel = pixels;
+      const C* row = filters + k * rows;
+      for (const int64_t *step = x.steps_ + k, *end = step + kc; step < end; ++step, row += rows) {
+        V filter[rows];
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) filter[i] = V(row[i]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const V value = V::loadu(pixel[j] + *step);
+#pragma GCC unroll 8
+          for (int i = 0; i < rows; ++i) sum[i][j] = at::vec::fmadd(filter[i], value, sum[i][j]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          if (!first) sum[i][j] = V::loadu(totals[i][j]) + sum[i][j];
+          if (!last) sum[i][j].store(totals[i][j]);
+        }
+      if (last) {
+#pragma GCC unroll 8
+        for (int i = 0; i < rows; ++i) {
+          const V bias_of_row(bias ? static_cast<C>(bias[i]) : C(0));
+          auto best = rectified_max<C, A>(4);
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) best.update(rounded<T>(bias ? sum[i][j] + bias_of_row : sum[i][j]), j);
+          store_max(best, target.pooled, target.argmax, target.first + i * target.stride);
+        }
+      }
+    });
+  }
+#pragma GCC diagnostic pop
+
+  template <class A, int... I>
+  static constexpr auto all_tiles(std::integer_sequence<int, I...>) {
+    return std::array{&tile<A, I + 1>...};
+  }
+  static constexpr auto tiles_with_argmax = all_tiles<uint8_t>(std::make_integer_sequence<int, most_rows>{});
+  static constexpr auto tiles_without_argmax = all_tiles<void>(std::make_integer_sequence<int, most_rows>{});
+
+  const ConvProblem<T> x_;
+  const MaxPool2dShape pool_;
+  const int64_t* steps_;  // of all terms in a block
+  const C* filters_;
+};
+
+}  // namespace pyops::cpu

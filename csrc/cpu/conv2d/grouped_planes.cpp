@@ -1,0 +1,50 @@
+// Convolutions of narrow groups over channels-last images, where vectors along the channels of one group would leave
+// most lanes idle and several groups cannot share a vector (conv2d/grouped_lanes.cpp): image by image, a transpose in
+// cache makes planes of it, which are convolved channels-first, and another brings the result back. 8x128x28x28, 32
+// groups, 3x3, one core with AVX-512: 0.9 ms, stock torch 1.1; each group by itself on the images as they are took 6.
+//
+// Guarantees: those of gemm.h; every image is computed by itself.
+#include "problem.h"
+
+namespace pyops::cpu {
+
+template <class T>
+void convolve_grouped_planes(const ConvProblem<T>* phases, int64_t count) {
+  count_run(Algorithm::conv2d_grouped_planes);
+  const ConvProblem<T>& x = phases[0];
+  const ConvInput<T>& s = x.input;
+  const int64_t in = x.groups * s.channels, in_pixels = s.height * s.width;
+  const int64_t out = x.groups * x.out_channels, out_pixels = x.out_lines.image_stride / out;
+  double flops = 0;
+  for (int64_t p = 0; p < count; ++p)
+    flops += 2.0 * s.count * phases[p].input.pixels() * out * static_cast<double>(phases[p].depth());
+  for_each_task(s.count, flops, [&](int64_t n) {
+    T* planes = scratch<T>(Scratch::planes, in * in_pixels);
+    T* result = scratch<T>(Scratch::result_planes, out * out_pixels);
+    auto* of_planes = scratch<ConvProblem<T>>(Scratch::phases_of_planes, count);
+    transpose(planes, in_pixels, s.images + n * s.image_stride, in, in_pixels, in);
+    for (int64_t p = 0; p < count; ++p) {
+      ConvProblem<T>& phase = of_planes[p] = phases[p];
+      phase.input.images = planes;
+      phase.input.count = 1;
+      phase.input.channel_stride = in_pixels;
+      phase.input.y_stride = s.width;
+      phase.input.x_stride = 1;
+      phase.input.end = in * in_pixels;
+      phase.channels_last = false;
+      phase.output = result + (phases[p].output - x.output) / out;
+      phase.out_channel_stride = out_pixels;
+      phase.out_lines.y_stride /= out;
+      phase.out_lines.x_stride = 1;
+    }
+    convolve(of_planes, count);
+    transpose(x.output + n * x.out_lines.image_stride, out, result, out_pixels, out, out_pixels);
+  });
+}
+
+template void convolve_grouped_planes(const ConvProblem<float>*, int64_t);
+template void convolve_grouped_planes(const ConvProblem<double>*, int64_t);
+template void convolve_grouped_planes(const ConvProblem<c10::BFloat16>*, int64_t);
+template void convolve_grouped_planes(const ConvProblem<c10::Half>*, int64_t);
+
+}  // namespace pyops::cpu

@@ -1,0 +1,92 @@
+// A convolution with the vectors along x: output [O, pixels] = filters [O, K] input tile [K, pixels]. A row of pixels
+// begins a vector of its own; a filter's values are read where they lie and broadcast. Sums go to a channels-first
+// output at once where they can (gemm/epilogue.h). Guarantees: those of gemm.h.
+#include "../gemm/epilogue.h"
+#include "implicit_gemm.h"
+
+namespace pyops::cpu {
+
+template <class T, class F>
+void implicit_gemm_width(const GemmTask<T, F>& t, int64_t p) {
+  using C = Accumulator<F>;
+  constexpr int64_t lanes = Vec<C>::size();
+  const ConvProblem<T>& x = t.phases[p];
+  const InputTile<F>& w = t.input;
+  const int64_t K = x.depth(), width = x.input.out_width;
+  const Axis pixels = x.out_pixels();
+  const bool direct = stores_directly<F, T> && pixels.x_stride == 1;
+  const int64_t group = t.tile.g * x.out_channels;
+  const Output<T> out{x.first_pixel() + group * x.out_channel_stride,
+                      Axis::plain(x.out_channel_stride),
+                      pixels,
+                      x.bias ? x.bias + group : nullptr,
+                      nullptr,
+                      x.relu};
+
+  const int64_t* patch = patch_offsets(Scratch::b_steps, w, x.input, x.input.channels);
+  // The filters lie as they are: row o, step (channel, tap).
+  const bool in_place = std::is_same_v<T, F>;
+  const int64_t* filter_rows = multiples(Scratch::a_offsets, x.out_channels, in_place ? x.filters.out_stride : K);
+  int64_t* filter_steps = scratch<int64_t>(Scratch::a_steps, K);
+  for (int64_t k = 0; k < K; ++k) filter_steps[k] = in_place ? x.filter_step(k) : k;
+
+  // Rows that lie one after the other make one line, of which fewer lanes are idle.
+  const int64_t band_rows = t.rows(p);
+  const bool joined = w.y_step == width && w.x_step == 1 && (pixels.y_stride == width || !direct);
+  const int64_t line_rows = joined ? band_rows : 1, line_width = line_rows * width;
+  const int64_t lines = t.tile.images * (band_rows / line_rows), line_vectors = ceil_div(line_width, lanes);
+  const int64_t vectors = lines * line_vectors;
+  int64_t* offsets = scratch<int64_t>(Scratch::b_offsets, vectors);
+  int64_t* targets = scratch<int64_t>(Scratch::output_pixels, vectors);
+  int64_t* firsts = scratch<int64_t>(Scratch::source_pixels, vectors);  // the first pixel of each vector
+  int32_t* target_lanes = scratch<int32_t>(Scratch::target_lanes, vectors);
+  for (int64_t line = 0, v = 0; line < lines; ++line) {
+    const int64_t row = line * line_rows, n = row / band_rows, y = row % band_rows;
+    for (int64_t j = 0; j < line_width; j += lanes, ++v) {
+      offsets[v] = n * w.image_stride + y * w.y_step + j;
+      targets[v] = (t.tile.n + n) * pixels.image_stride + (t.tile.y + y) * pixels.y_stride + j;
+      firsts[v] = (t.tile.n + n) * pixels.pixels + (t.tile.y + y) * width + j;
+      target_lanes[v] = static_cast<int32_t>(std::min(lanes, line_width - j));
+    }
+  }
+
+  const int64_t blocks = ceil_div(vectors * lanes, NC);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t v = block * vectors / blocks, count = (block + 1) * vectors / blocks - v;
+    for (int64_t m = t.o; m < t.o + t.o_count; m += MC) {
+      const int64_t mc = std::min(MC, t.o + t.o_count - m), stride = count * lanes;
+      const auto product = [&](const OperandC<C>& target) {
+        for_each_chunk(0, K, [&](int64_t k, int64_t kc, bool first, bool last) {
+          macrokernel<F>(mc, count, kc, {t.filters[p], filter_rows + m, filter_steps + k},
+                         {w.data, offsets + v, patch + k}, target, !first, last);
+        });
+      };
+      if constexpr (stores_directly<F, T>) {
+        if (direct) {
+          const OperandC<T> target{out.data,
+                                   multiples(Scratch::target_rows, x.out_channels, x.out_channel_stride) + m,
+                                   targets + v,
+                                   line_width % lanes == 0 ? nullptr : target_lanes + v,
+                                   out.row_bias ? out.row_bias + m : nullptr,
+                                   nullptr,
+                                   x.relu};
+          with_epilogue<F>(target, mc, count * lanes, product);
+          continue;
+        }
+      }
+      C* sums = scratch<C>(Scratch::sums, mc * stride);
+      product({sums, multiples(Scratch::target_rows, mc, stride), multiples(Scratch::target_vectors, count, lanes)});
+      for (int64_t i = 0, end; i < count; i = end) {  // runs of pixels
+        for (end = i + 1; end < count && firsts[v + end] == firsts[v + end - 1] + lanes;) ++end;
+        const int64_t width = (end - 1 - i) * lanes + target_lanes[v + end - 1];
+        write(out, sums + i * lanes, stride, m, mc, firsts[v + i], width);
+      }
+    }
+  }
+}
+
+#define INSTANTIATE(T, F) template void implicit_gemm_width(const GemmTask<T, F>&, int64_t);
+FOR_EACH_OPERAND(INSTANTIATE)
+#undef INSTANTIATE
+
+}  // namespace pyops::cpu

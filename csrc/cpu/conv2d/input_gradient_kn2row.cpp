@@ -1,0 +1,103 @@
+// The gradient of conv2d's input tap by tap: for each, grad_output is multiplied with the weights of that tap,
+//
+//   grad_input[pixel's tap, C] += grad_output[pixel, O] weight[O, C] of the tap,   over the pixels whose tap is inside,
+//
+// a product of gemm/microkernel.h that adds its sums where the tap lies. conv2d/convolve.cpp gathers: there a pixel of
+// the input is a row that sums over its taps, of which most lie outside where grad_output is hardly larger than the
+// kernel. Then it has as many kinds of rows as pixels, or multiplies zeros. A task is some images, or a band of rows of
+// one, and a block of their channels, whose sums stay in cache. One core with AVX-512: 64x32x12x12 -> 64, 5x5, 1.9 ms,
+// gathered 2.4, stock torch 2.0; 12x24x8x8 -> 96, 7x7, 0.17, gathered 1.08, stock 0.19.
+//
+// Every element sums over (tap, chunk of O) in order, whatever the batch and the threads. No zeros are multiplied.
+#include "problem.h"
+
+namespace pyops::cpu {
+namespace {
+
+// [tap][O][stride]: of each output channel the weights of all channels, zeros up to `stride`.
+template <class T>
+const T* weights_by_tap(const Conv2dShape& s, const T* weight, int64_t stride) {
+  const WeightLayout w(s);
+  const int64_t taps = s.kernel_h * s.kernel_w;
+  T* by_tap = scratch<T>(Scratch::weight, taps * s.O * stride);
+  for_each_task(s.O, 16.0 * s.O * s.C * taps, [&](int64_t o) {
+    const T* source = weight + o * w.out_stride;
+    for (int64_t t = 0; t < taps; ++t) {
+      T* target = by_tap + (t * s.O + o) * stride;
+      if (s.weight_channels_last) std::copy_n(source + t * w.tap_stride, s.C, target);
+      std::fill(target + s.C, target + stride, T(0));
+    }
+    if (!s.weight_channels_last) transpose(by_tap + o * stride, s.O * stride, source, taps, s.C, taps);
+  });
+  return by_tap;
+}
+
+}  // namespace
+
+template <class T>
+void input_gradient_kn2row(const Conv2dBackwardArgs& x) {
+  constexpr int64_t lanes = Vec<T>::size(), most_sums = 64 << 10, most_columns = 256;
+  constexpr int64_t least_rows = 32, least_columns = 2 * lanes;  // of a task
+  count_run(Algorithm::input_gradient_kn2row);
+  const Conv2dShape& s = x.shape;
+  const ConvInput<T> source = conv_input<T>(s, nullptr);
+  const Layout image(s.C, s.H, s.W, s.channels_last), grad(s.O, s.OH, s.OW, s.channels_last);
+  const int64_t stride = ceil_div(s.C, lanes) * lanes;
+  const double flops = 2.0 * s.N * s.OH * s.OW * s.O * s.C * source.tap_count;
+
+  // Some whole images, or a band of rows of one.
+  int64_t columns = std::min(stride, most_columns);
+  int64_t images = std::clamp(most_sums / (s.H * s.W * columns), int64_t{1}, s.N);
+  int64_t height = std::clamp(most_sums / (s.W * columns), int64_t{1}, s.H);
+  const auto tasks = [&] { return ceil_div(s.N, images) * ceil_div(s.H, height) * ceil_div(stride, columns); };
+  const auto few = [&] { return tasks() < tasks_worth(flops); };
+  while (few() && images > 1 && images * s.OH * s.OW >= 2 * least_rows) images = ceil_div(images, 2);
+  while (few() && columns > least_columns) columns = ceil_div(columns / 2, lanes) * lanes;
+  while (few() && images == 1 && height * s.W >= 2 * least_rows) height = ceil_div(height, 2);
+
+  const T* weights = weights_by_tap(s, static_cast<const T*>(x.weight), stride);
+  const Output<T> out{static_cast<T*>(x.grad_input),
+                      {s.W, s.H * s.W, image.image_stride, image.y_stride, image.x_stride},
+                      Axis::plain(image.channel_stride)};
+  const int64_t blocks = ceil_div(stride, columns), bands = ceil_div(s.H, height);
+  for_each_task(tasks(), flops, [&](int64_t task) {
+    const int64_t c = task % blocks * columns, y = task / blocks % bands * height, n = task / blocks / bands * images;
+    const int64_t width = std::min(columns, stride - c), vectors = width / lanes;
+    const int64_t pixels = std::min(height, s.H - y) * s.W, count = std::min(images, s.N - n);
+    T* sums = scratch<T>(Scratch::sums, count * pixels * width);
+    std::fill_n(sums, count * pixels * width, T(0));
+    int64_t* offsets = scratch<int64_t>(Scratch::a_offsets, count * s.OH * s.OW);
+    int64_t* targets = scratch<int64_t>(Scratch::target_rows, count * s.OH * s.OW);
+    const int64_t* grad_steps = multiples(Scratch::a_steps, s.O, grad.channel_stride);
+    const int64_t* weight_steps = multiples(Scratch::b_steps, s.O, stride);
+    const int64_t* next = multiples(Scratch::target_vectors, vectors, lanes);
+    for (const Tap* tap = source.taps; tap < source.taps + source.tap_count; ++tap) {
+      // The pixels of grad_output whose tap lies in the band, and where in it.
+      const Range rows = range_inside(tap->dy - y, s.stride_h, s.OH, pixels / s.W);
+      const Range line = range_inside(tap->dx, s.stride_w, s.OW, s.W);
+      int64_t met = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t row = rows.begin; row < rows.end; ++row) {
+          const int64_t from = i * grad.image_stride + row * grad.y_stride;
+          const int64_t to = i * pixels + (row * s.stride_h + tap->dy - y) * s.W + tap->dx;
+          for (int64_t column = line.begin; column < line.end; ++column, ++met) {
+            offsets[met] = from + column * grad.x_stride;
+            targets[met] = (to + column * s.stride_w) * width;
+          }
+        }
+      }
+      const T* of_tap = weights + tap->index * s.O * stride + c;
+      const T* images_here = static_cast<const T*>(x.grad_output) + n * grad.image_stride;
+      for_each_chunk(0, s.O, [&](int64_t o, int64_t kc, bool, bool) {
+        macrokernel<T>(met, vectors, kc, {images_here, offsets, grad_steps + o}, {of_tap, next, weight_steps + o},
+                       {sums, targets, next}, /*accumulate=*/true, /*last=*/false);
+      });
+    }
+    write(out, sums, width, n * s.H * s.W + y * s.W, count * pixels, c, std::min(width, s.C - c));
+  });
+}
+
+template void input_gradient_kn2row<float>(const Conv2dBackwardArgs&);
+template void input_gradient_kn2row<double>(const Conv2dBackwardArgs&);
+
+}  // namespace pyops::cpu

@@ -1,0 +1,393 @@
+// C[M, N] = A[M, K] B[K, N] + bias for matrices in memory.
+//
+// C is cut into blocks of at most MC x NC, the tasks. In a block, K is cut into chunks of at most KC, over which
+// multiply() of gemm/microkernel.h keeps a register tile at a time. A matrix of the compute type (float, or double for
+// double) is multiplied where it lies as long as that is as fast; else the part that a chunk needs is copied, converted
+// and, for B, transposed into panels as wide as a register tile. Matrices of bfloat16 are multiplied in pairs where the
+// CPU does that (gemm/operand.h), by steps of two terms and so twice as many in a chunk. 2048 x 2048 x 2048, one core
+// with AVX-512: 251 GF/s; multiply-adds of registers alone reach 285.
+//
+// Every element of C is (((s0 + s1) + s2) ...) + bias, where s_i is the sum of chunk i in order of k. This depends on K
+// alone: not on the thread count, nor on M, N or the element's place, so that a sample's result is the same in any
+// batch. Sums of at most KC terms, then a sum of sums: the error grows like KC + K / KC, not like K.
+#pragma once
+
+#include <algorithm>
+
+#include "../runtime/algorithms.h"
+#include "../runtime/parallel.h"
+#include "epilogue.h"
+#include "k_chunks.h"
+#include "pack.h"
+
+namespace pyops::cpu {
+
+constexpr int64_t MC = 192;  // two blocks of A, of MC x KC floats each, 216 KB, those of C, 384 KB, and
+constexpr int64_t NC = 256;  // a block of B, KC x NC floats, 144 KB, share an L2 cache of 1 MB or more
+
+// element(r, c) = data[r * row_stride + c * column_stride]
+template <class In>
+struct Matrix {
+  const In* data;
+  int64_t row_stride, column_stride;
+
+  const In* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
+};
+
+// F: the operands that are multiplied.
+template <class In, class Out, class F>
+struct GemmArgs {
+  Matrix<In> a, b;
+  Output<Out> out;         // row-major
+  int64_t k_begin, k_end;  // the part of K to sum over
+};
+
+// Multiplying a matrix where it lies saves the copy, but past this size it costs more in cache and TLB misses.
+constexpr int64_t in_place_bytes = 1 << 20;
+// Unless it is read for few rows of C, and by pieces of some cache lines: linear's input gradient of 64x2048 -> 2048
+// takes 2.3 ms, of panels 2.6, but 7.5 and 5.5 with AVX2, whose tiles are a cache line wide.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t few_rows = 64;
+#else
+constexpr int64_t few_rows = tile_rows[max_vectors - 1];
+#endif
+
+// Rows m.. of A, columns k.. of it; all of A has `elements`.
+template <class F, class In>
+OperandA<F> operand_a(const Matrix<In>& a, int64_t elements, int64_t m, int64_t mc, int64_t k, int64_t kc) {
+  const int64_t steps = ceil_div(kc, k_per_step<F>);
+  if (are_operands<F, In>(a.column_stride, kc, a.row_stride) &&
+      (a.column_stride == 1 || elements * int64_t{sizeof(In)} <= in_place_bytes))
+    return {reinterpret_cast<const F*>(a.at(m, k)), multiples(Scratch::a_offsets, mc, a.row_stride / k_per_step<F>),
+            multiples(Scratch::a_steps, steps, a.column_stride)};
+  F* copy = scratch<F>(Scratch::a, mc * steps);
+  if (a.row_stride == 1) {
+    // Stored by columns, and copied so: a broadcast takes its value from anywhere.
+    for (int64_t i = 0; i < steps; ++i)
+      copy_operand(copy + i * mc, a.at(m, k + i * k_per_step<F>), mc, 1, a.column_stride, kc - i * k_per_step<F>);
+    return {copy, multiples(Scratch::a_offsets, mc, 1), multiples(Scratch::a_steps, steps, mc)};
+  }
+  for (int64_t i = 0; i < mc; ++i) copy_terms(copy + i * steps, a.at(m + i, k), kc, a.column_stride);
+  return {copy, multiples(Scratch::a_offsets, mc, steps), multiples(Scratch::a_steps, steps, 1)};
+}
+
+// Copies B[k .., n ..], kc x nc, into panels of panel_width columns, zeros past nc. Panel p begins at p * steps *
+// panel_width.
+template <class F, class In>
+void pack_panels(F* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t n, int64_t nc, int64_t panel_width) {
+  const int64_t steps = ceil_div(kc, k_per_step<F>), panel = steps * panel_width, odd = nc % panel_width;
+  if (b.row_stride == 1 && b.column_stride != 1) {
+    for (int64_t c = 0; c < nc; c += panel_width)
+      transpose_terms(panels + c * steps, panel_width, b.at(k, n + c), b.column_stride, std::min(panel_width, nc - c),
+                      kc);
+  } else {
+    // Panel by panel, but of 16-bit numbers, whose rows are short in a panel, row by row: linear's input gradient of
+    // 16x4096 <- 4096 in bfloat16 4.8 ms instead of 6.2, in float32 7.5 instead of 6.7.
+    const int64_t at_once = is_reduced<In> ? nc : panel_width;
+    for (int64_t begin = 0; begin < nc; begin += at_once)
+      for (int64_t i = 0; i < steps; ++i)
+        for (int64_t c = begin; c < std::min(begin + at_once, nc); c += panel_width)
+          copy_operand(panels + c * steps + i * panel_width, b.at(k + i * k_per_step<F>, n + c),
+                       std::min(panel_width, nc - c), b.column_stride, b.row_stride, kc - i * k_per_step<F>);
+  }
+  F* last = panels + nc / panel_width * panel;
+  for (F* row = last; odd > 0 && row < last + panel; row += panel_width) std::fill(row + odd, row + panel_width, F{});
+}
+
+// The offsets of the vectors in panels of so many steps each.
+template <class F>
+const int64_t* panel_offsets(Scratch use, int64_t vectors, int64_t steps, int64_t panel_width) {
+  constexpr int64_t lanes = OperandVec<F>::size();
+  int64_t* offsets = scratch<int64_t>(use, vectors);
+  for (int64_t j = 0; j < vectors; ++j)
+    offsets[j] = j * lanes / panel_width * steps * panel_width + j * lanes % panel_width;
+  return offsets;
+}
+
+// At most as wide as a register tile, and as multiply() of gemm/microkernel.h shares the vectors out: 6 are two panels
+// of 3.
+template <class T>
+int64_t panel_width(int64_t columns) {
+  constexpr int64_t lanes = Vec<T>::size();
+  const int64_t vectors = ceil_div(columns, lanes);
+  return ceil_div(vectors, ceil_div(vectors, int64_t{max_vectors})) * lanes;
+}
+
+// Rows k.. of B, columns n.. of it, where they lie or in `panels`, which hold them already if `packed`.
+template <class F, class In>
+OperandB<F> operand_b(const Matrix<In>& b, bool in_place, int64_t k, int64_t kc, int64_t n, int64_t nc, F* panels,
+                      bool packed) {
+  constexpr int64_t lanes = OperandVec<F>::size();
+  const int64_t vectors = ceil_div(nc, lanes), steps = ceil_div(kc, k_per_step<F>);
+  if constexpr (std::is_same_v<In, F>) {
+    if (in_place && b.column_stride == 1 && nc % lanes == 0)
+      return {b.at(k, n), multiples(Scratch::b_offsets, vectors, lanes), multiples(Scratch::b_steps, kc, b.row_stride)};
+  }
+  const int64_t width = panel_width<Accumulator<F>>(nc);
+  if (!packed) pack_panels(panels, b, k, kc, n, nc, width);
+  return {panels, panel_offsets<F>(Scratch::b_offsets, vectors, steps, width),
+          multiples(Scratch::b_steps, steps, width)};
+}
+
+// How many vectors of a block of nc columns exist in each register tile's vector; null: all.
+template <class T>
+const int32_t* column_lanes(int64_t nc) {
+  constexpr int64_t lanes = Vec<T>::size();
+  if (nc % lanes == 0) return nullptr;
+  const int64_t vectors = ceil_div(nc, lanes);
+  int32_t* counts = scratch<int32_t>(Scratch::target_lanes, vectors);
+  for (int64_t j = 0; j < vectors; ++j) counts[j] = static_cast<int32_t>(std::min(lanes, nc - j * lanes));
+  return counts;
+}
+
+// sums[nc] (+)= A[1, kc] B[kc, nc], for a B that is read just once: some rows of it at a time, each from beginning to
+// end. A register tile would go down its columns, a page for every row. 1x4096 * 4096x4096, one core: 3.4 ms, in tiles
+// 6.4, stock torch 3.4.
+template <class F, class In>
+void multiply_row(int64_t kc, const Matrix<In>& a, const Matrix<In>& b, int64_t k, int64_t n, int64_t nc,
+                  Accumulator<F>* sums) {
+  using V = OperandVec<F>;
+  constexpr int64_t lanes = V::size(), steps_at_once = 8 / k_per_step<F>, terms_at_once = 8;
+  for (int64_t i = 0; i < kc; i += terms_at_once) {
+    const int64_t left = kc - i, steps = std::min(steps_at_once, ceil_div(left, k_per_step<F>));
+    const In* row[steps_at_once];
+    V value[steps_at_once];
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t term = i + s * k_per_step<F>;
+      row[s] = b.at(k + term, n);
+      value[s] = broadcast_operand<F>(a.at(0, k + term), a.column_stride, kc - term);
+    }
+    for (int64_t j = 0; j < nc; j += lanes) {
+      const int64_t count = std::min(lanes, nc - j);
+      V sum = i == 0 ? V(0) : V::loadu(sums + j, count);
+      if (left >= terms_at_once && count == lanes) {
+#pragma GCC unroll 8
+        for (int64_t s = 0; s < steps_at_once; ++s)
+          sum = multiply_add<F>(value[s], load_operand<F>(row[s] + j, b.row_stride, k_per_step<F>, lanes), sum);
+      } else {
+        for (int64_t s = 0; s < steps; ++s)
+          sum = multiply_add<F>(value[s], load_operand<F>(row[s] + j, b.row_stride, left - s * k_per_step<F>, count),
+                                sum);
+      }
+      sum.store(sums + j, count);
+    }
+  }
+}
+
+// A vector of C's only row from its sums. Of pairs, rounded as a tile does it: a sample's result is the same in any
+// batch.
+template <class F, class Out>
+void finish_row(const Output<Out>& out, int64_t column, Vec<Accumulator<F>> sum, int64_t count) {
+  if (out.column_bias) sum = sum + load(out.column_bias + column, count);
+  if (out.relu) sum = at::vec::clamp_min(sum, Vec<Accumulator<F>>(0));
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_pair<F> && std::is_same_v<Out, c10::BFloat16>) return store_rounded(out.data + column, sum, count);
+#endif
+  store(out.data + column, sum, count);
+}
+
+// The columns n .. n + nc of a C of one row.
+template <class In, class Out, class F>
+void multiply_one_row(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
+  using T = Accumulator<F>;
+  constexpr int64_t lanes = Vec<T>::size();
+  T *total = scratch<T>(Scratch::sums, 2 * nc), *sums = total + nc;
+  for_each_chunk<KC * k_per_step<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool) {
+    multiply_row<F>(kc, x.a, x.b, k, n, nc, first ? total : sums);
+    for (int64_t j = 0; j < nc && !first; j += lanes) {
+      const int64_t count = std::min(lanes, nc - j);
+      (load(total + j, count) + load(sums + j, count)).store(total + j, count);
+    }
+  });
+  for (int64_t j = 0; j < nc; j += lanes) {
+    const int64_t count = std::min(lanes, nc - j);
+    finish_row<F>(x.out, n + j, load(total + j, count), count);
+  }
+}
+
+#if defined(CPU_CAPABILITY_AVX512)
+// The columns n .. n + nc of a C of one row, where B is stored by columns: squares of B are transposed in registers and
+// multiplied there, so that B is read once and written nowhere. The sums are those of every other way: chains of
+// multiply-adds, so many of which run side by side.
+template <int chains, class In, class Out, class F>
+void multiply_one_row_transposed(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
+  using V = Vec<float>;
+  using Word = std::conditional_t<is_pair<F>, float, In>;  // pairs are moved as if they were floats
+  constexpr int64_t lanes = V::size();
+  for (int64_t end = n + nc; n < end; n += chains * lanes) {
+    int64_t counts[chains];
+    for (int64_t c = 0; c < chains; ++c) counts[c] = std::clamp(end - n - c * lanes, int64_t{0}, lanes);
+    V total[chains];
+    for_each_chunk<KC * k_per_step<F>>(x.k_begin, x.k_end, [&](int64_t chunk, int64_t kc, bool first, bool) {
+      V sum[chains];
+      std::fill_n(sum, chains, V(0));
+      for (int64_t k = chunk; k < chunk + kc; k += square_columns * k_per_step<F>) {
+        const int64_t steps = std::min(square_columns, (chunk + kc - k) / k_per_step<F>);
+        const auto add = [&](V& to, __m512 column, int64_t i) {
+          const auto value = broadcast_operand<F>(x.a.at(0, k + i * k_per_step<F>), x.a.column_stride, k_per_step<F>);
+          to = multiply_add<F>(value, V(column), to);
+        };
+#pragma GCC unroll 2
+        for (int64_t c = 0; c < chains; ++c) {
+          if (counts[c] == 0) break;
+          __m512 square[square_columns];
+          load_square(square, reinterpret_cast<const Word*>(x.b.at(k, n + c * lanes)),
+                      x.b.column_stride / k_per_step<F>, counts[c], steps);
+          if (steps == square_columns) {
+#pragma GCC unroll 16
+            for (int64_t i = 0; i < square_columns; ++i) add(sum[c], square[i], i);
+          } else {
+            for (int64_t i = 0; i < steps; ++i) add(sum[c], square[i], i);
+          }
+        }
+      }
+      for (int64_t c = 0; c < chains; ++c) total[c] = first ? sum[c] : total[c] + sum[c];
+    });
+    for (int64_t c = 0; c < chains && counts[c] > 0; ++c) finish_row<F>(x.out, n + c * lanes, total[c], counts[c]);
+  }
+}
+#endif
+
+// Panels of B of so many bytes are packed once for all blocks of rows that a thread multiplies by them; packed for
+// each, 2048 x 2048 x 2048 took 71.7 ms instead of 69.9.
+constexpr int64_t kept_bytes = 4 << 20;
+
+// The block of C from (m, n) on, of mc x nc, in register tiles. b_in_place: where whole vectors of B are neighbours,
+// they are read where they lie.
+template <class In, class Out, class F>
+void multiply_tiled(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t mc, int64_t n, int64_t nc,
+                    bool b_in_place) {
+  using T = Accumulator<F>;
+  constexpr int64_t lanes = Vec<T>::size(), most_terms = KC * k_per_step<F>;
+  const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes);
+  const int64_t width = panel_width<T>(nc), columns = ceil_div(nc, width) * width, steps = ceil_div(K, k_per_step<F>);
+  const int64_t rows_at_once = ceil_div(mc, ceil_div(mc, 2 * MC));  // of even size
+  const bool kept = rows_at_once < mc && columns * steps * int64_t{sizeof(F)} <= kept_bytes;
+  F* panels = scratch<F>(Scratch::b, columns * (kept ? steps : KC));
+  const int64_t* target_vectors = multiples(Scratch::target_vectors, vectors, lanes);
+  const Output<Out>& out = x.out;
+  for (int64_t begin = m; begin < m + mc; begin += rows_at_once) {
+    const int64_t rows = std::min(rows_at_once, m + mc - begin);
+    const auto product = [&](const OperandC<T>& target) {
+      for_each_chunk<most_terms>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
+        const OperandA<F> a = operand_a<F>(x.a, M * K, begin, rows, k, kc);
+        F* panels_here = panels + (kept ? (k - x.k_begin) / k_per_step<F> * columns : 0);
+        const OperandB<F> b = operand_b<F>(x.b, b_in_place, k, kc, n, nc, panels_here, kept && begin > m);
+        macrokernel<F>(rows, vectors, ceil_div(kc, k_per_step<F>), a, b, target, !first, last);
+      });
+    };
+    if constexpr (stores_directly<F, Out>) {
+      const OperandC<Out> target{out.data + begin * out.rows.x_stride + n,
+                                 multiples(Scratch::target_rows, rows, out.rows.x_stride),
+                                 target_vectors,
+                                 column_lanes<T>(nc),
+                                 nullptr,
+                                 out.column_bias ? out.column_bias + n : nullptr,
+                                 out.relu};
+      with_epilogue<F>(target, rows, nc, product);
+    } else {
+      const int64_t stride = vectors * lanes;
+      T* sums = scratch<T>(Scratch::sums, rows * stride);
+      product({sums, multiples(Scratch::target_rows, rows, stride), target_vectors});
+      write(out, sums, stride, begin, rows, n, nc);
+    }
+  }
+}
+
+enum class GemmAlgorithm { one_row_transposed_2, one_row_transposed, one_row, tiles_in_place, tiles_of_panels };
+
+// The first that applies, with what it takes and what others would; linear M x K -> N, one core with AVX-512.
+template <class In, class Out, class F>
+GemmAlgorithm choose_gemm_algorithm(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N) {
+  const int64_t K = x.k_end - x.k_begin;
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_squared<In>) {
+    if (M == 1 && x.b.row_stride == 1 && (!is_pair<F> || are_operands<F, In>(1, K, x.b.column_stride))) {
+      // 1x400 -> 120: 3.4 us, one chain 4.1, tiles 6.8.
+      if (K * N * int64_t{sizeof(In)} <= in_place_bytes) return GemmAlgorithm::one_row_transposed_2;
+      // 1x4096 -> 4096: 2.1 ms, two chains, whose rows are more streams than a core follows from memory, 2.3,
+      // tiles 4.1.
+      return GemmAlgorithm::one_row_transposed;
+    }
+  }
+#endif
+  // The input gradient of 1x4096 -> 4096: 2.5 ms, tiles in place 2.8, of panels 5.2.
+  if (M == 1 && x.b.column_stride == 1 && K > 0) return GemmAlgorithm::one_row;
+  // Those of 64x400 -> 120, 16x4096 -> 4096 and 64x2048 -> 2048: 38 us, 5.3 and 2.3 ms, of panels 40, 6.7 and 2.6.
+  if (M <= few_rows || K * N * int64_t{sizeof(Accumulator<F>)} <= in_place_bytes) return GemmAlgorithm::tiles_in_place;
+  // That of 1024x1024 -> 1024: 9.5 ms, in place 9.7.
+  return GemmAlgorithm::tiles_of_panels;
+}
+
+// The block of C from (m, n) on, of mc x nc.
+template <class In, class Out, class F>
+void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
+  const GemmAlgorithm algorithm = choose_gemm_algorithm(x, M, N);
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_squared<In>) {
+    if (algorithm == GemmAlgorithm::one_row_transposed_2) {
+      count_run(Algorithm::gemm_one_row_transposed_2);
+      return multiply_one_row_transposed<2>(x, n, nc);
+    }
+    if (algorithm == GemmAlgorithm::one_row_transposed) {
+      count_run(Algorithm::gemm_one_row_transposed);
+      return multiply_one_row_transposed<1>(x, n, nc);
+    }
+  }
+#endif
+  if (algorithm == GemmAlgorithm::one_row) {
+    count_run(Algorithm::gemm_one_row);
+    return multiply_one_row(x, n, nc);
+  }
+  const bool in_place = algorithm == GemmAlgorithm::tiles_in_place;
+  count_run(in_place ? Algorithm::gemm_tiles_in_place : Algorithm::gemm_tiles_of_panels);
+  multiply_tiled(x, M, m, mc, n, nc, in_place);
+}
+
+// One product. args(i) of `parts` of them, all of the same M and N, in parallel; K is only for the amount of work.
+template <class Args>
+void gemm(int64_t parts, int64_t M, int64_t N, int64_t K, const Args& args) {
+  constexpr int64_t smallest_mc = 24;
+  const int64_t smallest_nc = M == 1 ? 1024 : 64;  // a single row wants to read B in long runs
+  const double flops = 2.0 * parts * M * N * K;
+  int64_t mc = std::min(M, MC), nc = std::min(N, std::max(NC, smallest_nc));
+  const auto tasks = [&] { return parts * ceil_div(M, mc) * ceil_div(N, nc); };
+  while (tasks() < tasks_worth(flops) && nc > smallest_nc) nc = ceil_div(nc / 2, smallest_nc) * smallest_nc;
+  while (tasks() < tasks_worth(flops) && mc > smallest_mc) mc = ceil_div(mc / 2, smallest_mc) * smallest_mc;
+  // Of even size: a thread's share is a number of blocks.
+  const int64_t row_blocks = ceil_div(M, mc), column_blocks = ceil_div(N, nc), lanes = Vec<float>::size();
+  mc = ceil_div(M, row_blocks), nc = ceil_div(ceil_div(N, column_blocks), lanes) * lanes;
+  for_each_range(tasks(), flops, [&](int64_t begin, int64_t end) {
+    // Of one column of blocks a thread takes all of its blocks as one.
+    for (int64_t task = begin; task < end;) {
+      const int64_t row = task % row_blocks, m = row * mc, n = task / row_blocks % column_blocks * nc;
+      const int64_t blocks = std::min(row_blocks - row, end - task);
+      gemm_block(args(task / row_blocks / column_blocks), M, N, m, std::min(blocks * mc, M - m), n,
+                 std::min(nc, N - n));
+      task += blocks;
+    }
+  });
+}
+
+// ---- sums in parts ----
+
+// out[M, N] = the sum, in order, of `parts` matrices of sums, each [M, N], at distance part_stride.
+template <class Out>
+void sum_parts(const Output<Out>& out, Compute<Out>* sums, int64_t parts, int64_t part_stride, int64_t M, int64_t N) {
+  using T = Compute<Out>;
+  constexpr int64_t lanes = Vec<T>::size(), rows_at_once = 16;
+  for_each_task(ceil_div(M, rows_at_once), 4.0 * parts * M * N, [&](int64_t task) {
+    const int64_t m = task * rows_at_once, rows = std::min(rows_at_once, M - m);
+    T* first = sums + m * N;
+    for (int64_t part = 1; part < parts; ++part) {
+      const T* more = first + part * part_stride;
+      for (int64_t i = 0; i < rows * N; i += lanes) {
+        const int64_t count = std::min(lanes, rows * N - i);
+        (Vec<T>::loadu(first + i, count) + Vec<T>::loadu(more + i, count)).store(first + i, static_cast<int>(count));
+      }
+    }
+    write(out, first, N, m, rows, 0, N);
+  });
+}
+
+}  // namespace pyops::cpu

@@ -1,0 +1,78 @@
+// How work is divided into tasks, and how the threads share them.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "../common.h"
+
+namespace pyops::cpu {
+
+// Work below this many operations, 5 to 20 us of a core, is not worth a fork of the threads.
+constexpr double fork_flops = 1 << 20;
+// How many tasks to cut work into for any number of threads to share it evenly.
+constexpr int64_t enough_tasks = 16;
+
+inline int64_t tasks_worth(double flops) {
+  return std::clamp(static_cast<int64_t>(flops / fork_flops), int64_t{1}, enough_tasks);
+}
+
+// f(begin, end) for the tasks of each thread, and of one if there is little work.
+template <class F>
+void for_each_range(int64_t tasks, double flops, const F& f) {
+  at::parallel_for(0, tasks, flops < fork_flops ? tasks : 1, f);
+}
+
+// f(i) for every task.
+template <class F>
+void for_each_task(int64_t tasks, double flops, const F& f) {
+  for_each_range(tasks, flops, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// One of `count` shares of some work.
+struct Share {
+  int64_t index = 0, count = 1;
+
+  // Which of [0, size) it has: about as many as the others, in whole units.
+  Range of(int64_t size, int64_t unit = 1) const {
+    const int64_t units = ceil_div(size, unit);
+    return {std::min(units * index / count * unit, size), std::min(units * (index + 1) / count * unit, size)};
+  }
+};
+
+// The threads that work on a task together.
+class Team {
+ public:
+  explicit Team(int64_t threads) : threads_(threads) {}
+
+  // f(share) for each share, all of which are done when this returns.
+  template <class F>
+  void share(const F& f) const {
+    if (threads_ == 1) return f(Share{});
+    at::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) f(Share{i, threads_});
+    });
+  }
+
+ private:
+  const int64_t threads_;
+};
+
+// f(task, team) for every task. As many of them as come out even are done by one thread each. The rest, where that
+// would leave half of the threads without work, by all threads together: a batch of 16 images is one task of those that
+// go by blocks of images (a network like VGG on two cores: 0.46 ms, by one of them 0.83). No result may depend on how a
+// task is shared.
+template <class F>
+void for_each_shared_task(int64_t tasks, double flops, const F& f) {
+  const int64_t threads = at::get_num_threads();
+  const int64_t rest = tasks % threads;
+  const bool worth = flops >= 0.25 * fork_flops * static_cast<double>(tasks * threads);  // of a task each share
+  const int64_t alone = worth && 2 * rest <= threads && !at::in_parallel_region() ? tasks - rest : tasks;
+  for_each_task(alone, flops, [&](int64_t task) { f(task, Team(1)); });
+  for (int64_t task = alone; task < tasks; ++task) f(task, Team(threads));
+}
+
+}  // namespace pyops::cpu
