@@ -1,5 +1,5 @@
-// Autocast: under torch.autocast, linear and conv2d, also fused ones, run in the autocast dtype, as stock's do; relu
-// and max_pool2d in the dtype they are given, for which torch needs no registration.
+// Autocast: under torch.autocast, linear and conv2d, and the fused ops made of them, run in the autocast dtype, as
+// stock's do. relu and max_pool2d run in the dtype that they are given, which needs no registration.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -10,7 +10,7 @@ namespace {
 
 using at::Tensor;
 
-// Casts arguments as stock's "lower_precision_fp" ops do: floating tensors of that device, weights once per region.
+// Casts arguments as stock's "lower_precision_fp" ops do: floating tensors of that device, and weights once per region.
 class Cast {
  public:
   explicit Cast(const Tensor& like)
@@ -25,7 +25,7 @@ class Cast {
   at::ScalarType dtype_;
 };
 
-// The op called `name`, whose first arguments are input, weight and bias, on those in the autocast dtype.
+// Calls the op named `name`, whose first arguments are input, weight and bias, with those cast to the autocast dtype.
 template <c10::DispatchKey key, class Result, class... Options>
 struct InLowerPrecision {
   template <const char* const& name>

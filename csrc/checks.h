@@ -1,5 +1,5 @@
 // Argument checks and layout decisions shared by the ops. A failed check raises what stock torch raises, with the op,
-// the rule and the values in the message; every check runs before anything is allocated or written.
+// the rule and the values in the message. Every check runs before anything is allocated or written.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -16,7 +16,8 @@ namespace pyops {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-// The kernels' name of a floating dtype (float32, float64, bfloat16, float16); NotImplementedError for another.
+// The kernels' name of a floating dtype (float32, float64, bfloat16, float16); raises NotImplementedError for any
+// other.
 inline DType floating_dtype(const char* op, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -32,7 +33,7 @@ inline DType floating_dtype(const char* op, const at::Tensor& tensor) {
   }
 }
 
-// The same with the integer dtypes that stock's relu and max_pool2d take.
+// The kernels' name of a floating dtype or of an integer dtype that stock's relu and max_pool2d accept.
 inline DType real_dtype(const char* op, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kByte:
@@ -50,7 +51,7 @@ inline DType real_dtype(const char* op, const at::Tensor& tensor) {
   }
 }
 
-// torch passes an undefined tensor for a None where the schema has a tensor that is not optional.
+// If an argument that is not optional is None, torch passes an undefined tensor.
 inline void check_defined(const c10::FunctionSchema& op, size_t position, const at::Tensor& tensor) {
   TORCH_CHECK_TYPE(tensor.defined(), op.name(), "(): argument '", op.arguments()[position].name(), "' (position ",
                    position + 1, ") must be Tensor, not None");
@@ -62,7 +63,7 @@ inline void check_same_device(const char* op, const char* name, const at::Tensor
               " on ", tensor.device(), " and ", other_name, " on ", other.device());
 }
 
-// Device and dtype of `tensor` must be those of `other`.
+// Checks that `tensor` and `other` have the same device and dtype.
 inline void check_same_kind(const char* op, const char* name, const at::Tensor& tensor, const char* other_name,
                             const at::Tensor& other) {
   check_same_device(op, name, tensor, other_name, other);
@@ -93,18 +94,18 @@ inline at::MemoryFormat memory_format(bool channels_last) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-// An unbatched image as a batch of one, and back.
+// Turns an unbatched image into a batch of one, and back.
 inline at::Tensor to_batch(const at::Tensor& images) {
   return images.dim() == 3 ? images.unsqueeze(0) : images;
 }
 inline at::Tensor from_batch(const at::Tensor& images, bool batched) {
-  // Not a view to autograd, which would refuse to change it in place.
+  // Autograd must not see a view here, because it would refuse to change it in place.
   const at::AutoDispatchBelowADInplaceOrView guard;
   return batched ? images : images.squeeze(0);
 }
 
-// Whether there are values of a result to compute. There are none on the meta device, on which an operator is run for
-// its checks and for the sizes of its results (csrc/autograd/fast_call.cpp).
+// Whether a result has values to compute. It has none on the meta device, where an operator is run for its checks and
+// the sizes of its results (csrc/autograd/fast_call.cpp).
 inline bool to_compute(const at::Tensor& result) {
   return result.numel() > 0 && !result.is_meta();
 }

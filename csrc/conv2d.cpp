@@ -17,7 +17,7 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 
-// The arguments besides the tensors; padding is one value, one per dimension, or top, left, bottom, right.
+// The arguments besides the tensors. Padding is one value, one for each dimension, or top, left, bottom, right.
 struct Window {
   Pair stride, dilation;
   int64_t top, left, bottom, right;
@@ -62,7 +62,7 @@ Window make_window(const char* op, const Conv2dOptions& options) {
           groups};
 }
 
-// The shape of the convolution, after every check that needs the sizes; an unbatched input counts as a batch of one.
+// The shape of the convolution, after every check that needs the sizes. An unbatched input counts as a batch of one.
 Conv2dShape make_shape(const char* op, IntArrayRef input, IntArrayRef weight, const Window& window) {
   TORCH_CHECK(weight.size() == 4, op,
               ": expected weight to be 4-dimensional, (out_channels, in_channels / groups, kH, ",
@@ -94,7 +94,7 @@ Conv2dShape make_shape(const char* op, IntArrayRef input, IntArrayRef weight, co
   Conv2dShape shape{};
   shape.N = input.size() == 4 ? input[0] : 1;
   shape.C = image[0], shape.H = image[1], shape.W = image[2];
-  shape.O = shape.C == 0 ? 0 : weight[0];  // stock: no channels in, no channels out
+  shape.O = shape.C == 0 ? 0 : weight[0];  // as in stock: no channels in, no channels out
   shape.OH = (padded.h - kernel.h) / window.stride.h + 1, shape.OW = (padded.w - kernel.w) / window.stride.w + 1;
   shape.groups = groups;
   shape.kernel_h = weight[2], shape.kernel_w = weight[3];

@@ -1,5 +1,5 @@
-// conv2d_relu on tensors: conv2d with its output rectified as it is stored. Kept for the backward is the output, whose
-// sign is the mask of the gradient.
+// conv2d_relu on tensors: conv2d whose output is rectified as it is stored. The output is saved for the backward,
+// because its sign is the mask of the gradient.
 #include <torch/library.h>
 
 #include "device.h"

@@ -1,6 +1,6 @@
-// conv2d_relu_max_pool2d on tensors: three ops whose intermediate results are never tensors. Kept for the backward are
-// input, weight and the argmax of each window, in which a window that passes no gradient names no tap. An op of its own
-// gives the argmax, so that it is computed only where a gradient is wanted.
+// conv2d_relu_max_pool2d on tensors: three ops whose intermediate results never become tensors. The backward uses
+// input, weight and the argmax of each window; a window that passes no gradient has an argmax that names no tap. A
+// separate op returns the argmax, so that it is computed only if a gradient is needed.
 #include <torch/library.h>
 
 #include "allocate.h"
@@ -17,8 +17,8 @@ at::DimVector conv_size(const Conv2dShape& s, bool batched) {
   return batched ? at::DimVector{s.N, s.O, s.OH, s.OW} : at::DimVector{s.O, s.OH, s.OW};
 }
 
-// The output; `argmax`, unless null, is set to that of each window. Errors name the op that the user calls, who does
-// not know which of the two a layer takes.
+// Returns the output, and sets `argmax`, unless it is null, to that of each window. Errors name the op that the user
+// calls, who does not know which of the two ops a layer uses.
 Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Conv2dOptions& options,
                const PoolOptions& pool_options, Tensor* argmax) {
   constexpr const char* op = "conv2d_relu_max_pool2d";
@@ -29,7 +29,7 @@ Tensor forward(const Tensor& input, const Tensor& weight, const OptionalTensor& 
   const auto empty = [&](at::ScalarType dtype) {
     return allocate({pool.N, pool.C, pool.OH, pool.OW}, input.options().dtype(dtype), memory_format(s.channels_last));
   };
-  // A single image has no memory format: max_pool2d's are contiguous.
+  // A single image has no memory format: the results of max_pool2d for it are contiguous.
   const auto result = [&](const Tensor& batch) { return conv.batched ? batch : from_batch(batch, false).contiguous(); };
   const Tensor output = empty(input.scalar_type());
   if (argmax) *argmax = empty(argmax_dtype(pool));

@@ -1,4 +1,4 @@
-// From a tensor to the kernels that can run on it, and from the ops to every device.
+// Finds the kernels for the device of a tensor, and registers the ops for every device.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +8,7 @@
 
 namespace pyops {
 
-// The kernels of one device, which is the current one while this lives.
+// The kernels of one device, which is the current device while this object lives.
 class DeviceKernels {
  public:
   DeviceKernels(const Kernels& table, std::optional<c10::Device> device) : table_(table), guard_(device) {}
@@ -19,13 +19,13 @@ class DeviceKernels {
   c10::OptionalDeviceGuard guard_;
 };
 
-// The kernels of the device that holds `tensor`; NotImplementedError if pyops has none for it. A meta tensor has those
-// of the CPU, whose properties the checks look at; they are not run.
+// The kernels of the device that holds `tensor`; raises NotImplementedError if pyops has none for it. A meta tensor
+// gets those of the CPU: the checks look at their properties, but they are not run.
 DeviceKernels kernels(const at::Tensor& tensor);
 
 }  // namespace pyops
 
-// The body that follows registers the ops of one file, for each device: their code on tensors is the same.
+// The body that follows registers the ops of one file for each device; their code on tensors is the same for all.
 #define PYOPS_LIBRARY_IMPL(library)       \
   static void implement(torch::Library&); \
   TORCH_LIBRARY_IMPL(pyops, CPU, m) {     \

@@ -16,8 +16,8 @@ namespace pyops {
 enum class DType : int32_t { f32, f64, bf16, f16, u8, i8, i16, i32, i64 };
 
 // output[i] = max(input[i], 0), NaN and -0.0 kept. input and output may be the same memory. For a floating dtype, bit
-// i % 64 of mask[i / 64] tells whether element i passes its gradient, that is whether output[i] is not <= 0; bits of no
-// element are 0.
+// i % 64 of mask[i / 64] tells whether element i passes its gradient, that is whether output[i] is not <= 0; bits past
+// the last element are 0.
 struct ReluArgs {
   DType dtype;
   int64_t numel;
@@ -35,7 +35,7 @@ struct ReluBackwardArgs {
   void* grad_input;
 };
 
-// The same from the mask of the forward.
+// grad_input[i] = bit i of the forward's mask ? grad_output[i] : 0
 struct ReluMaskBackwardArgs {
   DType dtype;
   int64_t numel;
@@ -45,7 +45,7 @@ struct ReluMaskBackwardArgs {
 };
 
 // output[M, N] = input[M, K] weight[N, K]^T + bias[N], all row-major; with `relu`, rectified as above. `tf32`: torch's
-// flag for the op lets products of float32 be of operands rounded to TF32; set for CUDA alone.
+// flag for the op allows float32 products of operands rounded to TF32; it is set for CUDA alone.
 struct LinearArgs {
   DType dtype;
   int64_t M, N, K;
@@ -155,8 +155,9 @@ struct MaxPool2dGatherArgs {
 };
 
 // output = relu(max_pool2d(conv2d(input, weight, bias))), in the layout of conv, and the argmax of each window; pool's
-// input is conv's output. The maximum of rectified values is the maximum rectified, so one value a window is, and where
-// that is not above 0 (nor NaN) no gradient passes: its argmax is a number that names no tap, dead_window.
+// input is conv's output. The maximum of rectified values is the rectified maximum, so only one value per window is
+// rectified. Where that maximum is not above 0 (nor NaN), no gradient passes, and the argmax is a number that names no
+// tap, dead_window.
 struct Conv2dReluMaxPool2dArgs {
   Conv2dArgs conv;  // its output and relu are not looked at
   MaxPool2dShape pool;
@@ -167,7 +168,7 @@ inline int64_t dead_window(int64_t taps) {
   return max_pool2d_argmax_is_u8(taps) ? 255 : -1;
 }
 
-// The gradients of conv, which max_pool2d_backward and conv2d_backward one after the other give too.
+// The gradients of conv, as max_pool2d_backward followed by conv2d_backward gives them.
 struct Conv2dReluMaxPool2dBackwardArgs {
   Conv2dBackwardArgs conv;  // its grad_output is not looked at
   MaxPool2dShape pool;
@@ -196,8 +197,8 @@ struct Kernels {
   void (*max_pool2d_gather)(const MaxPool2dGatherArgs&);
   void (*max_pool2d_indices)(const MaxPool2dIndicesArgs&);
   void (*conv2d_relu_max_pool2d)(const Conv2dReluMaxPool2dArgs&);
-  // False where there is nothing better than the two backward ops one after the other; then nothing is written. Null
-  // where there never is.
+  // Returns false, with nothing written, if calling the two backward ops in turn is at least as good. Null if
+  // that is always so.
   bool (*conv2d_relu_max_pool2d_backward)(const Conv2dReluMaxPool2dBackwardArgs&);
   bool reads_channels_last_weight;  // else Conv2dShape::weight_channels_last is never set
 };

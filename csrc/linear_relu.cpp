@@ -1,5 +1,5 @@
-// linear_relu on tensors: linear with its output rectified as it is stored. Kept for the backward is the output, whose
-// sign is the mask of the gradient.
+// linear_relu on tensors: linear whose output is rectified as it is stored. The output is saved for the backward,
+// because its sign is the mask of the gradient.
 #include <torch/library.h>
 
 #include "device.h"

@@ -1,5 +1,5 @@
-// max_pool2d on tensors: checks, output geometry, memory format and allocation. What is kept of the forward is the
-// argmax alone: the number of the winning tap in its window, one byte where the window has at most 255 taps.
+// max_pool2d on tensors: checks, output geometry, memory format and allocation. The forward saves only the argmax: the
+// number of the winning tap in its window, in one byte if the window has at most 255 taps.
 #include <torch/library.h>
 
 #include <algorithm>
@@ -47,13 +47,14 @@ Window make_window(const char* op, const PoolOptions& options) {
     TORCH_CHECK(pad <= ((kernel - 1) * dil + 1) / 2, op,
                 ": pad should be at most half of effective kernel size, but got pad=", pad, ", kernel_size=", kernel,
                 " and dilation=", dil);
-  TORCH_CHECK(p.h <= k.h / 2 && p.w <= k.w / 2, op,  // stock asks this too
+  TORCH_CHECK(p.h <= k.h / 2 && p.w <= k.w / 2, op,  // stock checks this too
               ": pad should be smaller than or equal to half of kernel size, but got padW = ", p.w, ", padH = ", p.h,
               ", kW = ", k.w, ", kH = ", k.h);
   return {k, s, p, d, ceil_mode};
 }
 
-// Number of windows along one dimension; with ceil_mode the last one must still start inside the input or left padding.
+// The number of windows along one dimension; with ceil_mode the last one must still start inside the input or left
+// padding.
 int64_t window_count(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, bool ceil_mode) {
   const int64_t room = size + 2 * padding - dilation * (kernel - 1) - 1;
   if (room < 0 && !(ceil_mode && room + stride > 0)) return 0;
@@ -62,7 +63,7 @@ int64_t window_count(int64_t size, int64_t kernel, int64_t stride, int64_t paddi
   return count;
 }
 
-// The shape of the pooling of an input of `input` sizes; an unbatched input counts as a batch of one.
+// The shape of the pooling of an input of sizes `input`; an unbatched input counts as a batch of one.
 MaxPool2dShape make_shape(const char* op, IntArrayRef input, const Window& window) {
   const bool batched = input.size() == 4;
   TORCH_CHECK(batched || input.size() == 3, op, ": non-empty 3D or 4D (batch mode) tensor expected for input, but got ",
@@ -119,7 +120,8 @@ std::tuple<Tensor, Tensor> max_pool2d(const Tensor& input, IntArrayRef kernel_si
   return {output, argmax};
 }
 
-// The shape of the pooling that gave `argmax` from images of size (H, W); argmax has the dtype and sizes it must have.
+// The shape of the pooling that produced `argmax` from images of size (H, W), after checking the dtype and sizes of
+// argmax.
 MaxPool2dShape shape_of_argmax(const char* op, const Tensor& argmax, IntArrayRef image_size, const Window& window) {
   TORCH_CHECK(argmax.dim() == 3 || argmax.dim() == 4, op, ": expected argmax of 3 or 4 dimensions, but got ",
               argmax.sizes());

@@ -1,5 +1,5 @@
-// The Python module pyops._C. Importing it registers the operators (csrc/<op>.cpp) with torch; pyops/_load.py then
-// hands it the CPU kernels (csrc/cpu) that were compiled for this machine's instruction set, and the CUDA kernels
+// The Python module pyops._C. Importing it registers the operators (csrc/<op>.cpp) with torch. pyops/_load.py then
+// passes it the CPU kernels (csrc/cpu) that were compiled for this machine's instruction set, and the CUDA kernels
 // (cuda/) if they were built.
 #include <pybind11/pybind11.h>
 

@@ -1,5 +1,5 @@
-// What the ops made of others (csrc/linear_batched.cpp, linear_relu.cpp, conv2d_relu.cpp, conv2d_relu_max_pool2d.cpp)
-// take from the ops they are made of: the same checks, geometry and allocation, with the name that an error shall have.
+// Checks, shape inference and allocation shared with the ops that are made of others (csrc/linear_batched.cpp,
+// linear_relu.cpp, conv2d_relu.cpp, conv2d_relu_max_pool2d.cpp). `op` is the name used in error messages.
 #pragma once
 
 #include <array>
@@ -18,7 +18,8 @@ at::Tensor linear(const char* op, const at::Tensor& input, const at::Tensor& wei
 Gradients linear_backward(const char* op, const at::Tensor& grad_output, const OptionalTensor& input,
                           const OptionalTensor& weight, std::array<bool, 3> output_mask);
 
-// Of a backward: that what the gradients asked for need is there; of linear, that input fits grad_output.
+// check_saved: the tensors that the requested gradients need were saved. check_saved_input: linear's input fits
+// grad_output.
 void check_saved(const char* op, const OptionalTensor& input, const OptionalTensor& weight,
                  std::array<bool, 3> output_mask);
 void check_saved_input(const char* op, const at::Tensor& grad_output, const at::Tensor& input);
@@ -38,7 +39,7 @@ Gradients conv2d_backward(const char* op, const at::Tensor& grad_output, const O
                           const OptionalTensor& weight, at::IntArrayRef input_size, at::IntArrayRef weight_size,
                           const Conv2dOptions& options, std::array<bool, 3> output_mask);
 
-// A backward of a convolution, after every check of its arguments but grad_output.
+// The backward of a convolution, after every check of its arguments except grad_output.
 struct Conv2dGradients {
   Conv2dBackwardArgs args;  // without grad_output; its pointers are set by allocate()
   at::Tensor input, weight, grad_input, grad_weight, grad_bias;
@@ -50,14 +51,14 @@ struct Conv2dGradients {
   void allocate(const at::TensorOptions& like);
   Gradients results() const;
 };
-// `grad` tells the dtype and device, `images` the memory format if there is no input.
+// `grad` gives the dtype and device, and `images` the memory format if there is no input.
 Conv2dGradients checked_conv2d_backward(const char* op, const at::Tensor& grad, const at::Tensor& images,
                                         const OptionalTensor& input, const OptionalTensor& weight,
                                         at::IntArrayRef input_size, at::IntArrayRef weight_size,
                                         const Conv2dOptions& options, std::array<bool, 3> output_mask);
 
-// A convolution whose arguments have been checked. The tensors are what `args` points to: images as a batch, in the
-// layout of the shape.
+// A convolution whose arguments have been checked. The tensors are what `args` points to, with images as a batch, in
+// the layout of the shape.
 struct CheckedConv2d {
   Conv2dArgs args;  // without output
   at::Tensor input, weight, bias;
@@ -72,10 +73,10 @@ struct PoolOptions {
   bool ceil_mode;
 };
 
-// The shape of the pooling of an input of `input` sizes, after every check.
+// The shape of the pooling of an input of sizes `input`, after every check.
 MaxPool2dShape checked_pool_shape(const char* op, at::IntArrayRef input, const PoolOptions& options);
 at::ScalarType argmax_dtype(const MaxPool2dShape& shape);
-// The shape of the pooling that gave argmax, after every check of the arguments of its backward.
+// The shape of the pooling that produced argmax, after every check of the arguments of its backward.
 MaxPool2dShape checked_pool_backward_shape(const char* op, const at::Tensor& grad_output, const at::Tensor& argmax,
                                            at::IntArrayRef input_size, const PoolOptions& options);
 at::Tensor max_pool2d_backward(const char* op, const at::Tensor& grad_output, const at::Tensor& argmax,

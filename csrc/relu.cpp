@@ -1,4 +1,5 @@
-// relu on tensors: checks, allocation and layout; any dense layout is walked flat, as it lies in memory.
+// relu on tensors: checks, allocation and layout. A tensor of any dense layout is processed as a flat array, in memory
+// order.
 #include <ATen/MemoryOverlap.h>
 #include <torch/library.h>
 
@@ -15,7 +16,7 @@ namespace {
 
 using at::Tensor;
 
-// `tensor` with the strides of `layout` (dense, of the same shape): itself where it already has them.
+// `tensor` with the strides of `layout` (dense, of the same shape): the tensor itself if it already has them.
 Tensor with_layout_of(const Tensor& tensor, const Tensor& layout) {
   return tensor.strides() == layout.strides() ? tensor : allocate_like(layout).copy_(tensor);
 }
@@ -29,7 +30,8 @@ Tensor relu(const Tensor& input) {
   return output;
 }
 
-// Whether the strides lead through as much memory as there are elements, to each once; of no element any do.
+// Whether the strides reach exactly as much memory as there are elements, each place once; any strides do if there are
+// no elements.
 bool is_dense(at::IntArrayRef sizes, at::IntArrayRef strides) {
   if (c10::multiply_integers(sizes) == 0) return true;
   int64_t stride = 1;
@@ -105,9 +107,9 @@ Tensor relu_backward(const char* op, const Tensor& grad_output, const Tensor& ou
 
 TORCH_LIBRARY_FRAGMENT(pyops, m) {
   m.def("relu(Tensor input) -> Tensor");
-  m.def("relu_(Tensor(a!) input) -> ()");  // torch.compile takes no custom op that returns its argument
-  // What is kept of a relu in training: which elements pass their gradient, one bit for each, in the order in which
-  // the output, whose strides the backward is told, lies in memory.
+  m.def("relu_(Tensor(a!) input) -> ()");  // torch.compile accepts no custom op that returns its argument
+  // What training saves of a relu: whether each element passes its gradient, one bit per element, in the memory order
+  // of the output, whose strides are passed to the backward.
   m.def("relu_with_mask(Tensor input) -> (Tensor output, Tensor mask)");
   m.def("relu_mask_backward(Tensor grad_output, Tensor mask, SymInt[] stride) -> Tensor");
   m.def("relu_backward(Tensor grad_output, Tensor output) -> Tensor");

@@ -1,14 +1,13 @@
-// The Autograd key of every op that has a derivative, in one boxed kernel with three ways on, cheapest first:
+// The Autograd key of every op that has a derivative: one boxed kernel with three paths, cheapest first.
 //
-//   - nobody wants a derivative: straight to the kernel, at the cost of a glance at each tensor;
-//   - somebody wants a gradient, and nothing more: a node of the graph in C++ (node.h), which keeps what the
-//     op's `DerivativeRule` says and calls its backward op;
-//   - anything else (forward mode, an op without `DerivativeRule`): the op's torch.autograd.Function in Python
-//     (pyops/autograd), which states forward, backward, jvp and vmap.
+//   - If no derivative is needed, it calls the kernel directly, after a glance at each tensor.
+//   - If only a gradient is needed, it adds a node in C++ (node.h) to the graph, which saves what the op's
+//     `DerivativeRule` says and calls its backward op.
+//   - Anything else (forward mode, an op without a backward in its `DerivativeRule`) calls the op's
+//     torch.autograd.Function in Python (pyops/autograd), which states forward, backward, jvp and vmap.
 //
-// The node is there for speed: a call of linear on 8 elements and its backward take 15 us with it, 39 with the Function
-// (stock: 20). It saves and calls the same as the Function, but for relu, of which it saves a mask of bits instead of
-// the output.
+// The node exists for speed, because the Function costs more than a small op and its backward. It saves and calls what
+// the Function does, except for relu, where it saves a mask of bits instead of the output.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/functions/utils.h>
@@ -33,17 +32,16 @@ using torch::jit::Stack;
 // may be missing. The options are the op's own arguments after its tensors.
 struct DerivativeRule {
   const char* op;
-  const char* backward = nullptr;  // null: the Function in Python alone knows
-  int kept_output = -1;            // the number of the output that is kept, -1: none
-  bool bilinear = false;  // inputs are input, weight and bias; the gradient of each of the former needs the other
+  const char* backward = nullptr;  // null: only the Function in Python knows
+  int kept_output = -1;            // the number of the output that is kept; -1: none
+  bool bilinear = false;  // inputs are input, weight and bias; input and weight each need the other for their gradient
   enum Sizes { none, image, input_and_weight, output_strides } sizes = none;
   Path path = Path::none;
-  const char* forward = nullptr;                 // the op that computes what is kept too; null: the op itself does
-  const DerivativeRule* in_transform = nullptr;  // what holds inside of torch.func's transforms; null: the same
+  const char* forward = nullptr;                 // the op that also computes what is kept; null: the op itself
+  const DerivativeRule* in_transform = nullptr;  // the rule inside torch.func's transforms; null: this one
 };
 
-// A mask of bits has no dimension to be batched by. The output is kept instead, so that it must not be changed in
-// place.
+// A mask of bits has no dimension to batch over, so the output is kept instead, and must then not be changed in place.
 constexpr DerivativeRule relu_in_transform{"relu", "relu_backward", 0};
 
 constexpr DerivativeRule derivatives[] = {
@@ -77,7 +75,7 @@ c10::IValue to_value(c10::SymIntArrayRef numbers) {
   return c10::IValue(numbers);
 }
 
-// An operator by its name. It is looked up at the first call, when all of them are registered.
+// An operator by its name, which is looked up at the first call, when all operators are registered.
 class NamedOperator {
  public:
   explicit NamedOperator(const char* name) : name_(name) {}
@@ -96,7 +94,7 @@ class NamedOperator {
   mutable std::optional<c10::OperatorHandle> handle_;
 };
 
-// Calls an op, as a kernel does, and leaves at the first of its outputs a node that differentiates it.
+// Calls an op as a kernel, and attaches a node that differentiates it to the first of its outputs.
 class Recorder {
  public:
   explicit Recorder(const DerivativeRule& derivative)
@@ -119,7 +117,7 @@ class Recorder {
     }
     const BackwardNode::Pointer node = BackwardNode::make(*backward_, std::move(edges), bilinear, derivative_.path);
     auto& gradient = static_cast<BackwardNode&>(*node);
-    if (derivative_.sizes == DerivativeRule::image)  // the kernel will refuse an input of fewer dimensions
+    if (derivative_.sizes == DerivativeRule::image)  // the kernel refuses an input of fewer dimensions
       gradient.add_option(to_value(input.sym_sizes().slice(std::max<int64_t>(input.dim() - 2, 0))));
     if (derivative_.sizes == DerivativeRule::input_and_weight) {
       gradient.add_option(to_value(input.sym_sizes()));
@@ -147,7 +145,7 @@ class Recorder {
   const NamedOperator forward_, backward_;
 };
 
-// Never destroyed: the interpreter may be gone by then.
+// Never destroyed, because the interpreter may be gone by then.
 PyObject* apply_function = nullptr;
 
 bool in_transform() {
@@ -203,7 +201,7 @@ class AutogradKernel final : public c10::OperatorKernel {
   const Recorder record_, record_in_transform_;
 };
 
-// Version counters and views, for an in-place op: what was saved of the tensor before is known to be stale.
+// Counts the version of a tensor that an in-place op changes, so that what was saved of it before is known to be stale.
 void relu_in_place_counted(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   const Tensor input = torch::jit::last(*stack, 1)[0].toTensor();
   {

@@ -1,9 +1,9 @@
-// Calls of the operators from Python by the shortest way: arguments that are just tensors, numbers, lists of numbers
-// and None go straight into the dispatcher's stack. Whatever else there is (subclasses, modes that override functions,
-// symbols, keywords) is for torch's own call of an operator, which matches any arguments with any schema; it takes 0.3
-// to 0.5 us longer, as long as a small kernel.
+// Calls operators from Python without torch's argument matching. Arguments that are plain tensors, numbers, lists of
+// numbers or None go straight onto the dispatcher's stack. Anything else (subclasses, modes that override functions,
+// symbols, keywords) falls back to torch's own call of an operator, which matches any arguments with any schema, at an
+// overhead as long as a small kernel takes.
 //
-// And calls for an operator's checks alone, of which the fake kernels and the batching rules (pyops/autograd) make one
+// It also calls an operator for its checks alone, which the fake kernels and the batching rules (pyops/autograd) do
 // before they look at their arguments.
 #include <ATen/EmptyTensor.h>
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -26,7 +26,7 @@ enum class Kind { tensor, optional_tensor, integer, int_list, boolean, other };
 
 struct Parameter {
   Kind kind;
-  int64_t length;  // of a list that one number may stand for; 0: none may
+  int64_t length;  // length of a list that one number can stand for; 0: it cannot
 };
 
 struct Operator {
@@ -62,7 +62,7 @@ bool to_integer(PyObject* object, int64_t& number) {
   return overflow == 0;
 }
 
-// Appends the argument, or says that torch has to look at it.
+// Appends the argument; false if torch has to handle it.
 bool push(std::vector<c10::IValue>& stack, PyObject* object, const Parameter& parameter) {
   int64_t number = 0;
   switch (parameter.kind) {
@@ -131,8 +131,8 @@ bool is_symbolic(const c10::IValue& value) {
   return value.isSymInt() && value.toSymInt().is_symbolic();
 }
 
-// What the dispatcher, which finds a kernel by the tensors, and the kernel say of tensors that are there, on which
-// devices and in which layout. It needs no sizes.
+// Checks what the dispatcher, which finds a kernel by the tensors, and the kernel would check about the tensors: that
+// they are defined, strided and on one device. It needs no sizes.
 void check_tensors(const c10::FunctionSchema& schema, const std::vector<c10::IValue>& stack) {
   const char* op = schema.name().c_str();
   const char* first_name = nullptr;
@@ -152,9 +152,9 @@ void check_tensors(const c10::FunctionSchema& schema, const std::vector<c10::IVa
   }
 }
 
-// The operator's kernel on stand-ins for its tensors, on the meta device: it checks them, sizes its results and has
-// nothing to compute (to_compute in checks.h). A tensor that vmap batches has the sizes of a sample. False if there are
-// symbols among the sizes and numbers: then they have not been checked.
+// Runs the operator's kernel on stand-ins for its tensors on the meta device: it checks them and sizes its results, and
+// has nothing to compute (to_compute in checks.h). A tensor that vmap batches has the sizes of one sample. Returns
+// False if there are symbols among the sizes and numbers, which then have not been checked.
 PyObject* check(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   const auto& op = *static_cast<const Operator*>(PyCapsule_GetPointer(self, nullptr));
@@ -174,7 +174,7 @@ PyObject* check(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
     const at::Tensor& tensor = value.toTensor();
     value = at::detail::empty_strided_meta(tensor.sizes(), tensor.strides(), tensor.scalar_type());
   }
-  // Whatever modes and transforms there are, they do not see this call.
+  // No mode or transform sees this call.
   const c10::impl::ForceDispatchKeyGuard guard(
       c10::default_included_set, c10::default_excluded_set | c10::autograd_dispatch_keyset_with_ADInplaceOrView);
   op.handle.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), &stack);
@@ -184,7 +184,7 @@ PyObject* check(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 
 using Function = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
 
-// `called` as a function of Python on an operator of torch.ops.pyops.
+// A Python function that applies `called` to an operator of torch.ops.pyops.
 template <Function called>
 pybind11::object bind(const char* name_in_python, const pybind11::object& of_torch) {
   static PyMethodDef method{name_in_python, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(called)),
@@ -199,12 +199,12 @@ pybind11::object bind(const char* name_in_python, const pybind11::object& of_tor
 
 }  // namespace
 
-// The function that calls the operator; all its arguments are positional, and none is left out.
+// The function that calls the operator. All its arguments are positional, and none may be left out.
 pybind11::object bind_operator(const pybind11::object& of_torch) {
   return bind<&call>("operator", of_torch);
 }
 
-// The function that calls it for its checks alone; trailing arguments may be left out.
+// The function that calls the operator for its checks alone. Trailing arguments may be left out.
 pybind11::object bind_checks(const pybind11::object& of_torch) {
   return bind<&check>("checks", of_torch);
 }

@@ -21,7 +21,7 @@ using torch::dynamo::autograd::SwapSavedVariables;
 
 namespace {
 
-// As torch's own nodes are held: a long graph is freed without recursion.
+// Holds a node as torch holds its own, so that a long graph is freed without recursion.
 template <class Pointer = BackwardNode::Pointer>
 Pointer hold(Node* node) {
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
@@ -30,7 +30,7 @@ Pointer hold(Node* node) {
     return Pointer(std::unique_ptr<Node>(node));
 }
 
-// For compiled autograd: instead of what `node` computes, a call of `apply` on the gradients and the arguments.
+// For compiled autograd: records a call of `apply` on the gradients and the arguments in place of what `node` computes.
 variable_list trace(const Node& node, const variable_list& grads, const SwapSavedVariables& saved,
                     const std::vector<IValue>& arguments, std::vector<at::TypePtr> types,
                     torch::dynamo::autograd::functional_apply_t apply) {
@@ -44,7 +44,7 @@ variable_list trace(const Node& node, const variable_list& grads, const SwapSave
                                  torch::dynamo::autograd::IValuePacker<Metadata>::pack(metadata));
 }
 
-// Stands between a tensor and its history, and adds the operands that are there by their edges alone.
+// A node between a tensor and its history that adds paths to operands, of which it has only the edges.
 class PathNode final : public Node {
  public:
   PathNode(torch::autograd::edge_list history_and_operands, Path path)
@@ -86,7 +86,7 @@ void add_operands(Tensor& tensor, at::ArrayRef<torch::autograd::Edge> operands, 
 variable_list PathNode::apply(variable_list&& grads) {
   variable_list result = derivatives(grads[0], num_outputs() - 1, path_);
   if (path_ == Path::output && c10::GradMode::is_enabled() && result[0].defined()) {
-    result[0] = result[0].clone();  // it belongs to others
+    result[0] = result[0].clone();  // other tensors share it
     add_operands(result[0], at::ArrayRef(next_edges()).slice(1), path_);
   }
   return result;
@@ -124,7 +124,7 @@ BackwardNode::BackwardNode(const c10::OperatorHandle& backward, torch::autograd:
   options_.reserve(backward.schema().arguments().size());
 }
 
-// What the operator takes besides grad_output.
+// The arguments of the operator after grad_output.
 std::vector<IValue> BackwardNode::arguments() {
   std::vector<IValue> arguments;
   arguments.reserve(backward_.schema().arguments().size());
@@ -163,7 +163,7 @@ void BackwardNode::release_variables() {
 void BackwardNode::compiled_args(CompiledNodeArgs& key) const {
   key.collect(name());
   key.collect(saved_, /*is_output=*/true);  // they are unpacked for this node, as in arguments()
-  // Numbers become a part of the key, not inputs of the graph.
+  // Numbers become part of the key, not inputs of the graph.
   for (const IValue& option : options_) key.collect(option, /*nested=*/true);
 }
 

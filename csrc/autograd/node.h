@@ -1,4 +1,4 @@
-// The node of autograd's graph that a call of an op leaves.
+// The node that a call of an op adds to the autograd graph.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -10,38 +10,38 @@
 
 namespace pyops {
 
-// On which operands of an op stock's gradients depend without being told so by the operands of our backward op. Their
-// derivative by these is known beforehand, and yet there is a path to them in the graph.
+// The operands of an op on which stock's gradients depend although they are not operands of our backward op. The
+// derivatives with respect to them are known in advance, and yet the graph has a path to them.
 enum class Path {
-  none,     // the operands of the backward op tell all
-  factors,  // on input and weight, by a derivative that is undefined, and so every gradient requires grad if they do
-  input,    // on input, by a derivative of zeros: which elements are the largest is constant all around it
-  output,   // on the output, likewise; and so does the derivative by grad_output, which is selected by it again
+  none,     // the operands of the backward op are all there are
+  factors,  // input and weight, with an undefined derivative: every gradient requires grad if they do
+  input,    // input, with a derivative of zeros, because which elements are the largest is locally constant
+  output,   // the output, likewise; it also selects the elements of the derivative by grad_output
 };
 
-// Adds to the history of `tensor` a path to the operands that `path` names, of the op that `node` differentiates. The
-// tensor is a copy of grad_output where these are the output, else a gradient that no other tensor shares yet.
+// Adds paths to the operands that `path` names, of the op that `node` differentiates, to the history of `tensor`. The
+// tensor is a copy of grad_output if the operand is the output, otherwise a gradient that no other tensor shares yet.
 void add_path(at::Tensor& tensor, torch::autograd::Node& node, Path path);
 
-// Its backward calls the operator `backward` on
+// The backward of this node calls the operator `backward` on
 //
 //   grad_output, the saved tensors, the options[, a mask: which gradients are needed]
 //
-// which returns the gradients of the op's inputs, one for each edge of the node; where nobody needs one, it may be
-// undefined. The operator has an Autograd key itself, so that under create_graph=True its call is recorded too.
+// which returns the gradients of the op's inputs, one for each edge of the node; a gradient that is not needed may be
+// undefined. The operator has an Autograd key itself, so its call is recorded too under create_graph=True.
 //
 // The node does what the nodes that torch generates for its own ops do: it honours hooks on saved tensors, refuses a
-// second backward after the first freed them, and can be traced by compiled autograd. A torch::autograd::Function,
-// which serves any number of inputs and outputs, does the same 1 us slower, as long as a small op takes.
+// second backward after the first one freed them, and can be traced by compiled autograd. A torch::autograd::Function
+// would do the same, but it serves any number of inputs and outputs, which costs as much time as a small op.
 class BackwardNode final : public torch::autograd::Node {
  public:
   using Pointer = decltype(torch::autograd::Edge::function);  // std::shared_ptr, from torch 2.13 on c10::intrusive_ptr
 
-  // The edges lead to where the inputs come from.
+  // The edges lead to the nodes that the inputs come from.
   static Pointer make(const c10::OperatorHandle& backward, torch::autograd::edge_list edges, bool masked, Path path);
 
   void add_option(c10::IValue option) { options_.push_back(std::move(option)); }
-  // `output`: it is the tensor that the node differentiates, which must know the node already.
+  // `output` means that the node differentiates this tensor, which must then know the node already.
   void save(const at::Tensor& tensor, bool output) { saved_.emplace_back(tensor, output); }
 
   std::string name() const override { return backward_.schema().name(); }

@@ -1,4 +1,5 @@
-// conv2d: the forward is one correlation of the input with the weight.
+// The forward of conv2d: output = conv2d(input, weight) + bias, rectified if asked for. It is a single phase of
+// convolve (conv2d/convolve.cpp), which chooses the algorithm and states the guarantees.
 #include "conv2d/problem.h"
 
 namespace pyops::cpu {

@@ -1,16 +1,16 @@
-// The gradients of conv2d.
+// The gradients of conv2d:
 //
-// grad_input: choose_algorithm chooses. Gathered, it is a correlation of grad_output with the weight, its input and
-// output channels exchanged. The pixels whose coordinates have the same remainders by the stride meet the same taps, so
-// each of the stride_h x stride_w remainders (a phase) is a correlation of stride 1 with its share of the taps: no
-// zeros are multiplied and every element is written once, where col2im would add into it.
+//   grad_input  = the convolution of grad_output with the weight, whose input and output channels are exchanged
+//   grad_weight = the convolution of the input with grad_output, summed over the images (conv2d/weight_gradient.cpp)
+//   grad_bias   = the sum of grad_output over everything but the channels
 //
-// grad_weight: conv2d/weight_gradient.cpp. Of few channels all gradients are computed together, over blocks of images:
-// conv2d/batch_lanes.cpp.
+// With few channels and no tap outside of the image, all gradients are computed together with the batch in lanes
+// (conv2d/batch_lanes.cpp). Otherwise choose_algorithm picks the algorithm of grad_input, which in general is a
+// polyphase decomposition: pixels whose coordinates have the same remainders modulo the stride meet the same taps, so
+// each of the stride_h x stride_w phases is a convolution of stride 1 with its share of the taps. The stride causes no
+// multiplications by zero, and every element is written once, where col2im would add to it repeatedly.
 //
-// grad_bias: sums of grad_output over all but the channels.
-//
-// Guarantees: those of gemm.h; the sums run over the taps inside of the image only, also where values are infinite.
+// Guarantees: those of gemm.h. The sums run over the taps inside of the image only, even where values are infinite.
 #include "conv2d/batch_lanes.h"
 #include "conv2d/border_taps.h"
 #include "gemm/bias_sums.h"
@@ -80,24 +80,24 @@ FOR_EACH_FLOATING(INSTANTIATE)
 
 namespace {
 
-// Whether the kernel is the image, so that the convolution is a linear layer of all its numbers.
+// Whether the kernel covers the whole image, so that the convolution is a linear layer of all elements of the image.
 bool is_linear(const Conv2dShape& s) {
   return s.groups == 1 && s.OH == 1 && s.OW == 1 && s.kernel_h == s.H && s.kernel_w == s.W && s.padding_top == 0 &&
          s.padding_left == 0 && (s.channels_last == s.weight_channels_last || s.C == 1 || s.H * s.W == 1);
 }
 
-// Whether the gradient of the input should be added up tap by tap, rather than gathered pixel by pixel: by the share of
-// useful products of either, weighed by what was measured of 4400 shapes, of which every third goes this way.
+// Whether the input gradient should be added up tap by tap (kn2row) rather than gathered pixel by pixel. Compares the
+// share of useful products of both, with factors fitted to measurements.
 template <class T>
 bool should_use_kn2row(const Conv2dShape& s) {
   if constexpr (std::is_same_v<T, Compute<T>>) {
-    constexpr int64_t least_terms = 32;  // more channels than go along the images (conv2d/batch_lanes.cpp)
+    constexpr int64_t least_terms = 32;  // more channels than batch lanes take (conv2d/batch_lanes.cpp)
     if (s.groups > 1 || s.O < least_terms || s.kernel_h * s.kernel_w == 1) return false;
     const double gathered = static_cast<double>(s.H * s.W) / static_cast<double>(s.stride_h * s.stride_w);
     const double met = fraction_inside(conv_input<T>(s, nullptr)) * static_cast<double>(s.OH * s.OW);
-    // Channels-first images are copied to be gathered.
+    // Gathering copies channels-first images.
     const double gathering = (s.channels_last ? 1.1 : 0.87) * met / gathered;
-    // The sums of a tap are loaded and stored, which takes as long as 16 terms.
+    // The sums of a tap are loaded and stored, which takes about as long as 16 terms.
     const double terms = static_cast<double>(s.O) / static_cast<double>(s.O + 16);
     const double kn2row = terms * lane_utilization<T>(s.C) * (s.C > Vec<T>::size() ? 1 : 0.7);
     return gathering < kn2row;
@@ -108,14 +108,14 @@ bool should_use_kn2row(const Conv2dShape& s) {
 
 enum class InputGradientAlgorithm { linear, kn2row, convolution };
 
-// The first that applies, with what it takes in ms and what the others would; one core with AVX-512.
+// The algorithms in order of preference; the first that applies is chosen.
 template <class T>
 InputGradientAlgorithm choose_algorithm(const Conv2dShape& s) {
-  // 16x64x7x7 -> 128, 7x7: 0.07, by taps 0.44, gathered 0.51.
+  // A single product without offsets and borders.
   if (is_linear(s)) return InputGradientAlgorithm::linear;
-  // 1x64x14x14 -> 192, 5x5: 0.32, gathered 0.57; 12x24x8x8 -> 96, 7x7: 0.17, 1.08.
+  // For kernels that are large compared with grad_output, gathering would multiply many zeros.
   if (should_use_kn2row<T>(s)) return InputGradientAlgorithm::kn2row;
-  // 8x64x56x56 -> 64, 3x3, padding 1: 9.3, by taps 9.9.
+  // Elsewhere gathering wins, because it writes each element only once.
   return InputGradientAlgorithm::convolution;
 }
 

@@ -1,18 +1,17 @@
-// output = relu(max_pool2d(conv2d(input, weight, bias))), a few images at a time: what the convolution writes is still
-// in cache when the pooling reads it, and never goes to memory. All operands in one layout, NCHW or NHWC.
+// output = relu(max_pool2d(conv2d(input, weight, bias))) and its gradients, a few images at a time: what the
+// convolution writes is still in cache when the pooling reads it. All operands share one layout, NCHW or NHWC.
 //
-// The maximum is taken before the rectification, with which it commutes: the argmax is all that the gradient needs,
-// with one number more for the windows that pass none. Values, and the windows' winners where they are above 0, are
-// those of the three ops one after the other; a window without gradient gives +0. The chunks depend on the shape only.
+// forward_of_all chooses between three algorithms. The first two are for non-overlapping windows and work on CHWN
+// blocks of images (conv2d/chwn.h), of which only the input and the pooled output are transposed. For 2x2 windows, if
+// no tap leaves the image, the maximum is taken in registers (conv2d/fused_pool_2x2.h). Otherwise, with few channels, a
+// block is convolved, and then the maxima of whole vectors are taken. In all other cases, convolution and pooling run
+// one after the other on as many images as half an L2 cache holds. The backward works on CHWN blocks too, where the
+// gradient of the convolution's output stays in cache.
 //
-// Three ways, chosen by forward_of_all. Where windows lie side by side, over blocks of images (conv2d/chwn.h), of which
-// only the input and the pooled output are transposed, a quarter of what the convolution gives:
-//   2x2 windows, no tap outside of the image: the maximum is taken in registers (conv2d/fused_pool_2x2.h).
-//   others of few channels: the convolution of a block, then the larger of whole vectors.
-// Else convolution and pooling one after the other, on as many images as half an L2 cache holds. LeNet's layers on 64
-// images, one core with AVX-512, in these three ways: first 0.093, 0.130 and 0.160 ms, second 0.133, 0.159 and 0.166;
-// stock torch 1.28 and 0.56. The backward lays the gradients of a block out in the same way, in cache. Where no argmax
-// is wanted, the first way takes 0.84 and 0.96 of its time.
+// The maximum is taken before the rectification, with which it commutes. The gradient then needs nothing but the
+// argmax, in which one extra number marks the windows that pass no gradient. The values, and the argmax of windows
+// whose maximum is above 0, are bit-identical to those of the three separate ops; a window without gradient gives +0.
+// The chunks depend on the shape only.
 #include <algorithm>
 
 #include "conv2d/batch_lanes.h"
@@ -21,17 +20,17 @@
 namespace pyops::cpu {
 namespace {
 
-// ---- blocks of images ----
+// ---- CHWN blocks of images ----
 
-// Windows side by side, each inside of the image.
+// Whether the windows are non-overlapping, lie inside of the image, and have an argmax that fits into a byte.
 bool is_tiled(const MaxPool2dShape& s) {
   return s.kernel_h == s.stride_h && s.kernel_w == s.stride_w && s.padding_h == 0 && s.padding_w == 0 &&
          s.dilation_h == 1 && s.dilation_w == 1 && s.OH * s.kernel_h <= s.H && s.OW * s.kernel_w <= s.W &&
          max_pool2d_argmax_is_u8(s.taps());
 }
 
-// f(window, pixel, tap) for every tap of every window of some channels of an image: elements of the pooled image and of
-// its input.
+// Visits every window of some channels of an image: state = start(window), then f(state, pixel, tap) for every tap,
+// then end(state, window). `window` is an element of the pooled image and `pixel` one of the image that is pooled.
 template <class Start, class F, class End>
 void for_each_window(const MaxPool2dShape& s, Range channels, const Start& start, const F& f, const End& end) {
   const Layout in(s.C, s.H, s.W, s.channels_last), out(s.C, s.OH, s.OW, s.channels_last);
@@ -50,7 +49,7 @@ void for_each_window(const MaxPool2dShape& s, Range channels, const Start& start
   }
 }
 
-// The pooled block of any such windows: the convolution's, then its maxima.
+// Computes the pooled block for non-overlapping windows of any size: first the convolution, then its maxima.
 template <class T>
 class PooledBlock {
   using C = Compute<T>;
@@ -59,7 +58,7 @@ class PooledBlock {
  public:
   PooledBlock(const ConvProblem<T>& correlation, const MaxPool2dShape& pool) : correlation_(correlation), pool_(pool) {}
 
-  // A null argmax is not written.
+  // Computes one block. A null argmax is not written.
   void operator()(const C* source, C* pooled, uint8_t* argmax, const Team& team) const {
     C* unpooled = scratch<C>(Scratch::output_block, correlation_.output_size() * lanes);
     team.share([&](Share share) { correlation_(source, unpooled, share); });
@@ -150,8 +149,8 @@ void rectify(T* values, A* argmax, int64_t count, A dead) {
   }
 }
 
-// The arguments for images [n, n + count) of the batch. max_pool2d always gives an argmax: one that is not wanted stays
-// in the scratch.
+// Computes images [n, n + count) of the batch. max_pool2d always writes an argmax; one that is not needed stays in
+// scratch.
 template <class T, class A>
 void forward(const Conv2dReluMaxPool2dArgs& x, int64_t n, int64_t count, T* between) {
   const Conv2dShape& s = x.conv.shape;
@@ -172,7 +171,8 @@ void forward(const Conv2dReluMaxPool2dArgs& x, int64_t n, int64_t count, T* betw
 template <class T>
 void forward_of_chunks(const Conv2dReluMaxPool2dArgs& x, double flops) {
   count_run(Algorithm::fused_chunks);
-  // A vector's lanes of images (conv2d/batch_lanes.cpp) at least, and as many as half an L2 cache holds.
+  // As many images as half an L2 cache of 1 MB holds. If that is at least a vector's lanes of images, it is rounded
+  // down to a multiple of them, for convolutions with the batch in lanes (conv2d/batch_lanes.cpp).
   constexpr int64_t lanes = Vec<T>::size(), cached = (512 << 10) / sizeof(T);
   const Conv2dShape& s = x.conv.shape;
   const int64_t image = s.O * s.OH * s.OW, fitting = std::max(cached / image, int64_t{1});
@@ -189,11 +189,12 @@ template <class T>
 void forward_of_all(Conv2dReluMaxPool2dArgs x) {
   constexpr int64_t lanes = kLanes<T>, most_elements = (1 << 20) / sizeof(Compute<T>);
   const Conv2dShape& s = x.conv.shape;
-  x.conv.relu = false;  // pooling does it
+  x.conv.relu = false;  // the pooling rectifies
   const ConvProblem<T> correlation = forward_problem<T>(x.conv);
   const int64_t in = s.C * s.H * s.W, between = s.O * s.OH * s.OW, out = s.O * x.pool.OH * x.pool.OW;
   const double flops = 2.0 * static_cast<double>(s.N * between * correlation.depth());
-  // Blocks of images are summed in order, one number at a time. The result is to be conv2d's.
+  // Batch lanes sum in the order of the filters, without pairs. The result must be conv2d's to the last bit, so conv2d
+  // must sum in this way too.
   const bool same_sums = sums_in_order(correlation) && !multiplies_pairs(correlation);
   if (s.N < lanes || !is_tiled(x.pool) || !same_sums) return forward_of_chunks<T>(x, flops);
   if (Pooled2x2<T>::takes(correlation, x.pool) && (in + out) * lanes <= 2 * most_elements) {

@@ -4,10 +4,10 @@
 //   grad_weight [N, K] = grad_output^T [N, M] input [M, K]      the left operand is read by broadcast: no transpose
 //   grad_bias   [N]    = sum of the rows of grad_output
 //
-// Only the forward has to transpose an operand, the weight, which it does in registers while it lays out the panels.
-// 64x400 -> 120 on one core with AVX-512: 52 us, 15 of which lay out the weight; stock torch 51.
-// In bfloat16, by pairs, on another: 17 us, in float32 34, stock 30; 1024x4096 -> 4096 72 ms, in float32 147, stock 71.
-// All matrices are row-major. Guarantees: those of gemm.h; a row of output is the same whatever the other rows hold.
+// All matrices are row-major. Only the forward has to transpose an operand, the weight, and it does so in registers
+// while it packs the panels.
+//
+// The guarantees are those of gemm.h; in particular, a row of the output does not depend on what the other rows hold.
 #include "gemm/bias_sums.h"
 
 namespace pyops::cpu {
@@ -29,7 +29,7 @@ void input_gradient(const LinearBackwardArgs& x) {
        [&](int64_t) { return GemmArgs<T, T, F>{{grad_output, x.N, 1}, {weight, x.K, 1}, out, 0, x.N}; });
 }
 
-// One sample's: an outer product, all of whose work is to write it.
+// The weight gradient of one sample is an outer product, whose only cost is to write it.
 template <class T>
 void weight_gradient_of_one(const LinearBackwardArgs& x) {
   using V = Vec<Compute<T>>;
@@ -44,8 +44,8 @@ void weight_gradient_of_one(const LinearBackwardArgs& x) {
   });
 }
 
-// A small weight has too few blocks for the threads: then the batch is cut too, into a number of parts that depends on
-// the shape only, and their sums are added in order.
+// A small weight has too few blocks for the threads. Then the batch is split too (split K), into a number of parts that
+// depends on the shape only, and the sums of the parts are added in order.
 template <class T, class F>
 void weight_gradient(const LinearBackwardArgs& x) {
   using C = Compute<T>;

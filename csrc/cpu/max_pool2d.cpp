@@ -1,17 +1,16 @@
 // output[n, c, y, x] = max over taps (i, j) of
 //   input[n, c, y stride_h - padding_h + i dilation_h, x stride_w - padding_w + j dilation_w]
-// and argmax = i kernel_w + j of the tap that won. NCHW or NHWC, the same for all operands.
+// and argmax = i kernel_w + j of the tap that won. All operands are NCHW, or all are NHWC.
 //
-// The obvious loop takes windows one by one and branches on every tap: 5 ns a tap in stock torch. Here a vector holds
+// `pool` picks the algorithm. The obvious loop takes windows one by one and branches on every tap. Here a vector holds
 // one tap of many windows, and the running maximum and its tap are updated by comparison and blend:
-//   - NHWC: the windows of neighbouring channels; every load is contiguous whatever the stride.
-//   - NCHW: the windows of neighbouring columns; with stride 2 one pair of loads, de-interleaved, is two taps.
-// 64x6x28x28, 2x2 windows, one core with AVX-512: 47 us, stock torch 1600.
+//   - NHWC: the windows of adjacent channels; every load is contiguous whatever the stride.
+//   - NCHW: the windows of adjacent columns; with stride 2 one pair of loads, de-interleaved, is two taps.
 //
-// Every window is computed by itself, so neither threads nor the lane it falls into show in the result. A tap wins if
-// (v > max) || isnan(v): of equal taps the first wins, of several NaNs the last. Taps out of bounds are read as -inf
-// (or the lowest integer), which is also the start of max, so that they never win; the start of argmax is the first tap
-// in bounds, which is then right if all are -inf. (A window without taps in bounds, which dilation allows, gives -inf.)
+// Every window is computed by itself, so the result does not depend on threads or on the lane of a window. A tap wins
+// if (v > max) || isnan(v): of equal taps the first wins, of several NaNs the last. Taps out of bounds are read as -inf
+// (or the lowest integer), which is also where max starts, so they never win. argmax starts at the first tap in bounds,
+// which is right if all taps are -inf. (A window without taps in bounds, which dilation allows, gives -inf.)
 #include <algorithm>
 #include <array>
 #include <numeric>
@@ -31,7 +30,7 @@ Range taps_inside(int64_t origin, int64_t kernel, int64_t dilation, int64_t size
   return taps.size() > 0 ? taps : Range{0, 0};
 }
 
-// Every stride-th element from p on. With kStride = 2 all of the 2 * kLanes elements are read.
+// Loads every stride-th element from p on. With kStride = 2, all of the 2 * kLanes elements are read.
 template <int64_t kStride, class T>
 Vec<Compute<T>> load_strided(const T* p, int64_t stride) {
   if constexpr (kStride == 1) {
@@ -45,7 +44,7 @@ Vec<Compute<T>> load_strided(const T* p, int64_t stride) {
   }
 }
 
-// Writes a vector of windows; `room` is the number of elements this chunk has yet to write.
+// Writes a vector of windows; `room` is the number of elements that this chunk has yet to write.
 template <class T, class A>
 void store_windows(const RunningMax<Compute<T>, A>& best, T* output, A* argmax, int64_t room) {
   store_lanes(output, best.max(), room);
@@ -64,7 +63,7 @@ class ChannelPool {
   ChannelPool(const MaxPool2dShape& shape, const T* input)
       : s_(shape), in_{input, shape.N * shape.H * shape.W * shape.C} {}
 
-  // Rows of the output, [begin, end) of N * OH.
+  // Computes the rows [begin, end) of the output's N * OH.
   void rows(int64_t begin, int64_t end, T* output, A* argmax) const {
     int64_t room = (end - begin) * s_.OW * s_.C;
     output += begin * s_.OW * s_.C;
@@ -89,16 +88,16 @@ class ChannelPool {
   }
 
  private:
-  // Vectors that go side by side, so that one's comparison does not wait for another's blend.
+  // Vectors that are computed together, so that one's comparison does not wait for another's blend.
   static constexpr int64_t kMany = std::is_floating_point_v<Compute<T>> && std::is_same_v<A, uint8_t> ? 4 : 1;
 
-  // A pixel of the output: where tap (0, 0) of channel 0 lies, and the taps in bounds.
+  // A pixel of the output: the position of tap (0, 0) in channel 0, and the taps in bounds.
   struct Pixel {
     int64_t first;
     Range taps_h, taps_w;
   };
 
-  // The windows of kVectors vectors of channels from c on.
+  // Computes kVectors vectors of channels from c on.
   template <int64_t kVectors>
   void pool(const Pixel& pixel, int64_t c, T* output, A* argmax, int64_t room) const {
     const auto [first, taps_h, taps_w] = pixel;
@@ -138,7 +137,7 @@ void pool_channels(const MaxPool2dShape& s, const T* input, T* output, A* argmax
                    [&](int64_t begin, int64_t end) { ChannelPool<T, A>(s, input).rows(begin, end, output, argmax); });
 }
 
-// NCHW: vectors of columns. kStride is stride_w where that is 1 or 2, else 0. A kKernel other than 0 stands for a
+// NCHW: vectors of columns. kStride is stride_w if that is 1 or 2, otherwise 0. A kKernel other than 0 stands for a
 // square kernel of that size without dilation, so that the loops over its taps disappear.
 template <int64_t kStride, int64_t kKernel, class T, class A>
 class ColumnPool {
@@ -146,7 +145,7 @@ class ColumnPool {
   ColumnPool(const MaxPool2dShape& shape, const T* input)
       : s_(shape), in_{input, shape.N * shape.C * shape.H * shape.W}, row_step_(shape.dilation_h * shape.W) {}
 
-  // Rows of the output, [begin, end) of N * C * OH.
+  // Computes the rows [begin, end) of the output's N * C * OH.
   void rows(int64_t begin, int64_t end, T* output, A* argmax) const {
     int64_t y = begin % s_.OH, plane = begin / s_.OH * s_.H * s_.W;
     int64_t room = (end - begin) * s_.OW;
@@ -176,7 +175,7 @@ class ColumnPool {
  private:
   using Windows = RunningMax<Compute<T>, A>;
 
-  // Whether all taps of the windows are in bounds and may be read in whole vectors.
+  // Whether all taps of these windows are in bounds along the width and may be read in whole vectors.
   bool reads_inside(int64_t row_first, int64_t w0, int64_t live, Range taps_h) const {
     const int64_t reach = (s_.kernel_w - 1) * s_.dilation_w;
     return w0 >= 0 && w0 + (live - 1) * stride() + reach < s_.W &&
@@ -197,7 +196,7 @@ class ColumnPool {
     return best;
   }
 
-  // One row of taps.
+  // Updates the maximum with one row of taps.
   void update_row(Windows& best, const T* p, int64_t dilation, int64_t kernel, int64_t tap) const {
     int64_t j = 0;
     if constexpr (kStride == 2) {
@@ -210,7 +209,7 @@ class ColumnPool {
     for (; j < kernel; ++j) best.update(load_strided<kStride>(p + j * dilation, stride()), tap + j);
   }
 
-  // Windows at their first tap in bounds; `tap` is the first one of the row.
+  // Windows that start at their first tap in bounds; `tap` is the first tap of the row.
   Windows start(int64_t w0, int64_t live, int64_t tap) const {
     if (w0 >= 0) return Windows(static_cast<A>(tap));
     std::array<A, kLanes<T>> first;
@@ -221,7 +220,7 @@ class ColumnPool {
     return Windows(first);
   }
 
-  // The same where taps lie out of bounds, or a vector would reach beyond the tensor.
+  // Windows with taps out of bounds, or where a vector would reach beyond the tensor.
   Windows edge(int64_t row_first, int64_t w0, int64_t live, Range taps_h) const {
     Windows best = start(w0, live, taps_h.begin * s_.kernel_w);
     for (int64_t i = taps_h.begin; i < taps_h.end; ++i) {
@@ -241,7 +240,7 @@ class ColumnPool {
 
   int64_t stride() const { return kStride ? kStride : s_.stride_w; }
 
-  // The elements a vector of windows reaches over, from the first it reads.
+  // The number of elements that a vector of windows covers, from the first one it reads.
   int64_t span() const { return kStride ? kStride * kLanes<T> : stride() * (kLanes<T> - 1) + 1; }
 
   const MaxPool2dShape s_;
@@ -254,12 +253,13 @@ void pool_columns(const MaxPool2dShape& s, const T* input, T* output, A* argmax)
   count_run(Algorithm::max_pool2d_columns);
   at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(at::divup(s.OW, kLanes<T>) * s.taps()),
                    [&](int64_t begin, int64_t end) {
-                     // A copy of its own, because a byte stored through argmax may alias any object that is shared.
+                     // Every chunk has its own copy, because a byte stored through argmax may alias any object that is
+                     // shared.
                      ColumnPool<kStride, kKernel, T, A>(s, input).rows(begin, end, output, argmax);
                    });
 }
 
-// NCHW with few columns to make a vector of: one window at a time.
+// NCHW with too few columns for a vector: one window at a time.
 template <class T, class A>
 void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
   using C = Compute<T>;
@@ -289,9 +289,8 @@ void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax)
   });
 }
 
-// The same where all taps are in bounds: vectors of windows, over the rows and planes one behind the other, gather
-// their taps. 8x256x7x7, 3x3 windows at distance 2, one core with AVX-512: 55 us, one at a time 428, stock torch 453.
-// (With more columns that is slower than pool_columns.)
+// NCHW with few columns where all taps are in bounds: vectors of windows, which continue across rows and planes, gather
+// their taps. With more columns this is slower than pool_columns.
 template <class T>
 bool gathers_windows(const MaxPool2dShape& s) {
   return s.padding_h == 0 && s.padding_w == 0 && (s.OH - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h < s.H &&
@@ -336,7 +335,7 @@ void pool_2x2(const MaxPool2dShape& s, const float* input, float* output, uint8_
 }
 #endif
 
-// The first way that applies, with what it takes in us and what the next one would; one core with AVX-512.
+// Algorithms in order of preference: the first that supports the shape.
 template <class T, class A>
 void pool(const MaxPool2dArgs& args) {
   const auto* input = static_cast<const T*>(args.input);
@@ -346,10 +345,10 @@ void pool(const MaxPool2dArgs& args) {
   if (s.channels_last) return pool_channels(s, input, output, argmax);
 #ifdef CPU_CAPABILITY_AVX512
   if constexpr (std::is_same_v<T, float> && std::is_same_v<A, uint8_t>)
-    if (Windows2x2::takes(s)) return pool_2x2(s, input, output, argmax);  // 64x6x28x28: 31, by columns 41
+    if (Windows2x2::takes(s)) return pool_2x2(s, input, output, argmax);  // fewer instructions than by columns
 #endif
   if constexpr (std::is_floating_point_v<Compute<T>> && std::is_same_v<A, uint8_t>) {
-    // 8x64x56x56, 2x2: 174, 221 if the size is not a constant, 554 if the distance is not, one window at a time 6150.
+    // A constant stride makes the loads vectors, and a constant kernel size removes the loops over its taps.
     if (s.OW >= kLanes<T> / 4) {
       if (is_square(s, 2, 2)) return pool_columns<2, 2>(s, input, output, argmax);
       if (is_square(s, 3, 2)) return pool_columns<2, 3>(s, input, output, argmax);
@@ -358,7 +357,7 @@ void pool(const MaxPool2dArgs& args) {
       if (s.stride_w == 1) return pool_columns<1, 0>(s, input, output, argmax);
       return pool_columns<0, 0>(s, input, output, argmax);
     }
-    // 8x256x7x7, 3x3 at distance 2: 56, by columns 77.
+    // With fewer columns than that, most lanes of a vector of columns would be idle.
     if constexpr (!is_reduced<T>)
       if (gathers_windows<T>(s)) return gather_windows(s, input, output, argmax);
   }

@@ -1,15 +1,18 @@
 // grad_input[element of window v] += grad_output[v]     for every window v
-// NCHW or NHWC, the same for all operands. The element of a window is the one its argmax names; an argmax that names no
-// tap in bounds names no element, and its gradient goes nowhere.
 //
-// The obvious backward zeroes grad_input and scatters into it. Here, where the lanes of vectors are put to use, every
-// input element gathers: it asks each window over it, of which there are kernel / stride along an axis, whether the
-// argmax is this very tap, a vector of elements at a time. Every element is written once and nothing is zeroed first.
-// Else the elements are scattered after all, one image or plane at a time, so that it is still in cache. `backward`
-// chooses.
+// All operands are NCHW, or all are NHWC. The element of a window is the one that its argmax names. An argmax that
+// names no tap in bounds names no element, and its gradient goes nowhere.
 //
-// All ways add in window order, so the result depends neither on threads nor on the way taken; 16-bit types add in
-// float32 and round once. No argmax is trusted: gathering only ever compares it, scattering checks it.
+// `backward` picks the algorithm. The obvious backward zeroes grad_input and scatters into it. Where the lanes of
+// vectors can be used, the elements gather instead: a vector of input elements asks each window over it, of which there
+// are kernel / stride along an axis, whether the argmax is this very tap. Every element is then written once, and
+// nothing is zeroed first. Otherwise gradients are scattered after all, into one image or plane at a time, so that it
+// is still in cache.
+//
+// All algorithms add in window order, so the result does not depend on the threads, nor on the algorithm except for the
+// sign of a zero: the AVX-512 algorithms for non-overlapping windows copy a gradient of -0.0 that the others add to 0.
+// 16-bit types add in float32 and round once. No argmax is trusted: gathering only ever compares it, and scattering
+// checks it.
 #include <algorithm>
 
 #include "max_pool2d/backward_patterns_avx512.h"
@@ -31,12 +34,12 @@ struct Windows {
   Flat<T> grad;
   const uint8_t* argmax;
 
-  // sum + the gradients of those windows of a vector, from `first` on, whose argmax is `tap`; `lanes` are the windows
-  // that count. Reads whole vectors.
+  // sum + the gradients of those windows, in the vector from `first` on, whose argmax is `tap`; only the windows in
+  // `lanes` count. Reads whole vectors.
   Vec<C> add(Vec<C> sum, int64_t first, int64_t tap, LaneRange lanes = {0, kLanes<T>}) const {
     const auto gradients = load_lanes(grad.data + first);
 #ifdef CPU_CAPABILITY_AVX512
-    // One comparison of bytes straight into a mask register, which Vectorized does not have.
+    // One comparison of bytes gives a mask register, which Vectorized does not offer.
     if constexpr (std::is_same_v<C, float>) {
       const __m128i taps = _mm_loadu_si128(reinterpret_cast<const __m128i*>(argmax + first));
       const __mmask16 chosen = _mm_mask_cmpeq_epi8_mask(lanes.mask16(), taps, _mm_set1_epi8(static_cast<char>(tap)));
@@ -47,7 +50,7 @@ struct Windows {
     return sum + (lanes.end - lanes.begin < kLanes<T> ? lanes.select(chosen, C(0)) : chosen);
   }
 
-  // The same, reading only these lanes.
+  // add() for vectors that may reach beyond the tensor: reads only these lanes if the whole vector does not exist.
   Vec<C> add_edge(Vec<C> sum, int64_t first, int64_t tap, LaneRange lanes) const {
     if (lanes.begin >= lanes.end) return sum;
     if (grad.holds(first, kLanes<T>)) return add(sum, first, tap, lanes);
@@ -59,7 +62,7 @@ struct Windows {
   }
 };
 
-// The windows over a position that moves along an axis, and the tap the position is of each.
+// The windows over a position that moves along an axis, and which tap of each the position is.
 class Cover {
  public:
   Cover(int64_t kernel, int64_t stride, int64_t padding, int64_t dilation, int64_t windows)
@@ -74,11 +77,11 @@ class Cover {
     while (begin_ < end_ && begin_ * stride_ + reach_ < at_) ++begin_;
   }
 
-  // The windows that may reach over the position are [begin(), end()).
+  // The windows that may cover the position are [begin(), end()).
   int64_t begin() const { return begin_; }
   int64_t end() const { return end_; }
 
-  // The tap of `window` that the position is, or -1 if dilation leaves it out.
+  // The tap of `window` at the position, or -1 if dilation skips it.
   int64_t tap(int64_t window) const {
     const int64_t distance = at_ - window * stride_;
     if (dilation_ == 1) return distance;
@@ -98,7 +101,7 @@ class ChannelGather {
 
   ChannelGather(const MaxPool2dShape& shape, Windows<T> windows) : s_(shape), windows_(windows) {}
 
-  // Rows of the input, [begin, end) of N * H.
+  // Computes the rows [begin, end) of the input's N * H.
   void rows(int64_t begin, int64_t end, T* grad_input) const {
     int64_t h = begin % s_.H, image = begin / s_.H * s_.OH;
     int64_t room = (end - begin) * s_.W * s_.C;
@@ -127,7 +130,7 @@ class ChannelGather {
   }
 
  private:
-  // kVectors vectors of channels from c on.
+  // Computes kVectors vectors of channels from c on.
   template <int64_t kVectors>
   void pixel(const Cover& rows, const Cover& columns, int64_t image, int64_t c, T* grad_input, int64_t room) const {
     const int64_t live = std::min(kLanes<T>, s_.C - c);
@@ -158,7 +161,7 @@ class ChannelGather {
   const Windows<T> windows_;
 };
 
-// NCHW with 2x2 windows side by side, the most common of all: a vector of windows is four vectors of elements.
+// NCHW with non-overlapping 2x2 windows: a vector of windows is four vectors of elements.
 template <class T>
 class TileBackward {
  public:
@@ -166,7 +169,8 @@ class TileBackward {
 
   static int64_t row_pairs(const MaxPool2dShape& s) { return s.N * s.C * at::divup(s.H, 2); }
 
-  // Pairs of rows of the input, [begin, end) of row_pairs(); the last of a plane may be one row, or have no windows.
+  // Computes the pairs of rows [begin, end) of row_pairs(); the last pair of a plane may be one row, or have no
+  // windows.
   void rows(int64_t begin, int64_t end, T* grad_input) const {
     const int64_t pairs = at::divup(s_.H, 2);
     const auto first_element = [&](int64_t pair) { return (pair / pairs * s_.H + pair % pairs * 2) * s_.W; };
@@ -176,7 +180,7 @@ class TileBackward {
     for (int64_t pair = begin; pair < end; ++pair) {
       const bool two = 2 * y + 1 < s_.H;
       const int64_t columns = y < s_.OH ? s_.OW : 0;
-      // Descending, so that surplus lanes fall on a row's start that is yet to be written.
+      // In descending order, so that surplus lanes fall on the start of a row that is yet to be written.
       for (int64_t w = (s_.W - 1) / kStrip * kStrip; w >= 0; w -= kStrip) {
         tile(first + w / 2, columns - w / 2, grad_input + w, two ? grad_input + s_.W + w : nullptr, chunk_end);
       }
@@ -189,9 +193,8 @@ class TileBackward {
  private:
   static constexpr int64_t kStrip = 2 * kLanes<T>;
 
-  // The windows from `first` on, of which `columns` are left in their row. The surplus lanes are masked once, and what
-  // all four taps win is found before any is stored, for a store may change an argmax for all gcc knows: 64x16x10x10
-  // with AVX2 32 us, 78 where each tap masked and loaded for itself.
+  // Computes the windows from `first` on, of which `columns` are left in their row. The surplus lanes are masked once,
+  // and all four taps are compared before anything is stored, because as far as gcc knows a store may change an argmax.
   void tile(int64_t first, int64_t columns, T* upper, T* lower, T* chunk_end) const {
     using V = Vec<Compute<T>>;
     const LaneRange lanes{0, std::min(kLanes<T>, columns)};
@@ -207,7 +210,7 @@ class TileBackward {
       grad = windows_.grad.load_part(first, 1, lanes, Compute<T>(0));
       argmax = part.data();
     }
-    grad = V(0) + grad;  // -0.0, as added to 0
+    grad = V(0) + grad;  // -0.0 becomes 0.0, as if added to 0
     std::array<V, 4> won;
 #pragma GCC unroll 4
     for (int64_t tap = 0; tap < 4; ++tap) won[tap] = won_by<Compute<T>>(tap, grad, argmax);
@@ -224,8 +227,8 @@ class TileBackward {
   const Windows<T> windows_;
 };
 
-// NHWC with windows side by side and whole vectors of channels: every window writes the pixels that are its own. (Parts
-// of vectors, masked, take three times as long as scattering.)
+// NHWC with non-overlapping windows and whole vectors of channels: every window writes the pixels that belong to it
+// alone. Partial vectors, with their masks, are slower than scattering.
 template <class T>
 class ChannelTiles {
  public:
@@ -237,7 +240,8 @@ class ChannelTiles {
            s.OW * s.kernel_w <= s.W;
   }
 
-  // Rows of windows, [begin, end) of N * OH; the last one of an image has the rows below it that no window reaches.
+  // Computes the rows of windows [begin, end) of N * OH; the last row of an image also writes the rows of pixels below
+  // it that no window reaches.
   void rows(int64_t begin, int64_t end, T* grad_input) const {
     const int64_t line = s_.W * s_.C, reached = s_.OW * s_.kernel_w * s_.C;
     for (int64_t row = begin; row < end; ++row) {
@@ -263,7 +267,8 @@ class ChannelTiles {
   const Windows<T> windows_;
 };
 
-// NHWC, or any layout of large windows: zeroes an image, then adds window by window; a 16-bit image in float32 first.
+// NHWC, or any layout with large windows: zeroes an image, then adds window by window; a 16-bit image is summed in
+// float32 first.
 template <class T, class A>
 void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
   using C = Compute<T>;
@@ -289,8 +294,8 @@ void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* 
   });
 }
 
-// kernel.rows() over `rows`, each of so many vectors, on a copy in every chunk, because a store through grad_input
-// might otherwise alias the original.
+// Calls kernel.rows() for `rows` rows of `vectors` vectors each. Every chunk uses its own copy of the kernel, because a
+// store through grad_input might alias a shared one.
 template <class T, class Kernel>
 void run(const MaxPool2dShape& s, int64_t rows, int64_t vectors, const Kernel& kernel, T* grad_input) {
   const int64_t windows_of_element = at::divup(s.taps(), s.stride_h * s.stride_w);
@@ -300,7 +305,7 @@ void run(const MaxPool2dShape& s, int64_t rows, int64_t vectors, const Kernel& k
   });
 }
 
-// The first way that applies, with what it takes in us and what the next one would; one core with AVX-512.
+// Algorithms in order of preference: the first that supports the shape.
 template <class T, class A>
 void backward(const MaxPool2dBackwardArgs& args) {
   const MaxPool2dShape& s = args.shape;
@@ -313,19 +318,20 @@ void backward(const MaxPool2dBackwardArgs& args) {
         !s.channels_last && is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0;
 #ifdef CPU_CAPABILITY_AVX512
     if constexpr (std::is_same_v<T, float>) {
-      if (PatternBackward::takes(s)) {  // 64x16x10x10, 2x2: 7, by pairs of rows 15
+      if (PatternBackward::takes(s)) {  // short rows leave no idle lanes
         const PatternBackward patterns(s);
         if (patterns.fits()) {
           count_run(Algorithm::max_pool2d_backward_patterns);
           return patterns.run(grad_output, argmax, grad_input);
         }
       }
-      // 64x6x28x28: 37, by vectors of windows 40.
+      // Masks handle the ends of rows, for which TileBackward needs partial vectors.
       if (are_tiles) {
         count_run(Algorithm::max_pool2d_backward_2x2);
         return backward_by_row_pairs<RowPair2x2>(s, grad_output, argmax, grad_input);
       }
-      // 8x64x112x112: 1480, by planes 2700; but of 14x14 48, by planes 41.
+      // Each pair of rows is written once, from two rows of windows. Rows no longer than a vector are faster by
+      // scattering.
       if (!s.channels_last && s.W > 16 && is_square(s, 3, 2) && s.stride_h == 2 && s.padding_h == 1 &&
           s.padding_w == 1) {
         count_run(Algorithm::max_pool2d_backward_3x3);
@@ -333,25 +339,24 @@ void backward(const MaxPool2dBackwardArgs& args) {
       }
     }
 #endif
-    // 64x6x28x28 in bfloat16: 53, by planes 177.
+    // A vector of windows gives whole vectors of elements, which is cheaper than scattering.
     if (are_tiles) {
       count_run(Algorithm::max_pool2d_backward_row_pairs);
       return run(s, TileBackward<T>::row_pairs(s), 2 * at::divup(s.W, kLanes<T>), TileBackward<T>(s, windows),
                  grad_input);
     }
-    // 8x64x55x55, 3x3 at distance 2: 310, a vector of columns gathered at a time 890.
+    // For other shapes, gathering vectors of columns is slower than scattering.
     if (!s.channels_last) {
       count_run(Algorithm::max_pool2d_backward_plane_scatter);
       return PlaneScatter<T>(s).run(grad_output, argmax, grad_input);
     }
     const int64_t vectors = at::divup(s.C, kLanes<T>);
-    // 8x64x56x56, 2x2: 129, scattered 377.
+    // Every window writes pixels of its own, so that there is no search for windows and nothing to add.
     if (ChannelTiles<T>::take(s)) {
       count_run(Algorithm::max_pool2d_backward_channel_tiles);
       return run(s, s.N * s.OH, s.OW * s.taps() * vectors, ChannelTiles<T>(s, windows), grad_input);
     }
-    // To gather an element costs about taps / kLanes of what it costs to scatter one. 8x64x28x28, 3x3: 159, scattered
-    // 341.
+    // Gathering an element costs about taps / kLanes of what scattering one costs.
     if (s.taps() <= kLanes<T> && s.C >= ChannelGather<T>::kMany * kLanes<T>) {
       count_run(Algorithm::max_pool2d_backward_channel_gather);
       return run(s, s.N * s.H, s.W * vectors, ChannelGather<T>(s, windows), grad_input);

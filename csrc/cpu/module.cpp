@@ -1,6 +1,6 @@
 // The CPU kernels of one instruction set as a Python module (pyops._cpu_default, _cpu_avx2, _cpu_avx512): `kernels` is
-// a capsule of their table, and `algorithm_counts()` tells how often each algorithm has run. Plain CPython, for
-// pybind11 would be compiled anew for each of them.
+// a capsule of their table, and `algorithm_counts()` tells how often each algorithm has run. It uses plain CPython,
+// because pybind11 would be compiled anew for each module.
 #include <Python.h>
 #include <c10/macros/Macros.h>
 

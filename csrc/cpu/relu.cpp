@@ -1,15 +1,15 @@
 // output[i] = max(input[i], 0) and grad_input[i] = output[i] <= 0 ? 0 : grad_output[i], over flat arrays. Instead of
-// the output the backward may read a mask, one bit an element: less is kept, and a third less is moved.
+// the output, the backward can read a mask of one bit per element, so that less is saved and a third less memory is
+// moved.
 //
-// Both are bound by memory, so all there is to gain is at the small end (no fork below about 20 us of work) and in the
-// 16-bit floats: those are compared as the integers they are stored in. The order of their bits is the order of their
-// values but for the negative ones, so one or two integer comparisons do, where widening to float32, comparing and
-// rounding back takes about five times the instructions.
+// Both are bound by memory, so only small tensors (no fork for little work) and 16-bit floats have something to gain.
+// Those are compared as the integers they are stored in: the order of their bits is the order of their values except
+// for negative ones, so one or two integer comparisons replace widening to float32, comparing and rounding back, which
+// take about five times as many instructions. Several vectors are loaded before they are stored, which is faster in the
+// L2 cache than alternating loads and stores.
 //
-// Of data in the L2 cache, a core reads several vectors and then writes them 1.5 times as fast as it does in turns.
-//
-// Every element is computed by itself: the result does not depend on threads or position. A NaN stays a NaN and passes
-// its gradient, -0.0 stays -0.0 and blocks it. output may be input: what is written has been read.
+// Every element is computed by itself, so the result does not depend on threads or position. A NaN stays a NaN and
+// passes its gradient; -0.0 stays -0.0 and blocks it. output may be input: every element is read before it is written.
 #include <algorithm>
 
 #include "runtime/algorithms.h"
@@ -18,8 +18,8 @@
 namespace pyops::cpu {
 namespace {
 
-// Work is dealt out in blocks, which keep the vectors of every thread aligned as the arrays are; 32 of them take about
-// as long to stream as a fork and join costs.
+// The threads share the work in blocks, which keep the vectors of every thread aligned as the arrays are. Streaming
+// kGrainBlocks of them takes about as long as a fork and join.
 constexpr int64_t kBlock = 1024;
 constexpr int64_t kGrainBlocks = 32;
 
@@ -45,9 +45,9 @@ Vec<Lane<T>> gated(const Vec<Lane<T>>& grad_output, const Vec<Lane<T>>& output) 
   }
 }
 
-// output[i] = f(inputs[i]...) for i in [begin, end), several vectors at a time. f is a template argument because a call
-// through a pointer, which gcc does not see through here, takes 1.6 times as long. The pointers are arguments, for what
-// a lambda has captured is read anew after every store.
+// output[i] = f(inputs[i]...) for i in [begin, end), several vectors at a time. f is a template argument because gcc
+// does not see through a function pointer here, and would call it. The array pointers are arguments because a lambda's
+// captures would be read again after every store.
 template <auto f, class L, class... Inputs>
 void map_range(int64_t begin, int64_t end, L* output, const Inputs*... inputs) {
   using V = Vec<L>;
@@ -73,8 +73,8 @@ void map(int64_t numel, L* output, const Inputs*... inputs) {
   });
 }
 
-// f(word, first, count) for each word of a mask and the elements [first, first + count) that share it: 64, or what is
-// left.
+// f(word, first, count) for each word of a mask and the elements [first, first + count) that share it, 64 of them or
+// what is left.
 template <class F>
 void for_each_word(int64_t numel, const F& f) {
   constexpr int64_t bits = 64;
@@ -84,7 +84,7 @@ void for_each_word(int64_t numel, const F& f) {
   });
 }
 
-// output[i ...] = f(i, lanes) for each vector of `count` elements; lanes is a constant where there are 64.
+// output[i ...] = f(i, lanes) for each vector of `count` elements; where there are 64 elements, `lanes` is a constant.
 template <class L, class F>
 C10_ALWAYS_INLINE void store_vectors(L* output, int64_t count, const F& f) {
   constexpr int64_t n = Vec<L>::size(), bits = 64;

@@ -1,8 +1,13 @@
-// Convolutions over blocks of images: a correlation, and the gradients of conv2d.
+// Convolutions with the batch in lanes, over CHWN blocks of images: the convolution itself, which serves the forward
+// and the input gradient, and the gradients of weight and bias. Declarations and formulas are in conv2d/batch_lanes.h.
 //
-// 64 images of LeNet, 5x5, one core with AVX-512: second layer forward 0.16 ms, along the channels 0.25, stock torch
-// 0.20; both gradients of it 0.42 ms, weight's along the channels 0.27 instead of 0.18, stock's 1.1; first weight
-// gradient 0.12 ms, along x 0.16, stock's 0.40.
+// The convolution is chosen where the lanes that it saves are worth two transposes (conv2d/convolve.cpp), the gradients
+// for few channels with no tap outside of the image (should_use_batch_lanes_backward). A task is a block of images, or
+// several for the gradients; threads that would otherwise have no work share a task.
+//
+// Only taps inside of the image are multiplied. A convolution's sums run over (channel, tap) in order, in the chunks of
+// gemm.h. A weight gradient sums over the pixels of each image in a lane of its own, over the blocks of a part of the
+// batch, over the lanes, and over the parts in order. The number of parts depends on the batch size only.
 #include "batch_lanes.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -15,7 +20,7 @@
 
 namespace pyops::cpu {
 
-// ---- correlation ----
+// ---- convolution ----
 
 template <class T>
 BatchLanesConvolution<T>::BatchLanesConvolution(const ConvProblem<T>& x) : x_(x) {
@@ -50,7 +55,7 @@ BatchLanesConvolution<T>::BatchLanesConvolution(const ConvProblem<T>& x) : x_(x)
       if (is_inside(rows.begin, s.step_h, s.taps[t].dy, s.height) &&
           is_inside(columns.begin, s.step_w, s.taps[t].dx, s.width))
         met[met_count++] = t;
-    // How many terms of the class lie before element k of a filter; there is no element where no tap meets the image.
+    // How many terms of the class precede element k of a filter. Without taps a filter has no elements, and k is 0.
     const auto terms_before = [&](int64_t k) -> int64_t {
       if (k == 0) return 0;
       const int64_t tap = &s.tap(k) - s.taps, channel = s.channel(k);
@@ -128,7 +133,7 @@ void convolve_batch_lanes(const ConvProblem<T>& x) {
 
 namespace {
 
-// sums[r, o] += the sum over the pixels of source(r, pixel) * grad(o, pixel), all of them vectors.
+// sums[r, o] += the sum over the pixels of source(r, pixel) * grad(o, pixel), where each value is a vector.
 template <class C>
 struct PixelSums {
   const C* source;
@@ -221,7 +226,7 @@ template <class T>
 void BatchLanesWeightGradient<T>::operator()(const Compute<T>* source, const Compute<T>* grad, Compute<T>* sums,
                                              Compute<T>* bias, Share share) const {
   using C = Compute<T>;
-  constexpr int64_t lanes = Vec<C>::size(), cached = (24 << 10) / sizeof(C);  // the gradients of half an L1 cache
+  constexpr int64_t lanes = Vec<C>::size(), cached = (24 << 10) / sizeof(C);  // gradients that fill half an L1 cache
   const Layout layout(s_.O, s_.OH, s_.OW, s_.channels_last);
   const Range mine = share.of(depth(), dot_rows);
   const int64_t pixels = s_.OH * s_.OW, band = std::clamp(cached / (dot_columns * lanes), int64_t{1}, pixels);
@@ -245,10 +250,9 @@ void BatchLanesWeightGradient<T>::operator()(const Compute<T>* source, const Com
   }
 }
 
-// How many channels a group may have. More than a vector's lanes pay where what is transposed serves two products and
-// would be transposed along the channels too: LeNet's second layer, 1024 images with AVX2, training 25.3 ms instead of
-// 27.5 fused, 35.7 instead of 36.7 not fused. Not in double: 64x6x14x14 -> 16, 5x5, 1.9 ms, along the channels 1.3; nor
-// of 1x1, where there is little to multiply.
+// The most channels that a group may have. More channels than a vector has lanes pay only where both gradients share
+// the transposed blocks and vectors along the channels would need transposes too. They do not pay in double, nor with
+// 1x1 kernels, where there is little to multiply.
 template <class T>
 int64_t most_channels(const Conv2dBackwardArgs& x) {
   constexpr int64_t lanes = Vec<Compute<T>>::size(), most = std::is_same_v<Compute<T>, float> ? 16 : lanes;
@@ -283,7 +287,7 @@ void batch_lanes_backward(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) 
   const ConvInput<T> source = conv_input<T>(s, x.input);
   if (x.grad_weight) weight_gradient.emplace(s, source);
   const int64_t in = s.C * s.H * s.W, out = s.O * s.OH * s.OW, K = source.depth();
-  const int64_t weights = s.O * K, sums = weights + s.O;  // bias behind
+  const int64_t weights = s.O * K, sums = weights + s.O;  // the bias follows the weights
 
   const int64_t blocks = ceil_div(s.N, lanes), parts = std::min(blocks, enough_tasks);
   C* partial = scratch<C>(Scratch::partial_sums, parts * sums);

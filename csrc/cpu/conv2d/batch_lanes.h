@@ -1,9 +1,10 @@
-// Convolutions over blocks of images (conv2d/chwn.h), forward and backward: what conv2d*.cpp and the fused op are made
-// of.
+// Convolutions and their gradients over CHWN blocks of images (conv2d/chwn.h), with the batch in lanes. Both conv2d and
+// the fused conv2d_relu_max_pool2d use them.
 //
-// Every output pixel is a vector of its own, and each pixel sums over just the taps that lie inside of the image, where
-// the other ways multiply the zeros around it. That pays where vectors along the pixels or the channels would leave
-// lanes idle. A block costs two transposes, of which a fused op needs only those of its small ends.
+// Every output pixel is a vector of its own and sums over just the taps that lie inside of the image, where other
+// algorithms may multiply the zeros around it. That pays where vectors along the width or the channels would leave
+// lanes idle. A block costs two transposes; in a fused op these are only the transposes of its input and of its pooled
+// output.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
@@ -13,13 +14,14 @@
 
 namespace pyops::cpu {
 
-// One correlation, laid out for any number of blocks. The pixels whose taps inside are the same, a class, are one
-// product of gemm/microkernel.h. A sum runs over (channel, tap) in order and in the chunks that conv2d/convolve.cpp
-// has, less its zeros: the result is the same to the last bit as that of its ways for which sums_in_order holds.
+// One convolution, prepared for any number of blocks. The pixels for which the same taps lie inside form a class, and
+// each class is one product of gemm/microkernel.h. A sum runs over (channel, tap) in the order and the chunks of the
+// implicit GEMMs of conv2d/convolve.cpp, without their zeros, so the result is bit-identical to that of the algorithms
+// for which sums_in_order holds, unless they multiply pairs or a depthwise kernel has more than KC taps.
 template <class T>
 class BatchLanesConvolution {
  public:
-  // Lays out in the scratch of this thread, until it makes another one. A single phase only.
+  // x must be a single phase. The tables lie in this thread's scratch, until the thread constructs another one.
   explicit BatchLanesConvolution(const ConvProblem<T>& x);
 
   int64_t source_size() const { return x_.input.image_stride; }
@@ -28,31 +30,33 @@ class BatchLanesConvolution {
     return 2.0 * static_cast<double>(x_.groups * x_.out_channels * x_.input.pixels() * x_.depth());
   }
 
-  // A share of the pixels of one block, in the memory layout of the tensors: the source's, to the output's.
+  // Computes a share of the pixels of one block. The elements of both blocks are in the order of their tensors.
   void operator()(const Compute<T>* source, Compute<T>* output, Share share) const;
 
  private:
   ConvProblem<T> x_;
   const Compute<T>*filters_, *bias_;
   int64_t class_count_, chunks_;
-  const int64_t* class_pixels_;                  // how many each class has
-  const int64_t *filter_steps_, *source_steps_;  // of all terms, in bytes, and
-  const int64_t* chunk_begins_;                  // where among them each chunk of each class begins
-  const int64_t *from_, *to_;                    // the pixels of all classes in a block of the source and of the output
+  const int64_t* class_pixels_;                  // the number of pixels of each class
+  const int64_t *filter_steps_, *source_steps_;  // the terms of all classes, in bytes
+  const int64_t* chunk_begins_;                  // the first term of each chunk of each class
+  const int64_t *from_, *to_;                    // the pixels of all classes, in an input and an output block
   const int64_t *filter_rows_, *target_rows_;
 };
 
-// The gradients of weight and bias, summed over blocks. No tap leaves the image.
-//   sums[row, o, n] += sum over the pixels of source(row, pixel, n) * grad(o, pixel, n)     row = (channel, tap)
+// The gradients of weight and bias, summed over blocks. No tap may leave the image. With row = (channel, tap):
+//
+//   sums[row, o, n] += sum over the pixels of source(row, pixel, n) * grad(o, pixel, n)
 //   bias[o, n]      += sum over the pixels of grad(o, pixel, n)
-// Each is a vector of one sum for each image of a block; tiles of dot_rows x dot_columns of them go through the pixels
-// of a few rows at a time, which stay in the L1 cache.
+//
+// Each result is a vector with one sum for each image of a block. Register tiles of dot_rows x dot_columns vectors run
+// over bands of pixels that are short enough for their gradients to stay in the L1 cache.
 template <class T>
 class BatchLanesWeightGradient {
  public:
   BatchLanesWeightGradient(const Conv2dShape& s, const ConvInput<T>& source);
 
-  // A share of the rows, and the bias of the first of them.
+  // Adds a share of the rows; the share that has row 0 also adds the bias.
   void operator()(const Compute<T>* source, const Compute<T>* grad, Compute<T>* sums, Compute<T>* bias,
                   Share share) const;
 
@@ -65,15 +69,16 @@ class BatchLanesWeightGradient {
   const int64_t *rows_, *source_pixels_, *grad_pixels_;
 };
 
-// Whether the gradients should be computed over blocks of images: few channels, and no tap that leaves the image.
+// Whether the gradients should be computed with the batch in lanes. It requires few channels and no tap that leaves the
+// image.
 template <class T>
 bool should_use_batch_lanes_backward(const Conv2dBackwardArgs& x);
 
-// grad_block(first, count, block, team) lays out the gradients of the output for images [first, first + count).
+// grad_block(first, count, block, team) writes grad_output of images [first, first + count) to a CHWN block.
 template <class T>
 using GradBlock = c10::function_ref<void(int64_t first, int64_t count, Compute<T>* block, const Team& team)>;
 
-// All gradients that are asked for, where they should; x.grad_output is not looked at.
+// Computes all requested gradients, where should_use_batch_lanes_backward holds; x.grad_output is not read.
 template <class T>
 void batch_lanes_backward(const Conv2dBackwardArgs& x, GradBlock<T> grad_block);
 

@@ -1,6 +1,10 @@
-// Blocks of images as vectors: element e of image n of a block lies at block[e * lanes + n]. A block has as many images
-// as a vector has lanes; where the batch has fewer, the rest are zeros. Whatever is computed of an image is then
-// computed of a whole block at once, with every load aligned and no lane idle, whatever the size of a plane.
+// Transposes between batches of images and CHWN blocks (the layout of cuda-convnet, with the batch innermost):
+//
+//   block[e * lanes + n] = element e of image n
+//
+// A block holds as many images as a vector has lanes; if the batch has fewer left, zeros take their place. Each vector
+// operation then computes one element for a whole block of images: every load is aligned and no lane is idle, whatever
+// the size of a plane. The elements of a block keep the order that they have in the images' own layout.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +13,7 @@
 
 namespace pyops::cpu {
 
-// Of the elements, each copies a share in whole squares of simd/transpose.h.
+// Threads split the elements at multiples of the squares that simd/transpose.h transposes at once.
 constexpr int64_t square_side = 16;
 
 template <class T>
@@ -26,7 +30,7 @@ void from_chwn(T* images, const Compute<T>* block, int64_t image_size, int64_t c
   constexpr int64_t lanes = Vec<Compute<T>>::size();
   const auto [begin, end] = share.of(image_size, square_side);
   if constexpr (is_reduced<T>) {
-    constexpr int64_t at_once = 256;  // elements, of which the transpose stays in cache
+    constexpr int64_t at_once = 256;  // elements, few enough that their transpose stays in cache
     Compute<T> rows[lanes * at_once];
     for (int64_t e = begin; e < end; e += at_once) {
       const int64_t elements = std::min(at_once, end - e);
@@ -41,7 +45,7 @@ void from_chwn(T* images, const Compute<T>* block, int64_t image_size, int64_t c
   }
 }
 
-// The same for bytes.
+// The transposes of bytes.
 inline void bytes_to_chwn(uint8_t* block, const uint8_t* images, int64_t image_size, int64_t count, int64_t lanes,
                           Share share) {
   const Range elements = share.of(image_size, square_side);

@@ -1,21 +1,19 @@
-// The convolution at the heart of conv2d's forward and input gradient, as products of gemm/microkernel.h over input
-// tiles of conv2d/input_tile.h.
+// The convolution at the heart of conv2d's forward and input gradient:
 //
-// choose_algorithm chooses how to lay the vectors. Two ways are products over input tiles; with K = (channel, tap):
+//   output[g, o, pixel] = bias + sum over (channel, tap) of filter(g, o, channel, tap) * input(pixel, channel, tap)
 //
-//   along x:             output [O, pixels] = filters [O, K]    input tile [K, pixels]    a filter's values are
-//   broadcast along the channels:  output [pixels, O] = input tile [pixels, K] filters^T [K, O]     the input tile's
-//   values are
+// choose_algorithm picks one of the algorithms of this folder by the shape. Two of them are implicit GEMMs over input
+// tiles (conv2d/input_tile.h), driven by this file, where K = (channel, tap):
 //
-// A task of theirs is a tile of output rows (or several small images) of one group and, if there are few tiles, a part
-// of the output channels; along the channels, the filters are transposed once into panels. LeNet's first layer on 64
-// images, one core with AVX-512, along x: forward 0.13 ms and grad_input 0.39, stock torch 0.33 and 3.1. Patches
-// gathered in cache (im2col) took 2 and 4 times as long.
+//   output [O, pixels] = filters [O, K] input tile [K, pixels]      vectors along the width, filters broadcast
+//   output [pixels, O] = input tile [pixels, K] filters^T [K, O]    vectors along the channels, inputs broadcast
 //
-// Few output channels of channels-last images under kernels of three columns: conv2d/direct_3wide.cpp.
+// Their task is a tile of output rows (or several small images) of one group and, if there are few tiles, a part of the
+// output channels. With the vectors along the channels, the filters are packed into panels, once for all tiles if there
+// are several. An even number of bfloat16 channels is multiplied in pairs where the CPU supports it (gemm/operand.h);
+// then K = (pair, tap).
 //
-// An even number of bfloat16 channels is multiplied in pairs where the CPU does that (gemm/operand.h): K = (pair, tap).
-// 8x64x56x56 -> 64, 3x3, on another core 4.8 ms, widened to float32 8.1, stock torch 4.7. Guarantees: those of gemm.h.
+// Guarantees: those of gemm.h. Borders are exact even if the weight is infinite or NaN (conv2d/nonfinite.h).
 #include <cmath>
 
 #include "grouped_lanes.h"
@@ -25,15 +23,15 @@
 namespace pyops::cpu {
 namespace {
 
-// Whether rows of pixels follow one another in memory, in the image or in the input tile copied from it: of a single
+// Whether the rows of pixels are contiguous in the image or in the input tile copied from it, as they are with a single
 // tap.
 template <class T>
 bool are_rows_joined(const ConvProblem<T>& x) {
   return x.input.tap_count == 1 && x.x_phases == 1;
 }
 
-// How much longer products along the channels take where the output is channels-first: to transpose it takes as long as
-// some terms.
+// The cost of transposing a channels-first output, relative to that of a product with the vectors along the channels.
+// For each element it is about that of 23 terms (fitted to measurements).
 template <class T>
 double transpose_cost(const ConvProblem<T>& x) {
   return x.channels_last ? 0 : 23 / static_cast<double>(x.depth());
@@ -51,8 +49,8 @@ bool has_long_chains(const ConvProblem<T>& x) {
   return is_depthwise(x) && x.depth() > KC;
 }
 
-// Whether the vectors should run along the images: where lanes would be idle or multiply the zeros around an image,
-// more than what transpose_cost a block of images into cache and back costs.
+// Whether the batch should be in the lanes: the lanes that other algorithms would leave idle or spend on the zeros
+// around an image must outweigh the transposes of a block of `count` images into cache and back.
 template <class T>
 bool should_use_batch_lanes(const ConvProblem<T>& x, int64_t count) {
   const ConvInput<T>& s = x.input;
@@ -61,9 +59,9 @@ bool should_use_batch_lanes(const ConvProblem<T>& x, int64_t count) {
   if (count < lanes || (s.image_stride + out) * lanes > most_elements || has_long_chains(x)) return false;
   const double inside = fraction_inside(s), products = inside * static_cast<double>(out * x.depth());
   const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
-  // Measured: a vector along x ends at every row, and a tile of one vector waits for its few chains of sums. Of more
-  // vectors, 64x8x14x14 -> 64, 3x3, channels-first, takes 0.64 ms along the channels, 0.51 along the images; but pairs
-  // of channels, 64x16x14x14 -> 32, 5x5, 0.38 and 0.67.
+  // The factors are fitted to measurements. Vectors along the width end at every row. Along the channels, a tile that
+  // is one vector wide has too few chains of sums to hide the latency of an FMA; a wider one pays for the transpose of
+  // a channels-first output, but bfloat16 pairs make up for that.
   const double by_width =
       are_rows_joined(x) ? lane_utilization<Compute<T>>(s.pixels()) : 0.75 * lane_utilization<Compute<T>>(s.out_width);
   const double chains = x.out_channels <= lanes ? 0.6 : has_pairs<T>() ? 1 : 1 / (1 + transpose_cost(x));
@@ -72,8 +70,8 @@ bool should_use_batch_lanes(const ConvProblem<T>& x, int64_t count) {
   return lane_utilization<Compute<T>>(count) * products / (products + transposes) > inside * others;
 }
 
-// Whether a broadcast value of the source can serve three taps at once. Never in a convolution that goes along the
-// images for some batch size: its sums are taken in another order.
+// Whether a broadcast input value can serve three taps at once. A problem that would use batch lanes at some batch size
+// never does this: the sums run in another order, and a sample's result must not depend on the batch it is in.
 template <class T>
 bool should_use_direct_3wide(const ConvProblem<T>& x, int64_t count) {
   constexpr int64_t lanes = Vec<Compute<T>>::size();
@@ -83,32 +81,34 @@ bool should_use_direct_3wide(const ConvProblem<T>& x, int64_t count) {
   return false;
 }
 
-// Whether the vectors should run along x, with a broadcast weight, rather than along the output channels, with a
-// broadcast value of the source: what a pixel and term takes in lanes, weighed by what was measured.
+// Whether the vectors should run along the width, with weights broadcast, rather than along the output channels, with
+// input values broadcast. Compares the lanes that each takes for one pixel and term, with factors fitted to
+// measurements.
 template <class T>
 bool should_use_width_lanes(const ConvProblem<T>& x, bool direct_3wide) {
   constexpr double lanes = Vec<Compute<T>>::size();
   const auto taps = static_cast<double>(x.input.tap_count), O = static_cast<double>(x.out_channels);
   const double vectors = std::ceil(O / lanes);
   const double used = lane_utilization<Compute<T>>(are_rows_joined(x) ? x.input.pixels() : x.input.out_width);
-  // The tiles of a line are shorter; channels-last images are transposed, and their output.
+  // Lines make for shorter register tiles, and channels-last images and their outputs have to be transposed.
   const double by_width = (x.channels_last ? 1.25 * (O + 9 / taps) : 1.15 * O) / used;
-  // A tile of one vector takes a load for every product, by triples fewer. Where along x the output's columns would not
-  // be neighbours, that costs as much as transpose_cost it.
+  // A register tile that is one vector wide takes a load for every FMA, direct_3wide fewer. With several x phases the
+  // transpose does not count: vectors along the width would have to scatter their columns, which costs as much.
   const double transpose = x.x_phases > 1 ? 0 : transpose_cost(x);
   const double of_tiles = vectors > 1 ? 1 : direct_3wide ? 1.1 : 1.5;
   const double along_channels = of_tiles * vectors * lanes * (1 + transpose);
   return by_width < along_channels;
 }
 
-// The filters of all groups of all phases as the products read them: filters[g * count + p].
+// The filters of all groups and phases as the implicit GEMMs read them: filters[g * count + p] are those of group g and
+// phase p.
 template <class F, class T>
 const F** pack_all_filters(const ConvProblem<T>* phases, int64_t count, bool by_width, int64_t width) {
   const ConvProblem<T>& x = phases[0];
   const int64_t O = x.out_channels, panels = ceil_div(O, width);
   const F** filters = scratch<const F*>(Scratch::phase_filters, count * x.groups);
   if constexpr (std::is_same_v<T, F>) {
-    if (by_width) {  // they are read where they lie
+    if (by_width) {  // they are read in place
       for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = phases[i % count].filters.at(i / count, 0);
       return filters;
     }
@@ -131,7 +131,7 @@ const F** pack_all_filters(const ConvProblem<T>* phases, int64_t count, bool by_
   return filters;
 }
 
-// Where each filter has one tap after the other: what convolve_depthwise reads.
+// The filters as convolve_depthwise reads them: each with its taps contiguous.
 template <class T>
 const T* filters_of_taps(const ConvProblem<T>& x) {
   const int64_t taps = x.input.tap_count;
@@ -163,37 +163,39 @@ enum class ConvAlgorithm {
   implicit_gemm_channels
 };
 
-// The first that applies, with what it takes in ms and what the others would; one core with AVX-512, 3x3 but for LeNet.
+// The algorithms in order of preference; the first that applies is chosen.
 template <class T>
 ConvAlgorithm choose_algorithm(const ConvProblem<T>* phases, int64_t count) {
   const ConvProblem<T>& x = phases[0];
-  // 8x128x28x28 in 32 groups, channels-last: 0.32, as planes 0.86.
+  // Groups that are too narrow for a vector of their own share one, and nothing is copied or transposed.
   if (x.channels_last && should_use_grouped_lanes<Compute<T>>(x.groups, x.input.channels, x.out_channels))
     return ConvAlgorithm::grouped_lanes;
-  // Such groups where they may not share vectors: 1.0, along the channels 6.
+  // Narrow groups that cannot share vectors would leave most lanes idle; as planes, they can be convolved along the
+  // width.
   if (x.channels_last && has_narrow_groups(x) && !is_depthwise(x)) return ConvAlgorithm::grouped_planes;
-  // LeNet's second layer on 64 images: 0.14, along the channels 0.22, along x 0.27.
+  // Small images with few channels would leave lanes idle or multiply many zeros; a batch fills the lanes.
   if (count == 1 && should_use_batch_lanes(x, x.input.count)) return ConvAlgorithm::batch_lanes;
-  // 8x64x28x28 in 64 groups: 0.09, along x 0.45, along the channels 2.8.
+  // A group would be a matrix of a single row, whose operands take longer to lay out than to multiply.
   if (is_depthwise(x)) return ConvAlgorithm::depthwise;
-  // LeNet's first layer on one image: 0.004, along the channels 0.010; 8x64x56x56 -> 3, channels-last: 1.3, 3.0.
+  // Few output channels fill only a small part of a vector.
   const bool direct_3wide = should_use_direct_3wide(x, count);
   if (should_use_width_lanes(x, direct_3wide)) return ConvAlgorithm::implicit_gemm_width;
-  // 8x16x32x32 -> 16, channels-last: 0.16, along x 0.22.
+  // A register tile of one vector of output channels takes a load for every FMA, unless three taps share it.
   if (direct_3wide) return ConvAlgorithm::direct_3wide;
-  // 8x512x7x7 -> 512: 7.5, along x 21; 8x64x56x56 -> 64: 9.0, 11.6.
+  // Many output channels fill whole vectors, whatever the size of the images.
   return ConvAlgorithm::implicit_gemm_channels;
 }
 
-// The classes of each phase's pixels, which products along the channels read.
+// The pixel classes of each phase, which implicit_gemm_channels reads.
 struct PhaseClasses {
   const PixelClasses* data = nullptr;
-  bool in_place = false;  // no phase multiplies zeros around the images, which are read where they lie
+  bool in_place = false;  // no phase multiplies zeros around the images, which are then read in place
 };
 
 template <class T>
 PhaseClasses classify_pixels(const ConvProblem<T>* phases, int64_t count) {
-  // Planes are a page or more apart, too far to be read by pixel: they are copied, and get zeros around them.
+  // Channels-first planes may be a page or more apart, too far to be read pixel by pixel: they are copied and padded
+  // with zeros.
   bool in_place = phases[0].channels_last && (std::is_same_v<T, Compute<T>> || multiplies_pairs(phases[0]));
   PixelClasses* classes = scratch<PixelClasses>(Scratch::classes, count);
   for (int64_t p = 0; p < count; ++p) {
@@ -221,7 +223,7 @@ void implicit_gemm(const ConvProblem<T>* phases, int64_t count, ConvAlgorithm al
   const int64_t o_part = ceil_div(ceil_div(O, ceil_div(tasks_worth(flops), tiles)), o_unit) * o_unit;
   const int64_t o_parts = ceil_div(O, o_part);
 
-  // A single tile packs its filters where it needs them, while they are in cache.
+  // With a single tile in each group, its tasks pack the filters themselves and multiply them while they are in cache.
   const F** filters = by_width || tiles > x.groups ? pack_all_filters<F>(phases, count, by_width, width) : nullptr;
   for_each_range(tiles * o_parts, flops, [&](int64_t begin, int64_t end) {
     InputTile<F> input{};

@@ -1,19 +1,20 @@
-// Depthwise convolution: every channel is a group of its own, one channel in, one out.
+// Depthwise convolution, where every channel is a group of its own with one input and one output channel, and its
+// weight gradient:
 //
-//   output[c, pixel]    = bias[c] + sum over taps of weight[c, tap] * source(c, pixel, tap)
+//   output[c, pixel]    = bias[c] + sum over taps of weight[c, tap] * input(c, pixel, tap)
 //   grad_weight[c, tap] = sum over pixels of grad_output[c, pixel] * input(c, pixel, tap)
 //
-// As products of gemm/microkernel.h each group would be a matrix of one row, whose operands take longer to lay out than
-// to multiply. Here the vectors run as the memory does, and a value that is loaded is used at once:
-//   channels-last: along the channels, four pixels at a time that share the weights of a tap; where taps leave the
-//   image,
-//     pixel by pixel over the taps inside.
-//   channels-first: along x, four rows at a time, over an input tile of conv2d/input_tile.h.
-// 8x64x28x28, 3x3, one core with AVX-512: channels-first forward 0.17 ms (stock torch 0.40), weight gradient 0.19
-// (0.47); channels-last 0.09 (0.13) and 0.16 (0.33).
+// It is chosen for every such convolution, unless the batch is in lanes or a channels-first output has gaps between its
+// columns. As products of gemm/microkernel.h each group would be a matrix of a single row, whose operands take longer
+// to lay out than to multiply.
 //
-// Each output is one sum over the taps in order. The weight gradient sums image by image, then over the images in
-// order.
+// The vectors run along contiguous memory, and a value that is loaded is used at once. For channels-last images they
+// run along the channels: four pixels at a time share the weights of a tap, and where taps leave the image, single
+// pixels sum over the taps inside. For channels-first images they run along the width, four rows at a time, over an
+// input tile (conv2d/input_tile.h). Kernels of 3x3 taps have code of their own (conv2d/depthwise_3x3.h).
+//
+// Each output is one sum over the taps in order, in a single chunk. A weight gradient sums over each image, then over
+// the images in order.
 #include "depthwise_3x3.h"
 #include "problem.h"
 
@@ -24,11 +25,12 @@ namespace {
 
 template <class C>
 struct MetTap {
-  int64_t offset;   // of the source pixel
-  const C* weight;  // of all channels
+  int64_t offset;   // of the input pixel
+  const C* weight;  // this tap's, of all channels
 };
 
-// Channels [c, c + count) of `pixels` pixels, source_step and output_step apart; count is a whole vector's if `full`.
+// Computes channels [c, c + count) of `pixels` pixels, which lie source_step and output_step apart. `full`: count is a
+// whole vector.
 template <class T, int pixels, bool full>
 void channels_of_pixels(const ConvProblem<T>& x, const T* source, int64_t source_step, const MetTap<Compute<T>>* taps,
                         int64_t tap_count, T* output, int64_t output_step, int64_t c, int64_t count) {
@@ -105,7 +107,7 @@ void depthwise_channels(const ConvProblem<T>& x, const T* weight) {
 
 // ---- channels-first ----
 
-// `rows` rows of one plane, at distance source_step in the input tile.
+// Computes `rows` rows of one plane, which lie source_step apart in the input tile.
 template <class T, int rows>
 void rows_of_plane(const ConvProblem<T>& x, int64_t g, const Compute<T>* source, int64_t source_step,
                    const int64_t* offsets, const T* weight, T* output, int64_t output_step) {
@@ -141,7 +143,7 @@ void depthwise_planes(const ConvProblem<T>& x, const T* weight) {
   for_each_task(planes, 2.0 * planes * s.pixels() * s.tap_count, [&](int64_t plane) {
     const int64_t n = plane / x.groups, g = plane % x.groups;
     const OutputTile tile{g, 0, 1, n, 1, 0, s.out_height};
-    const auto w = input_tile<Compute<T>>(s, field, tile, /*channels_last=*/false, /*along_x=*/true);
+    const auto w = input_tile<Compute<T>>(s, field, tile, /*channels_last=*/false, /*by_width=*/true);
     const int64_t* offsets = patch_offsets(Scratch::a_offsets, w, s, 1);
     T* output = x.first_pixel() + n * pixels.image_stride + g * x.out_channel_stride;
     const T* weights = weight + g * s.tap_count;
@@ -156,14 +158,14 @@ void depthwise_planes(const ConvProblem<T>& x, const T* weight) {
 
 // ---- weight gradient ----
 
-// sums[c] of one tap and image, for the channels [c, c + count).
+// The sums over one image of one tap, for the channels [c, c + count).
 template <class T>
 Vec<Compute<T>> tap_of_channels(const ConvInput<T>& s, const T* image, const T* grad, int64_t grad_x_stride, Tap tap,
                                 int64_t c, int64_t count) {
   using V = Vec<Compute<T>>;
   const Range rows = range_inside(tap.dy, s.step_h, s.out_height, s.height);
   const Range columns = range_inside(tap.dx, s.step_w, s.out_width, s.width);
-  V sums[4] = {V(0), V(0), V(0), V(0)};  // a chain each, or an addition would wait for the one before
+  V sums[4] = {V(0), V(0), V(0), V(0)};  // four chains, because an FMA of a single one would wait for the one before
   for (int64_t y = rows.begin; y < rows.end; ++y) {
     const T* source = image + (y * s.step_h + tap.dy) * s.y_stride + tap.dx * s.x_stride + c;
     const T* g = grad + y * s.out_width * grad_x_stride + c;
@@ -181,7 +183,7 @@ Vec<Compute<T>> tap_of_channels(const ConvInput<T>& s, const T* image, const T* 
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// sums[t * sums_stride]: those of `taps` taps over a plane.
+// sums[t * sums_stride] = the sum over a plane of tap t, for `taps` taps.
 template <class C, int taps>
 void taps_of_plane(const C* input, int64_t y_step, const int64_t* offsets, const C* grad, int64_t height, int64_t width,
                    C* sums, int64_t sums_stride) {
@@ -203,7 +205,8 @@ void taps_of_plane(const C* input, int64_t y_step, const int64_t* offsets, const
     sums[t * sums_stride] = at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, sum[t]);
 }
 
-// All sums [N, taps, C] of the weight gradient; false if the kernel is another.
+// Computes all sums [N, taps, C] of the weight gradient, or returns false if conv2d/depthwise_3x3.h has no code for
+// them.
 template <class T>
 bool sums_3x3(const Conv2dShape& s, const ConvInput<T>& source, const T* grad_output, Compute<T>* sums) {
   using C = Compute<T>;
@@ -281,7 +284,7 @@ void weight_gradient_depthwise(const Conv2dShape& s, const ConvInput<T>& source,
     const ReceptiveField field(source);
     for_each_task(s.N * s.C, flops, [&](int64_t task) {
       const int64_t n = task / s.C, c = task % s.C;
-      const InputTile<C> w = input_tile<C>(source, field, OutputTile{c, 0, 1, n, 1, 0, s.OH}, false, /*along_x=*/true);
+      const InputTile<C> w = input_tile<C>(source, field, OutputTile{c, 0, 1, n, 1, 0, s.OH}, false, /*by_width=*/true);
       const T* grad = grad_output + task * plane;
       const C* values;
       if constexpr (std::is_same_v<T, C>) {

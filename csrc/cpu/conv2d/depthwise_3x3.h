@@ -1,18 +1,20 @@
-// Depthwise convolutions of 3x3 taps side by side at stride 1, as networks have them: every value that is loaded serves
-// all the sums that it is a term of, three or nine, where the general kernels (conv2d/depthwise.cpp) load it anew for
-// each. Nothing is copied: where a tap leaves the image its value is a zero, by a mask or in a register.
+// Depthwise convolutions with dense 3x3 kernels at stride 1, the most common ones, and their weight gradients. The
+// formulas are in conv2d/depthwise.cpp, whose general kernels serve all other shapes. Channels-last images of any type
+// use these kernels; channels-first ones do so with AVX-512, unless they are double.
 //
-// 8x64x28x28, one core with AVX-512: channels-first forward 0.10 ms, weight gradient 0.17, by the general kernels 0.30
-// and 0.32; channels-last 0.09 and 0.11, by the general ones 0.11 and 0.27. Stock torch: 0.17 and 0.21, 0.09 and 0.12.
+// A value that is loaded serves several of the sums that it is a term of, where the general kernels load it anew for
+// each. Nothing is copied: where a tap leaves the image its value is a zero, from a mask or a register, or the row is
+// skipped.
 //
-// A sum runs over the taps row by row, those of the weight gradient over the pixels.
+// A sum runs over the taps row by row; a weight gradient sums over the pixels of each image.
 #pragma once
 
 #include "problem.h"
 
 namespace pyops::cpu {
 
-// The nine taps: the first and which tap is number i * 3 + j of them. A gradient's taps come in reverse.
+// The nine taps: the coordinates of the top left one, and as order[3 * i + j] the index of the tap in row i, column j.
+// An input gradient has its taps in reverse order.
 struct Taps3x3 {
   int64_t top, left;
   int64_t order[9];
@@ -31,16 +33,16 @@ struct Taps3x3 {
   }
 };
 
-// ---- channels-last: vectors of channels, a pixel at a time; the columns of values move on with it ----
+// ---- channels-last: vectors along the channels, one pixel at a time; columns of input values slide with it ----
 
-// Three values one above the other.
+// The input values of three adjacent rows in one column, or the sums of a column of taps.
 template <class C>
 struct Column3 {
   Vec<C> top{0}, middle{0}, bottom{0};
 };
 
-// f(pixel of the row, left column, middle, right) along output row y, for channels [c, c + n); zeros outside of the
-// image.
+// Calls f(x, left column, middle column, right column) for every pixel x of output row y, with the input values of
+// channels [c, c + n), which are zeros outside of the image.
 template <class T, class F>
 C10_ALWAYS_INLINE void for_each_pixel_3x3(const ConvInput<T>& s, const Taps3x3& taps, const T* image, int64_t y,
                                           int64_t c, int64_t n, const F& f) {
@@ -116,12 +118,12 @@ void depthwise_channels_3x3(const ConvProblem<T>& x, const T* weight) {
   });
 }
 
-// sums[t * s.C + c] of one image, for channels [c, c + count).
+// sums[t * channels + c] = the sum of tap t over one image, for the channels [c, c + count).
 template <class T>
 void weight_sums_of_channels_3x3(const ConvInput<T>& s, const Taps3x3& taps, const T* image, const T* grad,
                                  int64_t channels, int64_t c, int64_t count, Compute<T>* sums) {
   using Column = Column3<Compute<T>>;
-  Column left, middle, right;  // sums, one for each tap
+  Column left, middle, right;  // the sums, one for each tap
   const auto add = [](Column& sum, const Column& values, const Vec<Compute<T>>& g) {
     sum.top = at::vec::fmadd(values.top, g, sum.top);
     sum.middle = at::vec::fmadd(values.middle, g, sum.middle);
@@ -144,9 +146,9 @@ void weight_sums_of_channels_3x3(const ConvInput<T>& s, const Taps3x3& taps, con
 
 #ifdef CPU_CAPABILITY_AVX512
 
-// ---- channels-first: vectors along x, whose masks are the borders ----
+// ---- channels-first: vectors along the width, masked at the borders ----
 
-// Columns [x, x + 16) of the output, and of the source at each of the three taps.
+// Columns [x, x + 16) of the output, and for each of the three taps of a row the mask of those that meet the image.
 struct Columns3x3 {
   int64_t x, count;
   __mmask16 met[3];
@@ -220,7 +222,7 @@ void depthwise_planes_3x3(const ConvProblem<T>& x, const T* weight) {
   });
 }
 
-// sums[t * sums_stride] of one plane.
+// sums[t * sums_stride] = the sum of tap t over one plane.
 template <class T>
 void weight_sums_of_plane_3x3(const ConvInput<T>& s, const Taps3x3& taps, const T* plane, const T* grad, float* sums,
                               int64_t sums_stride) {

@@ -1,17 +1,20 @@
-// A convolution with at most a vector of output channels, by rows of three taps: output [pixels, O] as along the output
-// channels, but a broadcast value of the source serves the three filter vectors that it meets, those of neighbouring
-// taps for neighbouring pixels. A tile of gemm/microkernel.h that is one vector wide takes a load for each product;
-// here 16 pixels take 21 loads for 48 products. 8x16x32x32 -> 16, channels-last, one core with AVX-512: 0.154 ms, along
-// x 0.213, stock torch 0.193.
+// A direct convolution for kernels whose taps form rows of three neighbours, with at most a vector of output channels:
 //
-// Images and output are channels-last and of the compute type. The images are read where they lie, without the taps
-// outside. Sums run over (row of taps, channel, tap from left to right). Guarantees: those of gemm.h.
+//   output[pixel, o] = bias[o] + sum over (row of taps, channel, tap) of input(pixel, channel, tap) * filter(o, ...)
+//
+// It is chosen for channels-last images of the compute type, with a horizontal stride of 1, where vectors along the
+// width would not be faster (conv2d/convolve.cpp). A register tile of gemm/microkernel.h that is one vector wide takes
+// a load for each FMA. Here a broadcast input value serves three FMAs, with the filter vectors of neighbouring taps for
+// neighbouring pixels, so that 16 pixels take 21 loads for 48 FMAs.
+//
+// The images are read in place, and taps outside of them are skipped. Sums run over (row of taps, channel, tap from
+// left to right), which is not the order of the filters in memory. Otherwise the guarantees are those of gemm.h.
 #include "implicit_gemm.h"
 
 namespace pyops::cpu {
 namespace {
 
-// Pixels of a tile: what the registers hold beside three filter vectors and a value.
+// The most pixels of a register tile: what the registers hold beside three filter vectors and an input value.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int most_pixels = 16;
 #elif defined(CPU_CAPABILITY_AVX2)
@@ -20,11 +23,11 @@ constexpr int most_pixels = 12;
 constexpr int most_pixels = 4;  // a Vectorized takes two registers
 #endif
 
-// Channels [c, c + count) of a row of taps.
+// `count` neighbouring channels of a row of taps.
 template <class C>
 struct Terms {
-  const C* source;   // for the first pixel of a line and the tap in the middle
-  const C* filters;  // of the tap on the left
+  const C* source;   // the input of the line's first pixel at the middle tap
+  const C* filters;  // the filter vectors of the left tap
   int64_t count;
 };
 
@@ -32,9 +35,9 @@ template <class C>
 struct Direct3WideArgs {
   const Terms<C>* terms;
   int64_t term_count;
-  int64_t x_stride;                      // of the source
-  int64_t filter_step, filter_tap_step;  // from one channel and tap to the next
-  C* sums;                               // of a line, a vector for each pixel, for all chunks of K but the last
+  int64_t x_stride;                      // of the input
+  int64_t filter_step, filter_tap_step;  // from one channel to the next, and from one tap to the next
+  C* sums;                               // a vector for each pixel of the line, kept from chunk to chunk of K
   C* target;
   int64_t target_step;
   int lanes;
@@ -42,8 +45,8 @@ struct Direct3WideArgs {
   bool relu, first, last;
 };
 
-// The output pixels [x, x + pixels) of a line. left, right: whether the first one's left tap and the last one's right
-// one lie inside.
+// Computes output pixels [x, x + pixels) of a line. left: whether the left tap of the first pixel lies inside of the
+// image; right: whether the right tap of the last one does.
 template <class C, int pixels>
 void tile(const Direct3WideArgs<C>& args, int64_t x, bool left, bool right) {
   using V = Vec<C>;
@@ -95,14 +98,15 @@ constexpr auto tiles_of(std::integer_sequence<int, I...>) {
 template <class C>
 constexpr auto tiles = tiles_of<C>(std::make_integer_sequence<int, most_pixels>{});
 
-// Which of a row's taps is on the left: of an input gradient the last.
+// The index of the left tap within its row: in an input gradient it is the last one.
 template <class T>
 int64_t left_tap(const ConvInput<T>& s) {
   return s.taps[0].dx < s.taps[1].dx ? 0 : 2;
 }
 
-// The part of the sums that is over (row of taps, channel) [k, k + kc), of one line of image n and group g. Parts are
-// added up in whole vectors: in the output, of which 12 channels are a part of one, a fifth slower.
+// Adds the terms (row of taps, channel) [k, k + kc) to the sums of line y of image n and group g. The sums of chunks
+// are added up in whole vectors in scratch, because in the output a pixel's channels may be only part of a vector,
+// which is slower to load and store.
 template <class T>
 void multiply_line(const ConvProblem<T>& x, const T* filters, int64_t g, int64_t n, int64_t y, int64_t k, int64_t kc,
                    T* sums, bool first, bool last) {

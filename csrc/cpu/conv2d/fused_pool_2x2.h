@@ -1,9 +1,11 @@
-// output = relu(max_pool2d(conv2d(input, weight, bias))) of one block of images (conv2d/chwn.h), for 2x2 windows side
-// by side: the four pixels of a window are the columns of one register tile, so that of four sums only the largest goes
-// to memory. Filters are the rows, packed so that a tile reads them one after the other.
+// output = relu(max_pool2d(conv2d(input, weight, bias))) of one CHWN block of images (conv2d/chwn.h), for
+// non-overlapping 2x2 windows. It is chosen by conv2d_relu_max_pool2d.cpp where no tap leaves the image.
 //
-// A sum runs over (channel, tap) in the chunks of gemm.h: the result is that of BatchLanesConvolution and pooling, to
-// the last bit.
+// The rows of a register tile are filters and its four columns are the pixels of one window, so that only the largest
+// of four sums is stored. The filters are packed so that a tile reads them contiguously.
+//
+// A sum runs over (channel, tap) in the chunks of gemm.h, so the result is bit-identical to that of
+// BatchLanesConvolution followed by pooling.
 #pragma once
 
 #include <array>
@@ -15,14 +17,14 @@
 
 namespace pyops::cpu {
 
-// The maximum of a window before its first tap: it starts at 0, as if that were one, so that what is not above it is
-// not seen. A is uint8_t, or void where no argmax is wanted.
+// The running maximum of windows before their first tap. It starts at 0, with the dead window's number as its tap, so
+// that only values above 0 and NaN replace it. A is uint8_t, or void where no argmax is needed.
 template <class C, class A>
 RunningMax<C, A> rectified_max(int64_t taps) {
   return RunningMax<C, A>(static_cast<uint8_t>(dead_window(taps)), C(0));
 }
 
-// Writes a vector of windows at `offset` in their block.
+// Stores the maxima (and taps) of a vector of windows at `offset` in their block.
 template <class C, class A>
 void store_max(const RunningMax<C, A>& best, C* pooled, uint8_t* argmax, int64_t offset) {
   best.max().store(pooled + offset);
@@ -32,7 +34,7 @@ void store_max(const RunningMax<C, A>& best, C* pooled, uint8_t* argmax, int64_t
   }
 }
 
-// What the 16-bit types lose when a tensor of them is written.
+// Rounds to a 16-bit T and back, as the separate ops do when the convolution writes its output.
 template <class T>
 Vec<Compute<T>> rounded(const Vec<Compute<T>>& values) {
   if constexpr (!is_reduced<T>) {
@@ -50,12 +52,12 @@ class Pooled2x2 {
   using V = Vec<C>;
 
  public:
-  // No tap leaves the image.
+  // Whether the windows are 2x2 and no tap leaves the image.
   static bool takes(const ConvProblem<T>& x, const MaxPool2dShape& pool) {
     return pool.kernel_h == 2 && pool.kernel_w == 2 && !reaches_outside(x.input, ReceptiveField(x.input));
   }
 
-  // Lays out in the scratch of this thread, until it makes another one.
+  // The tables lie in this thread's scratch, until the thread constructs another one.
   Pooled2x2(const ConvProblem<T>& x, const MaxPool2dShape& pool) : x_(x), pool_(pool) {
     const ConvInput<T>& s = x.input;
     const int64_t K = x.depth(), O = x.out_channels;
@@ -73,7 +75,7 @@ class Pooled2x2 {
       });
   }
 
-  // A null argmax is not written.
+  // Computes one block. A null argmax is not written.
   void operator()(const C* source, C* pooled, uint8_t* argmax, const Team& team) const {
     team.share([&](Share share) { pool(source, pooled, argmax, share.of(pool_.OH * pool_.OW)); });
   }
@@ -102,21 +104,21 @@ class Pooled2x2 {
   }
 
 #if defined(CPU_CAPABILITY_AVX512)
-  static constexpr int most_rows = 6;  // times 4 sums in 32 registers
+  static constexpr int most_rows = 6;  // 6 x 4 sums in 32 registers
 #elif defined(CPU_CAPABILITY_AVX2)
-  static constexpr int most_rows = 3;  // in 16
+  static constexpr int most_rows = 3;  // 3 x 4 sums in 16 registers
 #else
-  static constexpr int most_rows = 1;  // in 16, of which a Vectorized takes two
+  static constexpr int most_rows = 1;  // 4 sums in 16 registers, of which a Vectorized takes two
 #endif
 
-  // The windows of one pixel in a block, a channel's at distance `stride`.
+  // The windows of one pooled pixel in a block; those of neighbouring channels lie `stride` apart.
   struct Target {
     C* pooled;
     uint8_t* argmax;
     int64_t first, stride;
   };
 
-// A false alarm: what a chunk reads of `totals`, the one before it has written.
+// These warnings are false alarms: a chunk reads only those `totals` that the chunk before it has written.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -173,7 +175,7 @@ class Pooled2x2 {
 
   const ConvProblem<T> x_;
   const MaxPool2dShape pool_;
-  const int64_t* steps_;  // of all terms in a block
+  const int64_t* steps_;  // the offset of each term in an input block
   const C* filters_;
 };
 

@@ -1,21 +1,21 @@
-// Convolutions of narrow groups over channels-last images, where vectors along the channels of one group would leave
-// most lanes idle. Here a vector has the channels of several groups, as many whole ones as fit: of 4 channels a group,
-// four groups in 16 lanes.
+// Convolutions of narrow groups over channels-last images, and their weight gradients:
 //
-//   output[pixel, (g, o)]       = bias + sum over (tap, i) of source[pixel + tap, (g, i)] * weight[tap, i, (g, o)]
-//   grad_weight[tap, i, (g, o)] = sum over pixels of source[pixel + tap, (g, i)] * grad_output[pixel, (g, o)]
+//   output[pixel, (g, o)]       = bias + sum over (tap, i) of input[pixel + tap, (g, i)] * weight[tap, i, (g, o)]
+//   grad_weight[tap, i, (g, o)] = sum over pixels of input[pixel + tap, (g, i)] * grad_output[pixel, (g, o)]
 //
-// With (g, o) along the lanes, the only thing that does not lie as it is needed is source[.., (g, i)]: channel i of
-// each group in all lanes of its group. That is a permutation of the vector that was loaded, the same for every pixel.
-// A permuted vector serves the three taps that lie side by side, which meet it at three output pixels; 16 pixels of a
-// row, or the sums of three taps and up to 8 channels, stay in registers. Images are read where they lie, nothing is
-// copied or transposed, and taps outside of the image are left out.
+// They are chosen for groups no wider than a vector, if as many whole groups as fit fill at least half of its lanes, or
+// all of them with AVX2 (should_use_grouped_lanes). Vectors along the channels of one group would leave most lanes
+// idle; here a vector holds the channels of all these groups. With 4 channels per group, 16 lanes hold four groups.
 //
-// 8x128x28x28, 32 groups, 3x3, one core with AVX-512, forward, gradient of the input and of the weight: 0.32, 0.35 and
-// 0.35 ms; image by image as planes (conv2d/grouped_planes.cpp) 0.86, 0.92 and 0.99, stock torch 1.1, 1.1 and 1.0.
+// With (g, o) along the lanes, only input[.., (g, i)] does not have its values where they are needed: channel i of each
+// group belongs in all lanes of its group. A permutation of the loaded vector puts it there, one that is the same for
+// every pixel. A permuted vector serves up to three neighbouring taps, which meet it at neighbouring output pixels. The
+// sums of 16 pixels of a row, or those of three taps and up to 8 channels, stay in registers (8 pixels or 4 channels
+// with AVX2). Images are read in place, nothing is copied or transposed, and taps outside of the image are skipped.
 //
-// Guarantees: those of gemm.h. The terms of an output run over the taps row by row, three side by side together; those
-// of a weight over the pixels of a few rows, then over these bands, then over at most enough_tasks parts of the batch.
+// Guarantees: those of gemm.h. The terms of an output run over the taps row by row, with the taps that share their
+// loads together, which is not the order of the filters in memory. A weight gradient sums over the pixels of a band of
+// rows, then over the bands, then over at most enough_tasks parts of the batch.
 #include "grouped_lanes.h"
 
 namespace pyops::cpu {
@@ -26,14 +26,15 @@ namespace {
 
 // ---- lanes ----
 
-// What the registers hold: the sums of so many pixels of a row, or those of three taps and so many channels of a group.
+// What the registers hold: the sums of tile_pixels pixels of a row, or those of three taps and most_channels channels
+// of a group.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int tile_pixels = 16, most_channels = 8;
 #else
 constexpr int tile_pixels = 8, most_channels = 4;
 #endif
 
-// `words`: which of the vector's words of 32 bits each of the result's is.
+// Word i (of 32 bits) of the result is word words[i] of the value.
 #if defined(CPU_CAPABILITY_AVX512)
 using Permutation = __m512i;
 inline Vec<float> permute(const Vec<float>& value, Permutation words) {
@@ -52,11 +53,11 @@ inline Vec<double> permute(const Vec<double>& value, Permutation words) {
 }
 #endif
 
-// The bare registers of a vector: an array of Vec is constructed in a loop, and gcc keeps it in memory for that.
+// The bare register of a vector. An array of Vec would be constructed in a loop, for which gcc keeps it in memory.
 template <class C>
 using Register [[gnu::vector_size(sizeof(Vec<C>))]] = C;
 
-// The groups of a vector, `in` channels each of the source and `out` of the output.
+// How groups share vectors. A group has `in` input channels and `out` output channels.
 template <class C>
 struct GroupLanes {
   static constexpr int64_t lanes = Vec<C>::size();
@@ -69,7 +70,7 @@ struct GroupLanes {
   int64_t groups_of(int64_t vector) const { return std::min(groups_at_once, groups - first_group(vector)); }
   bool is_full(int64_t vector) const { return groups_of(vector) * in == lanes && in == out; }
 
-  // Of each channel of a group, what puts it into all output lanes of its group.
+  // For each channel of a group, the permutation that puts it into all output lanes of its group.
   const Permutation* permutations() const {
     constexpr int64_t words_of_lane = sizeof(C) / sizeof(int32_t), words = lanes * words_of_lane;
     int32_t* from = scratch<int32_t>(Scratch::permutations, in * words);
@@ -83,19 +84,19 @@ struct GroupLanes {
 
 // ---- taps ----
 
-// Taps side by side: output pixel x meets column (x + t) * step_w + dx of the source at tap t of them, in short at its
-// position x + t.
+// A run of up to three taps of one row, each the horizontal stride right of the one before. Through tap t of the run,
+// output pixel x reads the input column (x + t) * step_w + dx, which is called position x + t.
 struct TapRun {
   static constexpr int64_t longest = 3;
 
   int64_t dy, dx;
   int64_t begin, end;  // the positions inside of the image
   bool begins_chunk;
-  int64_t taps[longest];  // of the source
+  int64_t taps[longest];  // their indices in ConvInput::taps
   int64_t length;
 };
 
-// All taps of a source, row by row, and the chunks that sums over them are cut into.
+// All taps of an input, row by row, and the chunks that sums over them are cut into.
 struct TapRuns {
   TapRun* data;
   int64_t count = 0;
@@ -130,7 +131,7 @@ struct TapRuns {
   }
   template <class T>
   void begin_run(const ConvInput<T>& s, const Tap& tap, int64_t& terms) {
-    const auto first_from = [&](int64_t column) {  // the first position at or after it
+    const auto first_from = [&](int64_t column) {  // the first position at or after the column
       return column > 0 ? ceil_div(column, s.step_w) : -(-column / s.step_w);
     };
     const bool begins_chunk = terms + TapRun::longest * s.channels > KC;
@@ -139,15 +140,15 @@ struct TapRuns {
   }
 };
 
-// f.operator()<value>(), one of `values`.
+// Calls f.operator()<value>(), where value is one of `values`.
 template <int... values, class F>
 C10_ALWAYS_INLINE void dispatch(int64_t value, const F& f) {
   static_cast<void>(((value == values && (f.template operator()<values>(), true)) || ...));
 }
 
-// ---- correlation ----
+// ---- convolution ----
 
-// What a vector of channels has of a row.
+// One row of the output, with the channels of one vector.
 template <class T>
 struct LanesOfRow {
   const ConvProblem<T>& x;
@@ -158,10 +159,10 @@ struct LanesOfRow {
   T* output;
   const T* bias;
   int64_t y;
-  int64_t in, out;  // channels
+  int64_t in, out;  // the channels of the vector
 };
 
-// The weights as the vectors meet them: [vectors][runs][channels of a group][taps of the run][lanes].
+// The weights in the order in which they are read: [vectors][runs][channels of a group][taps of the run][lanes].
 template <class T>
 const Compute<T>* pack_weights(const ConvProblem<T>& x, const GroupLanes<Compute<T>>& groups, const TapRuns& runs) {
   using C = Compute<T>;
@@ -183,14 +184,14 @@ const Compute<T>* pack_weights(const ConvProblem<T>& x, const GroupLanes<Compute
   return weights;
 }
 
-// Adds the taps of a run to a tile's sums, for the positions, from the tile's first on, that `inside` has bits for.
+// Adds the taps of a run to a tile's sums. Bit i of `inside` says whether position i of the tile is in the image.
 template <int length, class T>
 C10_ALWAYS_INLINE void add_run(Register<Compute<T>> (&sum)[tile_pixels], const T* source, int64_t step, int64_t lanes,
                                uint32_t inside, const Permutation* permutations, int64_t channels,
                                const Compute<T>* weights) {
   using V = Vec<Compute<T>>;
   for (int64_t i = 0; i < channels; ++i, weights += length * V::size()) {
-    // Else gcc takes 18 addresses and tests out of the loop, for which there are no registers.
+    // This keeps gcc from hoisting 18 addresses and tests out of the loop, for which there are no registers.
     asm("" : "+r"(source), "+r"(step), "+r"(inside));
     const Permutation permutation = permutations[i];
     Register<Compute<T>> weight[length];
@@ -210,7 +211,7 @@ C10_ALWAYS_INLINE void add_run(Register<Compute<T>> (&sum)[tile_pixels], const T
   }
 }
 
-// Pixels [x, x + pixels) of a row.
+// Computes pixels [x, x + pixels) of a row.
 template <bool full, class T>
 void convolve_tile(const LanesOfRow<T>& row, int64_t x, int64_t pixels) {
   using V = Vec<Compute<T>>;
@@ -231,8 +232,8 @@ void convolve_tile(const LanesOfRow<T>& row, int64_t x, int64_t pixels) {
     if (source_y < 0 || source_y >= s.height) continue;
     const T* source = row.image + source_y * s.y_stride + run.dx * s.x_stride + x * step;
     const int64_t positions = pixels + run.length - 1;
-    // The row that the next one meets first, for the hardware does not follow pixels that lie far apart: 8x128x56x56
-    // 2.3 ms without, 1.6 with.
+    // Prefetch the input row that the next output row is the first to read: the hardware prefetcher does not follow
+    // pixels that lie far apart.
     if (run.dy == row.runs.bottom())
       for (int64_t i = 0; i < positions; ++i) __builtin_prefetch(source + s.step_h * s.y_stride + i * step, 0, 2);
     const int64_t begin = std::clamp(run.begin - x, int64_t{0}, positions);
@@ -291,18 +292,19 @@ void convolve_phase(const ConvProblem<T>& x, const GroupLanes<Compute<T>>& group
 
 // ---- weight gradient ----
 
-// What a vector of channels has of some rows of an image and its gradient.
+// Some rows of an image and of its gradient, with the channels of one vector.
 template <class T>
 struct LanesOfBand {
   const ConvInput<T>& source;
   const T *image, *grad;
   int64_t grad_stride;      // from pixel to pixel
-  int64_t in, out;          // channels
+  int64_t in, out;          // the channels of the vector
   int64_t y, rows, x, end;  // rows [y, y + rows), columns [x, end)
 };
 
-// sums[k, lanes] += the sum over the band of source(k) * gradient, for the taps of a run and channels [channel, channel
-// + channels) of each group: k = (channel, tap), in the order of the source.
+// sums[k, lanes] += the sum over the band of input(k) * gradient, for the taps of a run and `channels` channels of each
+// group, from `channel` on. k = (channel, tap) is in the order of the filters in memory. fetch_next: whether to
+// prefetch the next band.
 template <int channels, int length, bool full, class T>
 void add_products(const LanesOfBand<T>& b, const TapRun& run, int64_t channel, const Permutation* permutations,
                   bool fetch_next, Compute<T>* sums) {
@@ -322,7 +324,7 @@ void add_products(const LanesOfBand<T>& b, const TapRun& run, int64_t channel, c
     const T* source = b.image + source_y * s.y_stride + run.dx * s.x_stride;
     const T* grad = b.grad + y * s.out_width * b.grad_stride;
     for (int64_t i = std::max(run.begin, b.x); i < std::min(run.end, b.end + length - 1); ++i) {
-      // Those of the next band, in between: 8x128x56x56 3.4 ms without, 1.9 with.
+      // Prefetch the next band between the FMAs of this one.
       __builtin_prefetch(source + i * step + next_source, 0, 2);
       __builtin_prefetch(grad + i * b.grad_stride + next_grad, 0, 2);
       const V loaded = load(source + i * step, in);
@@ -349,7 +351,7 @@ void add_products(const LanesOfBand<T>& b, const TapRun& run, int64_t channel, c
   }
 }
 
-// The same for all taps and channels.
+// Adds the products of a band for all taps and channels.
 template <bool full, class T>
 void add_band(const LanesOfBand<T>& b, const TapRuns& runs, const Permutation* permutations, Compute<T>* sums) {
   for (const TapRun& run : runs) {
@@ -366,7 +368,7 @@ void add_band(const LanesOfBand<T>& b, const TapRuns& runs, const Permutation* p
   }
 }
 
-// grad_weight of a vector's channels = the sum, in order, of the parts of sums[k, lanes].
+// grad_weight of the channels of vector v = the sum, in order, of the parts of sums[k, lanes].
 template <class T>
 void write_sums(const GroupLanes<Compute<T>>& groups, int64_t v, int64_t K, Compute<T>* sums, int64_t parts,
                 int64_t part_stride, T* grad_weight) {

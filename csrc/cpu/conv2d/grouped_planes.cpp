@@ -1,9 +1,11 @@
-// Convolutions of narrow groups over channels-last images, where vectors along the channels of one group would leave
-// most lanes idle and several groups cannot share a vector (conv2d/grouped_lanes.cpp): image by image, a transpose in
-// cache makes planes of it, which are convolved channels-first, and another brings the result back. 8x128x28x28, 32
-// groups, 3x3, one core with AVX-512: 0.9 ms, stock torch 1.1; each group by itself on the images as they are took 6.
+// Convolutions of narrow groups over channels-last images (for the formula see conv2d/problem.h). They are chosen where
+// vectors along the channels of one group would leave half of the lanes idle or more, and several groups cannot share a
+// vector (conv2d/grouped_lanes.cpp).
 //
-// Guarantees: those of gemm.h; every image is computed by itself.
+// Each image is transposed into planes, which are convolved as a channels-first image by one of the other algorithms,
+// and the result is transposed back. All of this stays in cache.
+//
+// Guarantees: those of gemm.h. Every image is computed separately.
 #include "problem.h"
 
 namespace pyops::cpu {

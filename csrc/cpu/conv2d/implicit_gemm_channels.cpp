@@ -1,15 +1,19 @@
-// A convolution with the vectors along the output channels: output [pixels, O] = input tile [pixels, K] filters^T [K,
-// O]. The filters are packed into panels, the input tile's values broadcast; the taps outside of the image are left out
-// where they are many, and all of them of channels-last images, which are read where they lie (conv2d/border_taps.h).
-// Sums go to a channels-last output at once where they can (gemm/epilogue.h), others are transposed. Guarantees: those
-// of gemm.h.
+// A convolution as an implicit GEMM with the vectors along the output channels, where K = (channel, tap):
+//
+//   output [pixels, O] = input tile [pixels, K] filters^T [K, O]
+//
+// It is the general algorithm, chosen where no other applies (conv2d/convolve.cpp). The filters are packed into panels
+// and the values of the input tile are broadcast. Taps outside of the image are skipped where there are many of them,
+// and always where the images are read in place (conv2d/border_taps.h). The sums of a channels-last output are stored
+// directly where that is possible (gemm/epilogue.h); others are written block by block, which transposes those of a
+// channels-first output. Guarantees: those of gemm.h.
 #include "../gemm/epilogue.h"
 #include "implicit_gemm.h"
 
 namespace pyops::cpu {
 namespace {
 
-// Whether the numbers of a filter lie one after the other, in the order in which they are summed.
+// Whether the values of a filter are contiguous, in the order in which they are summed.
 template <class F, class T>
 bool is_in_one_piece(const ConvProblem<T>& x) {
   const Filters<T>& f = x.filters;
@@ -32,7 +36,7 @@ void pack_filters(F* panel, const ConvProblem<T>& x, int64_t g, int64_t o, int64
   if (is_in_one_piece<F>(x))
     return pack_panels(panel, Matrix<T>{first, 1, f.out_stride}, k * k_per_step<F>, kc * k_per_step<F>, 0, columns,
                        width);
-  // As many taps of one channel as follow one another.
+  // Contiguous taps of one channel are transposed together.
   const bool in_runs =
       !s.tap_by_tap && taps > 0 && f.tap_stride == 1 && s.taps[taps - 1].index - s.taps[0].index == taps - 1;
   for (int64_t i = k; i < k + kc;) {
@@ -51,7 +55,7 @@ void pack_filters(F* panel, const ConvProblem<T>& x, int64_t g, int64_t o, int64
 
 namespace {
 
-// Some of the lines of a tile: line i is row(i) of image(i), both counted from the tile's first.
+// Some of the lines of a tile: line i is row(i) of image(i), both counted from the beginning of the tile.
 struct Lines {
   int64_t first, count, rows_of_image;
 
@@ -59,13 +63,13 @@ struct Lines {
   int64_t row(int64_t i) const { return (first + i) % rows_of_image; }
 };
 
-// Where the sums of a block go: into the output at once, or one pixel after the other, `stride` apart.
+// Where the sums of a block are stored: directly in the output, or in scratch, with the pixels `stride` elements apart.
 template <class T>
 struct Sums {
   const Output<T>& out;
   bool direct;
   int64_t stride;
-  Compute<T>* data;  // where they do not go into the output
+  Compute<T>* data;  // the sums in scratch; null if direct
 
   int64_t line(const OutputTile& tile, const Lines& lines, int64_t i) const {
     if (!direct) return i * out.rows.width * stride;
@@ -84,7 +88,7 @@ const TapSet* taps_of_terms(const ConvInput<T>& s) {
   return taps;
 }
 
-// The products of phase q: of the lines with the filters of output channels [n, n + columns).
+// Multiplies the lines of phase q by the filters of the output channels [n, n + columns).
 template <class T, class F>
 void multiply_phase(const GemmTask<T, F>& t, int64_t q, const Lines& lines, int64_t n, int64_t columns,
                     const Sums<T>& sums) {
@@ -96,7 +100,7 @@ void multiply_phase(const GemmTask<T, F>& t, int64_t q, const Lines& lines, int6
   const int64_t K = phase.depth(), vectors = ceil_div(columns, lanes);
 
   const Output<T>& out = sums.out;
-  if (K == 0 && sums.direct && !out.column_bias) {  // no tap falls on these pixels of an input gradient
+  if (K == 0 && sums.direct && !out.column_bias) {  // no tap meets these pixels of an input gradient
     for (int64_t i = 0; i < lines.count; ++i) {
       T* line = out.data + n + sums.line(t.tile, lines, i) + phase.x_phase * sums.step();
       for (int64_t x = 0; x < s.out_width; ++x) std::fill_n(line + x * phase.x_phases * sums.step(), columns, T(0));
@@ -137,7 +141,8 @@ void multiply_phase(const GemmTask<T, F>& t, int64_t q, const Lines& lines, int6
     const int64_t* panels = panel_offsets<F>(Scratch::b_offsets, ceil_div(phase.out_channels, lanes), K, t.width);
     return {t.filters[q], panels + n / lanes, panel_steps + k};
   };
-  // What the pixels of a tile meet first of the source lies in one piece, of a cache line or more for each.
+  // Whether each pixel first reads one contiguous piece of the input of at least a cache line, which the microkernel
+  // then prefetches.
   const int64_t bytes = w.x_step * int64_t{sizeof(F)};
   const bool in_one_piece = w.channel_stride == 1 && (s.tap_by_tap || w.x_step == K) && bytes >= cache_line &&
                             s.channels <= 4 * KC && n == t.o;
@@ -182,7 +187,7 @@ void implicit_gemm_channels(const GemmTask<T, F>& t, int64_t p) {
                       x.bias ? x.bias + group : nullptr,       x.relu};
 
   const int64_t band_rows = t.rows(p), lines = t.tile.images * band_rows;
-  // Many pixels at once and few channels rather than the other way round: the filters come from further away.
+  // Prefer many pixels and few channels per block to the reverse: the filters come from a more distant cache.
   constexpr int64_t most_pixels = 3 * MC, most_sums = 72 << 10, most_columns = 256;
   int64_t lines_at_once = std::clamp(most_pixels / line_width, int64_t{1}, lines);
   lines_at_once = ceil_div(lines, ceil_div(lines, lines_at_once));
@@ -196,7 +201,7 @@ void implicit_gemm_channels(const GemmTask<T, F>& t, int64_t p) {
       const Sums<T> sums{out, direct, stride,
                          direct ? nullptr : scratch<C>(Scratch::sums, here.count * line_width * stride)};
       for (int64_t q = p; q < p + x.x_phases; ++q) multiply_phase(t, q, here, n, columns, sums);
-      for (int64_t i = 0; i < here.count && !direct;) {  // the lines of one image follow one another
+      for (int64_t i = 0; i < here.count && !direct;) {  // the lines of one image at a time
         const int64_t count = std::min(here.count - i, band_rows - here.row(i));
         write(out, sums.data + i * line_width * stride, stride,
               (t.tile.n + here.image(i)) * pixels.pixels + (t.tile.y + here.row(i)) * line_width, count * line_width, n,

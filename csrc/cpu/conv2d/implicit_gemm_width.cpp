@@ -1,6 +1,12 @@
-// A convolution with the vectors along x: output [O, pixels] = filters [O, K] input tile [K, pixels]. A row of pixels
-// begins a vector of its own; a filter's values are read where they lie and broadcast. Sums go to a channels-first
-// output at once where they can (gemm/epilogue.h). Guarantees: those of gemm.h.
+// A convolution as an implicit GEMM with the vectors along the width, where K = (channel, tap):
+//
+//   output [O, pixels] = filters [O, K] input tile [K, pixels]
+//
+// It is chosen where vectors along the output channels would take more vector operations for each pixel and term, as
+// they do with few output channels (conv2d/convolve.cpp). The values of the filters are broadcast, in place if they
+// have the type of the operands. Every row of pixels begins a new vector, unless the rows are contiguous; then they are
+// joined into one line. The sums of a channels-first output are stored directly where that is possible
+// (gemm/epilogue.h). Guarantees: those of gemm.h.
 #include "../gemm/epilogue.h"
 #include "implicit_gemm.h"
 
@@ -24,13 +30,13 @@ void implicit_gemm_width(const GemmTask<T, F>& t, int64_t p) {
                       x.relu};
 
   const int64_t* patch = patch_offsets(Scratch::b_steps, w, x.input, x.input.channels);
-  // The filters lie as they are: row o, step (channel, tap).
+  // Filters that are read in place have the strides of the weight; copied ones are [O][K].
   const bool in_place = std::is_same_v<T, F>;
   const int64_t* filter_rows = multiples(Scratch::a_offsets, x.out_channels, in_place ? x.filters.out_stride : K);
   int64_t* filter_steps = scratch<int64_t>(Scratch::a_steps, K);
   for (int64_t k = 0; k < K; ++k) filter_steps[k] = in_place ? x.filter_step(k) : k;
 
-  // Rows that lie one after the other make one line, of which fewer lanes are idle.
+  // Contiguous rows are joined into one line, which leaves fewer lanes idle.
   const int64_t band_rows = t.rows(p);
   const bool joined = w.y_step == width && w.x_step == 1 && (pixels.y_stride == width || !direct);
   const int64_t line_rows = joined ? band_rows : 1, line_width = line_rows * width;
@@ -76,7 +82,7 @@ void implicit_gemm_width(const GemmTask<T, F>& t, int64_t p) {
       }
       C* sums = scratch<C>(Scratch::sums, mc * stride);
       product({sums, multiples(Scratch::target_rows, mc, stride), multiples(Scratch::target_vectors, count, lanes)});
-      for (int64_t i = 0, end; i < count; i = end) {  // runs of pixels
+      for (int64_t i = 0, end; i < count; i = end) {  // runs of contiguous pixels
         for (end = i + 1; end < count && firsts[v + end] == firsts[v + end - 1] + lanes;) ++end;
         const int64_t width = (end - 1 - i) * lanes + target_lanes[v + end - 1];
         write(out, sums + i * lanes, stride, m, mc, firsts[v + i], width);

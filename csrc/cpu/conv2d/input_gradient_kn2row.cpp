@@ -1,12 +1,15 @@
-// The gradient of conv2d's input tap by tap: for each, grad_output is multiplied with the weights of that tap,
+// The input gradient of conv2d by kn2row (Vasudevan, Anderson & Gregg, "Parallel Multi Channel Convolution using
+// General Matrix Multiplication", 2017), one matrix product for each tap, over the pixels whose tap lies inside of the
+// image:
 //
-//   grad_input[pixel's tap, C] += grad_output[pixel, O] weight[O, C] of the tap,   over the pixels whose tap is inside,
+//   grad_input[pixel of the tap, C] += grad_output[pixel, O] weight[O, C] of the tap
 //
-// a product of gemm/microkernel.h that adds its sums where the tap lies. conv2d/convolve.cpp gathers: there a pixel of
-// the input is a row that sums over its taps, of which most lie outside where grad_output is hardly larger than the
-// kernel. Then it has as many kinds of rows as pixels, or multiplies zeros. A task is some images, or a band of rows of
-// one, and a block of their channels, whose sums stay in cache. One core with AVX-512: 64x32x12x12 -> 64, 5x5, 1.9 ms,
-// gathered 2.4, stock torch 2.0; 12x24x8x8 -> 96, 7x7, 0.17, gathered 1.08, stock 0.19.
+// It is chosen where many taps lie outside, because grad_output is hardly larger than the kernel
+// (conv2d_backward.cpp). There the convolution of conv2d/convolve.cpp, which gathers all taps of a pixel, would have
+// about as many classes of pixels as pixels, or would multiply zeros.
+//
+// Each product of gemm/microkernel.h adds its sums directly where the tap lies. A task is some images, or a band of
+// rows of one, and a block of their channels, whose sums stay in cache.
 //
 // Every element sums over (tap, chunk of O) in order, whatever the batch and the threads. No zeros are multiplied.
 #include "problem.h"
@@ -14,7 +17,7 @@
 namespace pyops::cpu {
 namespace {
 
-// [tap][O][stride]: of each output channel the weights of all channels, zeros up to `stride`.
+// The weight as [tap][O][stride]: each row holds the weights of all input channels, with zeros up to `stride`.
 template <class T>
 const T* weights_by_tap(const Conv2dShape& s, const T* weight, int64_t stride) {
   const WeightLayout w(s);
@@ -37,7 +40,7 @@ const T* weights_by_tap(const Conv2dShape& s, const T* weight, int64_t stride) {
 template <class T>
 void input_gradient_kn2row(const Conv2dBackwardArgs& x) {
   constexpr int64_t lanes = Vec<T>::size(), most_sums = 64 << 10, most_columns = 256;
-  constexpr int64_t least_rows = 32, least_columns = 2 * lanes;  // of a task
+  constexpr int64_t least_rows = 32, least_columns = 2 * lanes;  // tasks are not made smaller
   count_run(Algorithm::input_gradient_kn2row);
   const Conv2dShape& s = x.shape;
   const ConvInput<T> source = conv_input<T>(s, nullptr);
@@ -45,7 +48,7 @@ void input_gradient_kn2row(const Conv2dBackwardArgs& x) {
   const int64_t stride = ceil_div(s.C, lanes) * lanes;
   const double flops = 2.0 * s.N * s.OH * s.OW * s.O * s.C * source.tap_count;
 
-  // Some whole images, or a band of rows of one.
+  // A task is some whole images, or a band of rows of one, with `columns` of their channels.
   int64_t columns = std::min(stride, most_columns);
   int64_t images = std::clamp(most_sums / (s.H * s.W * columns), int64_t{1}, s.N);
   int64_t height = std::clamp(most_sums / (s.W * columns), int64_t{1}, s.H);
@@ -72,7 +75,7 @@ void input_gradient_kn2row(const Conv2dBackwardArgs& x) {
     const int64_t* weight_steps = multiples(Scratch::b_steps, s.O, stride);
     const int64_t* next = multiples(Scratch::target_vectors, vectors, lanes);
     for (const Tap* tap = source.taps; tap < source.taps + source.tap_count; ++tap) {
-      // The pixels of grad_output whose tap lies in the band, and where in it.
+      // The pixels of grad_output whose tap lies in the band, and the places of these taps.
       const Range rows = range_inside(tap->dy - y, s.stride_h, s.OH, pixels / s.W);
       const Range line = range_inside(tap->dx, s.stride_w, s.OW, s.W);
       int64_t met = 0;

@@ -1,12 +1,15 @@
-// The part of a batch of images that a task of a convolution reads, laid out so that every tap of every output pixel is
-// an offset: value(pixel, channel, tap) = data[pixel_offset + channel_offset + tap_offset]. Then a convolution is a
-// product of gemm/microkernel.h, with no patches gathered (no im2col), no test for borders and any stride, dilation and
-// layout.
+// The input tile of a convolution task: the part of a batch of images that the task reads, halo included, laid out so
+// that every tap of every output pixel is an offset:
 //
-// Where no tap that is multiplied leaves the image the tensor itself is read. Else the part is copied into cache, each
-// value once: with zeros around it, as the operands that are multiplied and, for channels-first images with a stride
-// along x, with the columns sorted by their remainder by the stride, so that the values that neighbouring pixels meet
-// are neighbours too.
+//   value(pixel, channel, tap) = data[pixel_offset + channel_offset + tap_offset]
+//
+// This makes a convolution an implicit GEMM with the indirect operands of gemm/microkernel.h: no patches are gathered
+// (no im2col), the inner loop does not test for borders, and any stride, dilation and layout is supported.
+//
+// Where no tap that is multiplied leaves the image, the tensor itself is read. Otherwise the tile is copied into cache,
+// each value once, converted to the operands that are multiplied and padded with zeros. If its readers take vectors
+// along the width, its columns are sorted by their remainder modulo the horizontal stride, so that the values that
+// neighbouring output pixels read through one tap are neighbours too.
 #pragma once
 
 #include "../gemm/gemm.h"
@@ -15,27 +18,26 @@ namespace pyops::cpu {
 
 struct Tap {
   int64_t dy, dx;
-  int64_t index;  // in the kernel, row by row
+  int64_t index;  // of the tap in the kernel, row by row
 };
 
-// A convolution's view of its source images: output pixel (y, x) and tap t meet at (y * step_h + t.dy, x * step_w +
-// t.dx).
+// A convolution's view of its input images, which for the input gradient are grad_output's. Through tap t, output pixel
+// (y, x) reads the input pixel (y * step_h + t.dy, x * step_w + t.dx).
 template <class In>
 struct ConvInput {
-  const In* images;  // of the first group
+  const In* images;  // the first image, at the first channel of the first group
   int64_t image_stride, channel_stride, y_stride, x_stride;
   int64_t count, height, width;
-  int64_t channels;  // of a group
+  int64_t channels;  // of one group
   int64_t step_h, step_w;
   int64_t out_height, out_width;
   const Tap* taps;
   int64_t tap_count;
-  int64_t end;  // number of elements of the tensor, from `images` on
-  // The order in which sums run over k = (channel, tap): that of the filters in memory. Channel by channel, or tap by
-  // tap.
+  int64_t end;  // the number of elements of the tensor from `images` on
+  // Sums run over k = (channel, tap) in the order of the filters in memory: tap by tap, or else channel by channel.
   bool tap_by_tap = false;
-  // Where values are multiplied in pairs (gemm/operand.h), of channels or of images, of which `channels` or `count` are
-  // then the pairs: how far the second is from the first.
+  // Values may be multiplied in pairs (gemm/operand.h) of channels or of images. Then `channels` or `count` counts
+  // pairs, and `second` is the distance from the first value of a pair to the second.
   int64_t second = 0;
 
   int64_t pixels() const { return out_height * out_width; }
@@ -44,21 +46,21 @@ struct ConvInput {
   const Tap& tap(int64_t k) const { return taps[tap_by_tap ? k / channels : k % tap_count]; }
 };
 
-// The same of pairs of channels, of which there is an even number.
+// Views the input as pairs of channels, whose number must be even.
 template <class In>
 ConvInput<In> paired(ConvInput<In> s) {
   s.second = s.channel_stride, s.channel_stride *= 2, s.channels /= 2;
   return s;
 }
 
-// The same of pairs of images.
+// Views the input as pairs of images, whose number must be even.
 template <class In>
 ConvInput<In> paired_images(ConvInput<In> s) {
   s.second = s.image_stride, s.image_stride *= 2, s.count /= 2;
   return s;
 }
 
-// The same of images that are pairs already, for channels that lie next to each other.
+// Reads the elements themselves as pairs, given a view of pairs of channels that lie next to each other in memory.
 template <class In>
 ConvInput<Bf16Pair> of_pairs(const ConvInput<In>& s) {
   return {reinterpret_cast<const Bf16Pair*>(s.images),
@@ -80,22 +82,22 @@ ConvInput<Bf16Pair> of_pairs(const ConvInput<In>& s) {
           s.tap_by_tap};
 }
 
-// Whether some output pixel meets the image at this tap. Taps that none does are left out from the start: with a large
-// dilation or padding they may be most of the kernel.
+// Whether some output pixel meets the image at this tap. Taps for which none does are left out from the start: with a
+// large dilation or padding they may be most of the kernel.
 template <class In>
 bool meets_image(const ConvInput<In>& s, int64_t dy, int64_t dx) {
   const auto met = [](int64_t offset, int64_t step, int64_t out_size, int64_t size) {
-    const int64_t first = offset < 0 ? ceil_div(-offset, step) : 0;  // output pixel at or after the image's first
+    const int64_t first = offset < 0 ? ceil_div(-offset, step) : 0;  // first output pixel that is not before the image
     return first < out_size && first * step + offset < size;
   };
   return met(dy, s.step_h, s.out_height, s.height) && met(dx, s.step_w, s.out_width, s.width);
 }
 
-// The smallest and largest coordinates that some tap of output rows [0, out_height) meets, of one source or of several
-// that share their images.
+// The smallest and largest input coordinates that the taps of output rows [0, out_height) reach, for one input or for
+// several phases that share their images.
 struct ReceptiveField {
   int64_t top = 0, bottom = 0, left = 0, right = 0;
-  int64_t span_h, span_w;  // of the taps of one pixel
+  int64_t span_h, span_w;  // the extent of one pixel's taps
   int64_t out_height = 0, out_width = 0;
 
   template <class In>
@@ -104,7 +106,7 @@ struct ReceptiveField {
     add(s, first);
     close(s);
   }
-  // Of phases[0 .. count).source; the first has the most output pixels.
+  // Covers phases[0 .. count).input; the first phase has the most output pixels.
   template <class Phase>
   ReceptiveField(const Phase* phases, int64_t count) {
     bool first = true;
@@ -135,7 +137,7 @@ bool reaches_outside(const ConvInput<In>& s, const ReceptiveField& e) {
   return e.top < 0 || e.left < 0 || e.bottom >= s.height || e.right >= s.width;
 }
 
-// Output rows [y, y + rows) of images [n, n + images), of channels [c, c + channels) of group g.
+// Output rows [y, y + rows) of images [n, n + images), which read the input channels [c, c + channels) of group g.
 struct OutputTile {
   int64_t g, c, channels, n, images, y, rows;
 };
@@ -145,8 +147,8 @@ struct InputTile {
   const F* data;
   int64_t image_stride, channel_stride;
   int64_t y_step, x_step;  // from one output pixel to the next
-  // Tap (dy, dx) is at (dy - top) * row_stride, and along x, with d = dx - left, at
-  // d % step_w * remainder_stride + d / step_w * column_stride.
+  // Tap (dy, dx) has the offset (dy - top) * row_stride + d % step_w * remainder_stride + d / step_w * column_stride,
+  // where d = dx - left.
   int64_t top, left, row_stride, step_w, remainder_stride, column_stride;
 
   int64_t tap_offset(Tap tap) const {
@@ -155,8 +157,8 @@ struct InputTile {
   }
 };
 
-// One dimension of a copied input tile. Where the step between pixels is larger than the span of the taps, what lies
-// between is not copied: element i of the copy is element i / step * source_step + i % step of the source.
+// One dimension of a copied input tile. Where the stride is larger than the span of the taps, the gaps between the
+// receptive fields are not copied: element i of the copy is element i / step * source_step + i % step of the source.
 struct CopiedAxis {
   int64_t source_step, step, size;
 
@@ -165,8 +167,8 @@ struct CopiedAxis {
   int64_t source(int64_t i) const { return step == source_step ? i : i / step * source_step + i % step; }
 };
 
-// Elements x, x + step, ... of a row of `width`, zeros where there are none. May write up to a vector more than
-// `count`.
+// Copies the `count` elements x, x + step, ... of a row of `width` elements, with zeros for those outside of the row.
+// May write up to a vector past `count`.
 template <class F, class In>
 void copy_row(F* target, const In* row, int64_t x, int64_t step, int64_t count, int64_t width, int64_t x_stride,
               int64_t second) {
@@ -189,7 +191,8 @@ void copy_row(F* target, const In* row, int64_t x, int64_t step, int64_t count, 
   std::fill(target + end, target + count, F{});
 }
 
-// The same of `channels` that lie next to each other, into planes. Pairs are moved as if they were floats.
+// Copies the `count` pixels x, x + step, ... of a channels-last row of `width` pixels into planes that are `plane`
+// elements apart, with zeros for pixels outside of the row. Pairs are moved as if they were floats.
 template <class F, class In>
 void copy_channels(F* target, int64_t plane, const In* row, int64_t x, int64_t step, int64_t count, int64_t width,
                    int64_t x_stride, int64_t channels) {
@@ -202,7 +205,8 @@ void copy_channels(F* target, int64_t plane, const In* row, int64_t x, int64_t s
     std::fill(target, target + begin, F{}), std::fill(target + end, target + count, F{});
 }
 
-// The same of planes, into pixels, the channels of each one after the other.
+// Copies `count` neighbouring pixels from x on of a channels-first row of `width` pixels, whose planes are `plane`
+// elements apart, into channels-last pixels, with zeros for pixels outside of the row.
 template <class F, class In>
 void copy_planes(F* target, const In* row, int64_t plane, int64_t x, int64_t count, int64_t width, int64_t channels,
                  int64_t second) {
@@ -212,7 +216,7 @@ void copy_planes(F* target, const In* row, int64_t plane, int64_t x, int64_t cou
   std::fill(target + end * channels, target + count * channels, F{});
 }
 
-// The input tile of `tile` in the tensor itself.
+// The input tile of output tile b, read in the tensor itself.
 template <class In>
 InputTile<In> input_tile_in_place(const ConvInput<In>& s, const OutputTile& b) {
   const In* first = s.images + (b.g * s.channels + b.c) * s.channel_stride + b.n * s.image_stride;
@@ -221,7 +225,7 @@ InputTile<In> input_tile_in_place(const ConvInput<In>& s, const OutputTile& b) {
           s.y_stride,           s.step_w,       s.x_stride,       x_step};
 }
 
-// Row y of image n: all of its `width`, or nothing if there is no such row.
+// Row y of image n. A row outside of the image has a width of 0.
 template <class In>
 struct InputRow {
   const In* data;
@@ -233,7 +237,7 @@ struct InputRow {
   }
 };
 
-// The input tile of `tile` copied pixel by pixel, from images of either layout.
+// The input tile of output tile b, copied pixel by pixel (channels-last) from images of either layout.
 template <class F, class In>
 InputTile<F> copied_channels_last(const ConvInput<In>& s, const In* images, const ReceptiveField& e,
                                   const OutputTile& b) {
@@ -242,7 +246,7 @@ InputTile<F> copied_channels_last(const ConvInput<In>& s, const In* images, cons
   const bool whole_lines = channels == s.x_stride && horizontal.step == s.step_w;
   const bool planes = s.x_stride == 1 && horizontal.step == s.step_w;
   F* copy = scratch<F>(Scratch::b, b.images * image + OperandVec<F>::size());
-  // In the order of the copy, because a row may be written a bit too long.
+  // Rows are written in the order of the copy, because copy_row may write past the end of a row.
   for (int64_t n = 0; n < b.images; ++n) {
     for (int64_t i = 0; i < vertical.size; ++i) {
       const InputRow<In> row(s, images, b.n + n, b.y * s.step_h + e.top + vertical.source(i));
@@ -268,7 +272,8 @@ InputTile<F> copied_channels_last(const ConvInput<In>& s, const In* images, cons
   return {copy, image, 1, vertical.step * line, horizontal.step * channels, e.top, e.left, line, 1, 0, channels};
 }
 
-// The same plane by plane; `sorted`: columns by their remainder.
+// The input tile of output tile b, copied plane by plane (channels-first) from images of either layout. `sorted`: the
+// columns are sorted by their remainder modulo the stride.
 template <class F, class In>
 InputTile<F> copied_channels_first(const ConvInput<In>& s, const In* images, const ReceptiveField& e,
                                    const OutputTile& b, bool channels_last, bool sorted) {
@@ -277,18 +282,18 @@ InputTile<F> copied_channels_first(const ConvInput<In>& s, const In* images, con
   const int64_t per_remainder = ceil_div(horizontal.size, remainders), line = per_remainder * remainders;
   const int64_t plane = vertical.size * line, image = b.channels * plane;
   F* copy = scratch<F>(Scratch::b, b.images * image + OperandVec<F>::size());
-  // Whole rows that follow one another are copied as if they were one.
+  // Adjacent whole rows are copied as a single row.
   const bool joined =
       s.step_h == 1 && s.step_w * s.x_stride == 1 && line == s.width && line == s.y_stride && !reaches_outside(s, e);
   const bool transposed = is_pair<F> == is_pair<In> && channels_last;
   const int64_t row_count = joined ? 1 : vertical.size, row_length = joined ? plane : per_remainder;
-  // In the order of the copy, because a row may be written a bit too long.
+  // Rows are written in the order of the copy, because copy_row may write past the end of a row.
   for (int64_t n = 0; n < b.images; ++n) {
     for (int64_t c = 0; c < (transposed ? 1 : b.channels); ++c) {
       for (int64_t i = 0; i < row_count; ++i) {
         const InputRow<In> row(s, images + c * s.channel_stride, b.n + n, b.y * s.step_h + e.top + vertical.source(i));
         const int64_t width = joined ? plane : row.width;
-        // The next plane's part of the tile: too short a piece for the hardware to follow it.
+        // Prefetch the next plane's row: such short pieces are not followed by the hardware prefetcher.
         prefetch(row.data + s.channel_stride, row_length * int64_t{sizeof(In)});
         F* target = copy + n * image + c * plane + i * line;
         for (int64_t r = 0; r < remainders; ++r, target += per_remainder) {
@@ -304,9 +309,10 @@ InputTile<F> copied_channels_first(const ConvInput<In>& s, const In* images, con
           remainders, per_remainder, 1};
 }
 
-// The input tile of `tile`, with zeros around the images unless it is to be read in place. `by_width`: whether the
-// reader takes whole vectors of neighbouring pixels, up to a vector past the last one. Images that are channels-last
-// are copied so unless the reader goes along x.
+// The input tile of output tile b. It is the tensor itself if its elements are the operands and no tap leaves the
+// images, or if `in_place` says that the reader skips the taps outside; otherwise it is a copy with zeros around the
+// images. `by_width`: the reader loads whole vectors of neighbouring pixels, up to a vector past the last one. The copy
+// of channels-last images is channels-last too, unless it is read by width.
 template <class F, class In>
 InputTile<F> input_tile(const ConvInput<In>& s, const ReceptiveField& e, const OutputTile& b, bool channels_last,
                         bool by_width, bool in_place = false) {
@@ -322,11 +328,12 @@ InputTile<F> input_tile(const ConvInput<In>& s, const ReceptiveField& e, const O
   }
   const In* images = s.images + (b.g * s.channels + b.c) * s.channel_stride;
   if (channels_last && !by_width) return copied_channels_last<F>(s, images, e, b);
-  // Only vectors along x, and gaps between the pixels, ask for columns sorted by remainder.
+  // Columns are sorted by remainder only for vectors along the width and where gaps between the pixels are left out.
   return copied_channels_first<F>(s, images, e, b, channels_last, by_width || e.span_w < s.step_w);
 }
 
-// The same pixel by pixel, for a reader that takes whole vectors of a pixel's channels, up to a vector past the last.
+// The input tile of output tile b in channels-last order, for a reader that loads whole vectors of a pixel's channels,
+// up to a vector past the last one.
 template <class F, class In>
 InputTile<F> channels_last_input_tile(const ConvInput<In>& s, const ReceptiveField& e, const OutputTile& b) {
   if constexpr (std::is_same_v<In, F>) {
@@ -336,8 +343,8 @@ InputTile<F> channels_last_input_tile(const ConvInput<In>& s, const ReceptiveFie
   return copied_channels_last<F>(s, s.images + (b.g * s.channels + b.c) * s.channel_stride, e, b);
 }
 
-// How many output rows of how many images make an input tile of a good size: one that fits into cache, and with enough
-// pixels for what is read along with it, the weights or the sums.
+// Chooses how many output rows of how many images form an output tile, so that its input tile fits into cache (256 KB)
+// but has enough pixels to amortize the weights or sums that are read along with it.
 struct OutputTileSize {
   int64_t rows, images;
 
@@ -348,14 +355,14 @@ struct OutputTileSize {
     const CopiedAxis horizontal(e.out_width, s.step_w, e.span_w);
     const int64_t row = channels * horizontal.size, enough_rows = ceil_div(enough_pixels, e.out_width);
     rows = std::clamp((cached / row - e.span_h) / vertical.step + 1, std::min(enough_rows, e.out_height), e.out_height);
-    // Of even size, and small images together.
+    // Tiles of about equal size; small images share one.
     rows = ceil_div(e.out_height, ceil_div(e.out_height, rows));
     images = rows < e.out_height ? 1 : std::min(ceil_div(enough_rows, e.out_height), s.count);
     images = ceil_div(s.count, ceil_div(s.count, images));
   }
 };
 
-// The offsets of an input tile's pixels, row by row.
+// The offsets in an input tile of the output pixels, row by row.
 template <class F>
 const int64_t* pixel_offsets(Scratch use, const InputTile<F>& w, const OutputTile& b, int64_t out_width) {
   int64_t* offsets = scratch<int64_t>(use, b.images * b.rows * out_width);
@@ -366,7 +373,7 @@ const int64_t* pixel_offsets(Scratch use, const InputTile<F>& w, const OutputTil
   return offsets;
 }
 
-// The offsets of (channel, tap) for the first `channels` channels, in the order of the source.
+// The offsets in an input tile of (channel, tap) for the first `channels` channels, in the order of k.
 template <class F, class In>
 const int64_t* patch_offsets(Scratch use, const InputTile<F>& w, const ConvInput<In>& s, int64_t channels) {
   int64_t* offsets = scratch<int64_t>(use, channels * s.tap_count);

@@ -1,14 +1,15 @@
 // Exact borders of convolutions with infinities or NaN.
 //
-// The products of conv2d*.cpp multiply the zeros that conv2d/input_tile.h puts around an image. With a finite factor
-// that adds nothing, but 0 * inf is NaN, where a convolution over the taps inside of the image has no such term. So
-// where a tap leaves the image and the other operand is not finite, the product is taken with that operand's finite
-// part (its infinities and NaN set to the smallest number of their sign), and the remaining terms are added here one by
-// one, over the taps inside only. Any such term makes its sum infinite or NaN, so neither their order nor their
-// rounding matters, nor what the smallest number added to it: with an infinite factor that is the same infinity, where
-// a 0 would give NaN.
+// The matrix products of conv2d multiply the zeros that conv2d/input_tile.h puts around an image. With a finite factor
+// that adds nothing, but 0 * inf is NaN, and a convolution over the taps inside of the image has no such term. So where
+// a tap leaves the image and the other operand is not finite, the product is taken with that operand's finite part (its
+// infinities and NaN are replaced by the smallest normal number of their sign), and the terms of the replaced values
+// are added one by one, over the taps inside only. Any such term makes its sum infinite or NaN, so neither the order
+// nor the rounding of these terms matters. Nor does the smallest number that was added in their place: multiplied by an
+// infinity it gives the same infinity, where a 0 would give NaN.
 //
-// This costs a look at the smaller operand, and time for each value that is not finite.
+// The cost is a pass over the weight (in the weight gradient, over grad_output or its sums), and time for each value
+// that is not finite.
 #pragma once
 
 #include <limits>
@@ -28,7 +29,7 @@ template <class In>
 bool all_finite(const In* values, int64_t count) {
   using T = Compute<In>;
   constexpr int64_t lanes = Vec<T>::size();
-  Vec<T> sum(0);  // of values that are 0, or NaN
+  Vec<T> sum(0);  // its terms are 0, or NaN where a value is not finite
   for (int64_t i = 0; i < count; i += lanes) {
     const Vec<T> value = load(values + i, std::min(lanes, count - i));
     sum = sum + (value - value);
@@ -44,7 +45,7 @@ std::vector<In> finite_part(const In* values, int64_t count) {
   return finite;
 }
 
-// f(y, x, value) for every output pixel of image n where the tap lies inside, with the image's value there.
+// Calls f(y, x, value) for every output pixel of image n whose tap lies inside of the image, with the value it meets.
 template <class In, class F>
 void for_each_inside(const ConvInput<In>& s, int64_t n, int64_t channel, Tap tap, const F& f) {
   const In* plane = s.images + n * s.image_stride + channel * s.channel_stride;

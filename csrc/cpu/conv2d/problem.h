@@ -1,5 +1,11 @@
-// What the forward and the gradients of conv2d share: the layout of images, and `convolve`, the product of the patches
-// of a source with weights, which is both the forward and the gradient of the input.
+// What the forward and the gradients of conv2d share: the memory layout of images and weights, and ConvProblem, the
+// convolution that is both the forward and the input gradient:
+//
+//   output[g, o, pixel] = bias + sum over (channel, tap) of filter(g, o, channel, tap) * input(pixel, channel, tap)
+//
+// Among the functions below, forward_problem (conv2d.cpp) and input_gradient_phases (conv2d_backward.cpp) set up
+// such problems, and convolve (conv2d/convolve.cpp) and weight_gradient (conv2d/weight_gradient.cpp) choose between the
+// algorithms, which are in other files of this folder.
 #pragma once
 
 #include <utility>
@@ -8,7 +14,7 @@
 
 namespace pyops::cpu {
 
-// How a batch of images [N, channels, height, width] lies in memory.
+// The memory layout of a batch of images [N, channels, height, width].
 struct Layout {
   int64_t image_stride, channel_stride, y_stride, x_stride;
 
@@ -19,7 +25,7 @@ struct Layout {
         x_stride(channels_last ? channels : 1) {}
 };
 
-// The input as the forward and the gradient of the weight see it.
+// The input of the forward and of the weight gradient, without the taps that meet no pixel of the image.
 template <class T>
 ConvInput<T> conv_input(const Conv2dShape& s, const void* input) {
   const Layout in(s.C, s.H, s.W, s.channels_last);
@@ -50,7 +56,8 @@ ConvInput<T> conv_input(const Conv2dShape& s, const void* input) {
   return source;
 }
 
-// How the weight of a convolution lies in memory: element (o, channel of a group, tap) of all output channels o.
+// The memory layout of a weight: the strides of (o, channel within its group, tap), where o counts the output channels
+// of all groups.
 struct WeightLayout {
   int64_t out_stride, channel_stride, tap_stride;
 
@@ -65,32 +72,33 @@ template <class T>
 struct Filters {
   const T* data;
   int64_t group_stride, out_stride, channel_stride, tap_stride;
-  int64_t count;       // of all elements
-  int64_t second = 0;  // of pairs of channels, as in Source
+  int64_t count;       // elements of the whole weight
+  int64_t second = 0;  // from the first channel of a pair to the second, as in ConvInput
 
   int64_t step(int64_t channel, const Tap& tap) const { return channel * channel_stride + tap.index * tap_stride; }
   const T* at(int64_t g, int64_t o) const { return data + g * group_stride + o * out_stride; }
 };
 
-// output[g, o, pixel] = bias + sum over (channel, tap) of filter(g, o, channel, tap) * source(pixel, channel, tap)
+// output[g, o, pixel] = bias + sum over (channel, tap) of filter(g, o, channel, tap) * input(pixel, channel, tap)
 //
-// The output may be made by several correlations, its phases: each has taps of its own and writes the columns
-// x * x_phases + x_phase of its own rows of the output. Phases of the same rows follow one another.
+// Several problems may share an output: they are the phases of a polyphase decomposition (conv2d_backward.cpp). Each
+// phase has its own taps and writes the columns x * x_phases + x_phase of its own rows of the output. Phases that write
+// the same rows are adjacent in an array of phases.
 template <class T>
 struct ConvProblem {
   ConvInput<T> input;
   Filters<T> filters;
-  bool channels_last;            // source and output
-  int64_t groups, out_channels;  // of a group
-  T* output;                     // of group 0, at the first of the rows
+  bool channels_last;            // the layout of both input and output
+  int64_t groups, out_channels;  // out_channels: of one group
+  T* output;                     // group 0, at the first row of this phase
   int64_t out_channel_stride;
-  Axis out_lines;  // all columns of the rows
-  const T* bias;   // null: none
+  Axis out_lines;  // the rows of this phase with the columns of all phases
+  const T* bias;   // may be null
   bool relu = false;
   int64_t x_phase = 0, x_phases = 1;
 
   int64_t depth() const { return input.depth(); }
-  // Where element k of a filter is.
+  // The offset of element k of a filter.
   int64_t filter_step(int64_t k) const { return filters.step(input.channel(k), input.tap(k)); }
   // The pixels of this phase.
   Axis out_pixels() const {
@@ -99,58 +107,60 @@ struct ConvProblem {
   T* first_pixel() const { return output + x_phase * out_lines.x_stride; }
 };
 
-// Whether the channels are multiplied in pairs (gemm/operand.h), of which there is an even number. Never in a
-// convolution that goes along the images for some batch size: a sample's result is the same in any batch.
+// Whether the channels, whose number is then even, are multiplied in bfloat16 pairs (gemm/operand.h). A problem that
+// would use batch lanes at some batch size never multiplies pairs, because a sample's result must not depend on the
+// batch it is in.
 template <class T>
 bool multiplies_pairs(const ConvProblem<T>& x);
 
-// Whether it sums over k in the order of the filters in memory, as most ways do.
+// Whether the chosen algorithm sums over k in the order of the filters in memory, as most algorithms do.
 template <class T>
 bool sums_in_order(const ConvProblem<T>& x);
 
-// conv2d.
+// The convolution that is the forward of conv2d.
 template <class T>
 ConvProblem<T> forward_problem(const Conv2dArgs& x);
 
-// The sum of `count` phases, which share everything but their taps, rows, columns and output size; the first is the
-// largest.
+// Computes the `count` phases of one output. They share everything but their taps, rows, columns and output size, and
+// the first phase is the largest.
 template <class T>
 void convolve(const ConvProblem<T>* phases, int64_t count);
 
-// The same for one channel in and one out in every group, of one phase; weight: [groups, taps]. A channels-first output
-// has no gaps between its columns.
+// Computes one phase of a depthwise convolution, where every group has one input and one output channel.
+// weight: [groups, taps]. A channels-first output must have no gaps between its columns.
 template <class T>
 void convolve_depthwise(const ConvProblem<T>& x, const T* weight);
 
-// grad_weight where every channel is a group of its own.
+// Computes grad_weight of a depthwise convolution.
 template <class T>
 void weight_gradient_depthwise(const Conv2dShape& s, const ConvInput<T>& source, const T* grad_output, T* grad_weight);
 
-// The same over blocks of images (conv2d/batch_lanes.h), for a single phase.
+// Computes a convolution of a single phase with the batch in lanes (conv2d/batch_lanes.h).
 template <class T>
 void convolve_batch_lanes(const ConvProblem<T>& x);
 
-// The same for narrow groups of channels-last images, which are transposed to planes and back.
+// Computes the phases of a convolution of narrow groups over channels-last images, which are transposed to planes and
+// back (conv2d/grouped_planes.cpp).
 template <class T>
 void convolve_grouped_planes(const ConvProblem<T>* phases, int64_t count);
 
-// grad_input of conv2d_backward as a correlation of grad_output with the weight, by its phases: stride_h x stride_w of
-// them, or fewer if the image is smaller. In the scratch of this thread.
+// grad_input of conv2d_backward as a convolution of grad_output with the weight. There are stride_h x stride_w phases,
+// or fewer if the image is smaller; they lie in this thread's scratch.
 template <class T>
 std::pair<const ConvProblem<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x);
 
-// grad_input of conv2d_backward of one group, another way: conv2d/input_gradient_kn2row.cpp. T: float or double.
+// Computes grad_input of conv2d_backward of one group by kn2row (conv2d/input_gradient_kn2row.cpp). T: float or double.
 template <class T>
 void input_gradient_kn2row(const Conv2dBackwardArgs& x);
 
-// grad_weight = the sum, in order, of `parts` arrays at distance part_stride, each [groups, K, O / groups], where K
-// runs over (channel, tap) of the source. This is the one place where sums of a source's taps become elements of the
-// weight: each goes to the element that Tap::index names, and the weights of taps that meet no pixel get zeros.
+// grad_weight = the sum, in order, of `parts` arrays of sums, each [groups, K, O / groups] and part_stride elements
+// after the one before, where K runs over (channel, tap) of `source`. The sum of a tap is written to the element that
+// Tap::index names, and the weights of taps that meet no pixel become zero.
 template <class T>
 void sum_weight_parts(const Conv2dShape& s, const ConvInput<T>& source, T* grad_weight, Compute<T>* sums, int64_t parts,
                       int64_t part_stride);
 
-// grad_weight of conv2d_backward.
+// Computes grad_weight of conv2d_backward.
 template <class T>
 void weight_gradient(const Conv2dBackwardArgs& x);
 

@@ -1,18 +1,16 @@
-// The weight gradient of conv2d: with K = (channel, tap), summed over the pixels of all images,
+// The weight gradient of conv2d. With K = (channel, tap), summed over the pixels of all images:
 //
-//   grad_weight [O, K] = grad_output [O, pixels] input tile(input) [pixels, K]
+//   grad_weight [O, K] = grad_output [O, pixels] input tile [pixels, K]
 //
-// choose_algorithm chooses for groups; else choose_lanes does how to lay the vectors, by the lanes that they use:
-//   along the output channels: rows of K are broadcast from an input tile of the input where it lies, and a tile of
-//     grad_output is transposed to [pixels, O] (channels-last it is so already).
-//   along the inputs, where output channels are few: conv2d/weight_gradient_inputs.h.
-//   along x, where either would leave most lanes idle: conv2d/weight_gradient_width.h.
+// choose_algorithm picks an algorithm for groups. All other shapes are an implicit GEMM over input tiles
+// (conv2d/input_tile.h), whose vectors choose_lanes lays where they leave the fewest lanes idle. Along the output
+// channels, values of the input tile are broadcast and a tile of grad_output is transposed to [pixels, O], unless it is
+// channels-last already. Along the inputs, for few output channels, conv2d/weight_gradient_inputs.h broadcasts the
+// gradients instead. Along the width, where either would leave most lanes idle, conv2d/weight_gradient_width.h computes
+// dot products. If a bfloat16 batch is even, pairs of images are multiplied where the CPU supports it (gemm/operand.h).
 //
-// Of an even batch in bfloat16, pairs of images are multiplied where the CPU does that (gemm/operand.h). 8x64x56x56 ->
-// 64, 3x3, one core: 5.0 ms, widened to float32 8.6, stock torch 5.7.
-//
-// The batch is cut into parts whose number depends on the shape only; their sums are added in order. The sums run over
-// the taps inside of the image only, also where values are infinite.
+// The batch is cut into parts whose number depends on the shape only, and their sums are added in order. The sums run
+// over the taps inside of the image only, even where values are infinite or NaN.
 #include "border_taps.h"
 #include "grouped_lanes.h"
 #include "nonfinite.h"
@@ -22,8 +20,7 @@
 namespace pyops::cpu {
 namespace {
 
-// What is summed, for output channel o and row (channel, tap) of group g. Where two images are multiplied as pairs
-// (gemm/operand.h), the shape and the source count pairs of images.
+// The problem. If images are multiplied in pairs (gemm/operand.h), `shape` and `input` count pairs of images.
 template <class T>
 struct WeightGradient {
   Conv2dShape shape;
@@ -34,8 +31,8 @@ struct WeightGradient {
   int64_t depth() const { return input.depth(); }
 };
 
-// The pixels of a tile of grad_output as rows over the output channels [o, o + count) of group g, where they lie or
-// copied into panels.
+// The pixels of output tile b of grad_output as rows of operand B, over the output channels [o, o + count) of its
+// group. They are read in place or copied into panels.
 template <class F, class T>
 OperandB<F> grad_rows(const Conv2dShape& s, const T* grad_output, const OutputTile& b, int64_t o, int64_t count) {
   constexpr int64_t lanes = OperandVec<F>::size();
@@ -48,8 +45,7 @@ OperandB<F> grad_rows(const Conv2dShape& s, const T* grad_output, const OutputTi
     if (s.channels_last && count % lanes == 0)
       return {first, multiples(Scratch::b_offsets, count / lanes, lanes), multiples(Scratch::b_steps, pixels, s.O)};
   F* copy = scratch<F>(Scratch::grad_rows, panels * width * pixels);
-  const int64_t piece =
-      s.channels_last ? 1 : row;  // as many pixels at once: memory is read in the order in which it lies
+  const int64_t piece = s.channels_last ? 1 : row;  // pixels copied at once, so that memory is read in order
   for (int64_t p = 0; p < pixels; p += piece) {
     const T* source = first + p / row * image + p % row * s.O;
     for (int64_t c = 0; c < count; c += width) {
@@ -69,15 +65,16 @@ OperandB<F> grad_rows(const Conv2dShape& s, const T* grad_output, const OutputTi
           multiples(Scratch::b_steps, pixels, width)};
 }
 
-// sums[row, vectors] (+)= the sum over the pixels of a tile of input tile(row, pixel) * grad(pixel); row = (channel,
-// tap). If that is worth it, tap by tap over the pixels for which it lies inside.
+// sums[row, vectors] (+)= the sum over the pixels of a tile of input tile(row, pixel) * grad(pixel), where row =
+// (channel, tap). If that pays or the images are read in place, each tap sums only over the pixels for which it lies
+// inside.
 template <class F, class T>
 void wgrad_gemm_outputs(const ConvInput<T>& s, const OutputTile& tile, const InputTile<F>& w, const OperandB<F>& grad,
                         int64_t vectors, Accumulator<F>* sums, const int64_t* sum_rows, bool accumulate,
                         bool in_place) {
   constexpr int64_t lanes = OperandVec<F>::size();
-  // A tap's rows are its channels. Of fewer than a tile has, its sums wait for one another: 64x1x28x28 -> 32, 5x5, 1.5
-  // ms by tap, with the zeros around the images 0.56; stock torch 0.65.
+  // A tap has a row for each channel. With fewer rows than a register tile, too few chains of sums are in flight to
+  // hide the latency of an FMA, and multiplying the zeros around the images is cheaper.
   const bool by_tap = in_place || (tile.channels >= tile_rows[0] && should_skip_border_taps(s));
   const int64_t rows = tile.channels * s.tap_count, run_count = by_tap ? s.tap_count : 1;
   const int64_t* patch = patch_offsets(Scratch::a_offsets, w, s, tile.channels);
@@ -101,7 +98,8 @@ void wgrad_gemm_outputs(const ConvInput<T>& s, const OutputTile& tile, const Inp
   });
 }
 
-// The same for a reader that broadcasts them: where they lie, of either layout, unless they are to be converted.
+// The pixels of output tile b of grad_output as operand A, whose values are broadcast. They are read in place in either
+// layout, unless they have to be converted.
 template <class F, class T>
 OperandA<F> grad_values(const Conv2dShape& s, const T* grad_output, const OutputTile& b, int64_t o, int64_t count) {
   constexpr int64_t lanes = OperandVec<F>::size();
@@ -122,24 +120,24 @@ OperandA<F> grad_values(const Conv2dShape& s, const T* grad_output, const Output
   }
 }
 
-// Whether to read the images where they lie, of each tap the pixels inside. A tile then goes over the channels of one
-// tap, and over pixels that lie 256 bytes apart at most: with more, they fall into few sets of the L1 cache.
+// Whether to read the images in place, with each tap summed over the pixels for which it lies inside. A register tile
+// then covers channels of a single tap, and its pixels must lie at most 256 bytes apart: with larger strides they map
+// to few sets of the L1 cache.
 template <class T>
 bool should_read_in_place(const ConvInput<T>& s, bool by_pixel, int64_t c_block) {
   return std::is_same_v<T, Compute<T>> && by_pixel && c_block == s.x_stride && c_block >= 16 &&
          c_block * int64_t{sizeof(T)} <= 256 && s.tap_count <= 64;
 }
 
-// The size of a block of channels: `count` of them in as few even blocks as have at most `most`.
+// The size of the blocks, if `count` channels are cut into as few even blocks as possible, of at most `most` each.
 int64_t even_block(int64_t count, int64_t most) {
   return ceil_div(count, ceil_div(count, std::clamp(most, int64_t{1}, count)));
 }
 
 enum class WgradLanes { outputs, inputs, width };
 
-// The one that uses most lanes, weighed by what was measured: a tile of one or two vectors loads more for each product.
-// One core with AVX-512, 3x3: 8x16x32x32 -> 16 along the inputs 0.19 ms, along the outputs 0.32; 8x128x28x28 -> 128,
-// 9.8 and 8.6; 8x16x32x32 -> 4, 0.08 along the inputs, along x 0.11; 1x1x32x32 -> 6, 5x5, 18 and 15 us.
+// Chooses the vectors that use the largest share of their lanes, with factors fitted to measurements: a register tile
+// that is one or two vectors wide needs more loads for each FMA.
 template <class T>
 WgradLanes choose_lanes(const WeightGradient<T>& x) {
   using C = Compute<T>;
@@ -151,33 +149,33 @@ WgradLanes choose_lanes(const WeightGradient<T>& x) {
   };
   const int64_t taps = x.input.tap_count, row = tap_begins(x.input, x.input.channels)[taps];
   const double transpose = channels_last ? 0 : 11 / static_cast<double>(x.out() * taps);
-  // Zeros around the images are multiplied.
+  // Vectors along the inputs multiply the zeros around the images.
   const double inputs = share(x.depth(), row / lanes) * fraction_inside(x.input) / (1 + transpose);
-  // Channels-first, both operands are copied.
+  // Channels-first, both operands of vectors along the outputs are copied.
   const double outputs = share(x.out(), ceil_div(x.out(), lanes)) * (channels_last ? 1 : 0.9);
   const double along_x = 0.35 * lane_utilization<C>(x.shape.OW);
   if (along_x > std::max(inputs, outputs)) return WgradLanes::width;
   return inputs > outputs && x.out() <= 2 * lanes ? WgradLanes::inputs : WgradLanes::outputs;
 }
 
-// The sums of the parts of the batch, [parts, groups, K, O / groups].
+// The sums of each part of the batch: [parts, groups, K, O / groups].
 template <class C>
 struct Parts {
   C* sums;
   int64_t count, stride;
 };
 
-// Of them a block: of output channels [o, o + columns) and source channels [c, c + channels) of group g.
+// One block of the sums: the output channels [o, o + columns) x the input channels [c, c + channels) of group g.
 template <class C>
 struct Block {
   int64_t g, o, columns, c, channels;
   C* sums;  // in scratch, or in the part itself
   int64_t stride;
-  const int64_t* rows;    // along the outputs: where the sums of each (channel, tap) begin
-  const int64_t* begins;  // along the inputs: where those of each tap begin, of an output channel's
+  const int64_t* rows;    // along the outputs: the offset of the sums of each (channel, tap)
+  const int64_t* begins;  // along the inputs: the offset of each tap within the sums of an output channel
 };
 
-// Adds the products of a tile, the first of which overwrites what is there.
+// Adds the products of a tile to a block's sums; those of the first tile overwrite them.
 template <class F, class T>
 void add_tile(const WeightGradient<T>& x, WgradLanes lanes_along, const ReceptiveField& field, bool in_place,
               const OutputTile& tile, const Block<Accumulator<F>>& block, bool first) {
@@ -212,8 +210,8 @@ Parts<Compute<T>> add_up(const WeightGradient<T>& x, WgradLanes lanes_along) {
   const Conv2dShape& s = x.shape;
   const ConvInput<T>& source = x.input;
   const bool by_pixel = s.channels_last && lanes_along == WgradLanes::outputs;
-  // At most a quarter of an L2 cache of 1 MB. Pixels of fewer channels lie closer: with the larger block 8x128x28x28 ->
-  // 128, 3x3, channels-last is 1 to 3 % slower, with the smaller one channels-first 8x512x7x7 -> 512 4 %.
+  // The sums of a block fill at most a quarter of an L2 cache of 1 MB. Channels-last, a block of fewer channels keeps
+  // the pixels of the input tile closer together. Both sizes are fitted to measurements.
   const int64_t most_sums = by_pixel ? 36 << 10 : 64 << 10;
   const int64_t out = x.out(), taps = source.tap_count, K = x.depth();
   const int64_t o_block = even_block(out, most_columns);
@@ -274,9 +272,8 @@ Parts<Compute<T>> add_up(WeightGradient<T> x) {
   return parts;
 }
 
-// Narrow groups of channels-last images that share no vector: image by image, as planes (conv2d/grouped_planes.cpp).
-// 8x128x28x28, 32 groups, 3x3, one core with AVX-512: 1.0 ms, group by group from the images as they are 2.05, stock
-// torch 1.0.
+// Computes the weight gradient of narrow groups of channels-last images that cannot share a vector. Each image is
+// transposed into planes and treated as a channels-first one, like in conv2d/grouped_planes.cpp.
 template <class T>
 void weight_gradient_of_planes(const Conv2dShape& s, const ConvInput<T>& source, const T* grad_output, T* grad_weight) {
   using C = Compute<T>;
@@ -307,18 +304,18 @@ void weight_gradient_of_planes(const Conv2dShape& s, const ConvInput<T>& source,
 
 enum class WgradAlgorithm { grouped_lanes, depthwise, grouped_planes, implicit_gemm };
 
-// The first that applies, with what it takes in ms and what the next one would; one core with AVX-512, 3x3.
+// The algorithms in order of preference; the first that applies is chosen.
 template <class T>
 WgradAlgorithm choose_algorithm(const Conv2dShape& s, const ConvInput<T>& source) {
   using C = Compute<T>;
   const int64_t in = s.C / s.groups, out = s.O / s.groups;
   const bool all_met = source.tap_count == s.kernel_h * s.kernel_w;
-  // 8x128x28x28 in 32 groups, channels-last: 0.35, as planes 0.99.
+  // Groups that are too narrow for a vector of their own share one, and nothing is copied or transposed.
   if (s.channels_last && all_met && should_use_grouped_lanes<C>(s.groups, in, out))
     return WgradAlgorithm::grouped_lanes;
-  // 8x64x28x28 in 64 groups: 0.18, by input tiles 0.41.
+  // A group has only one channel on either side, too little for a register tile.
   if (s.groups > 1 && in == 1 && out == 1) return WgradAlgorithm::depthwise;
-  // 8x128x28x28 in 32 groups, channels-last, without shared vectors: 1.0, group by group 2.05.
+  // Narrow groups that cannot share vectors are slow to read from channels-last images, group by group.
   if (s.channels_last && s.groups > 1 && lane_utilization<C>(out) <= 0.5) return WgradAlgorithm::grouped_planes;
   return WgradAlgorithm::implicit_gemm;
 }
@@ -340,7 +337,7 @@ void sum_weight_parts(const Conv2dShape& s, const ConvInput<T>& source, T* grad_
                       int64_t part_stride) {
   const int64_t out = s.O / s.groups, K = source.depth(), kernel = s.kernel_h * s.kernel_w;
   if (source.tap_count == kernel) {
-    // All taps are met: the rows of sums are in the order of the weight's elements.
+    // Every tap meets the image, so the rows of sums are in the order of the weight's elements.
     for (int64_t g = 0; g < s.groups; ++g)
       sum_parts(Output<T>{grad_weight + g * out * K, Axis::plain(1), Axis::plain(K)}, sums + g * K * out, parts,
                 part_stride, K, out);
@@ -375,8 +372,9 @@ void weight_gradient(const Conv2dBackwardArgs& x) {
   if constexpr (can_permute)
     if (algorithm == WgradAlgorithm::grouped_lanes)
       return weight_gradient_grouped_lanes(s, source, grad_output, grad_weight);
-  // A value that is not finite makes its sums so too. They are looked at instead where they are fewer: a pass over the
-  // gradients of 8x16x32x32 takes 6 us, all their products 160.
+  // A gradient that is not finite makes its sums infinite or NaN too. Where there are fewer sums than gradients, the
+  // sums are inspected instead, because a pass over all gradients takes a noticeable share of the time of their
+  // products.
   const bool exact = !reaches_outside(source, ReceptiveField(source)), look_at_sums = size < count;
   if (exact || look_at_sums || all_finite(grad_output, count)) {
     weight_gradient_finite(algorithm, s, source, grad_output, grad_weight);

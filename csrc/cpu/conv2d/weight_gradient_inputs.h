@@ -1,8 +1,12 @@
-// The weight gradient of conv2d with the vectors along (tap, input channel): the output channels are the rows, whose
-// gradients are broadcast where they lie, and an input tile of the input is copied pixel by pixel. For few output
-// channels: a product whose vectors run along 16 of them is one vector wide and takes a load for each multiply-add,
-// while the input tile of a 3x3 kernel over 16 channels is nine vectors. 8x16x32x32 -> 16, one core with AVX-512: 0.19
-// ms, along the output channels 0.32, stock torch 0.24; channels-last 0.18, 0.28 and 0.18.
+// The weight gradient of conv2d with the vectors along (tap, input channel):
+//
+//   grad_weight [O, (tap, channel)] = grad_output [O, pixels] input tile [pixels, (tap, channel)]
+//
+// It is chosen for few output channels (choose_lanes of conv2d/weight_gradient.cpp). A product whose vectors run along
+// 16 output channels is one vector wide and takes a load for each FMA, while the input tile of a 3x3 kernel over 16
+// channels has nine vectors. The output channels are the rows of the register tiles: their gradients are broadcast, and
+// the input tile is channels-last. It multiplies the zeros around the images, so its caller keeps gradients that are
+// not finite out of it where a tap leaves the image. Guarantees: those of conv2d/weight_gradient.cpp.
 #pragma once
 
 #include "../gemm/gemm.h"
@@ -10,9 +14,9 @@
 
 namespace pyops::cpu {
 
-// Where each tap's channels begin in a row of sums along the inputs, and after them the length of the row. Taps that
-// are neighbours in a row of the kernel follow one another, others begin a vector: of 24 channels, 3x3, 15 vectors,
-// not 18.
+// Where the channels of each tap begin in a row of sums along the inputs, followed by the length of the row. Taps that
+// are neighbours in the image are adjacent, others begin a new vector: a 3x3 kernel over 24 channels takes 15 vectors
+// of 16 lanes instead of 18.
 template <class T>
 const int64_t* tap_begins(const ConvInput<T>& s, int64_t channels) {
   constexpr int64_t lanes = Vec<Compute<T>>::size();

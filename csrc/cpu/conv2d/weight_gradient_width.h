@@ -1,6 +1,12 @@
-// The weight gradient of conv2d with the vectors along x, where output channels would leave most lanes idle: each
-// weight is a dot product of an input tile and a plane of the gradient, 6 x 4 of them at a time in registers. LeNet's
-// first layer, 64 images, one core with AVX-512: 0.19 ms; along the output channels 0.99, stock torch 0.52.
+// The weight gradient of conv2d with the vectors along the width:
+//
+//   sums[(channel, tap), o] = sum over pixels of input tile((channel, tap), pixel) * grad_output(o, pixel)
+//
+// It is chosen where vectors along the output channels or the inputs would leave most lanes idle (choose_lanes of
+// conv2d/weight_gradient.cpp). Each weight is a dot product of an input tile and a plane of the gradient. A register
+// tile holds dot_rows x dot_columns of them (4 x 6 with AVX-512), whose lanes are added up at the end. It multiplies
+// the zeros around the images, so its caller keeps gradients that are not finite out of it where a tap leaves the
+// image. Guarantees: those of conv2d/weight_gradient.cpp.
 #pragma once
 
 #include "../gemm/dot_tile.h"
@@ -8,13 +14,15 @@
 
 namespace pyops::cpu {
 
-// The pixels of a tile of grad_output, one output channel [o, o + count) of group g after the other.
+// The pixels of a tile of grad_output, one plane for each output channel.
 template <class C>
 struct Planes {
   const C* data;
   int64_t channel_stride, image_stride;
 };
 
+// The planes of the output channels [o, o + count) of output tile b, in place if their pixels are contiguous and of the
+// compute type.
 template <class T>
 Planes<Compute<T>> grad_planes(const Conv2dShape& s, const T* grad_output, const OutputTile& b, int64_t o,
                                int64_t count) {
@@ -25,7 +33,7 @@ Planes<Compute<T>> grad_planes(const Conv2dShape& s, const T* grad_output, const
   if constexpr (std::is_same_v<T, C>) {
     if (layout.x_stride == 1) return {source, layout.channel_stride, layout.image_stride};
   }
-  const int64_t pixels = b.rows * s.OW;  // of one image: they lie x_stride apart
+  const int64_t pixels = b.rows * s.OW;  // of one image, x_stride apart
   C* planes = scratch<C>(Scratch::grad_rows, count * b.images * pixels);
   for (int64_t c = 0; c < count; ++c)
     for (int64_t n = 0; n < b.images; ++n)
@@ -34,7 +42,7 @@ Planes<Compute<T>> grad_planes(const Conv2dShape& s, const T* grad_output, const
   return {planes, b.images * pixels, pixels};
 }
 
-// A run of pixels along x, up to a vector of them: where it begins in the input tile and in a plane.
+// A run of at most a vector of neighbouring pixels of a row: where it begins in the input tile and in a plane.
 struct Run {
   int64_t input, plane;
   int64_t lanes;
@@ -43,7 +51,7 @@ struct Run {
 template <class C>
 struct DotArgs {
   const C* input;
-  const int64_t* offsets;  // of the rows in the input tile
+  const int64_t* offsets;  // of the rows (channel, tap) in the input tile
   const C* planes;
   int64_t plane_stride;
   const Run* runs;
@@ -53,8 +61,8 @@ struct DotArgs {
   bool accumulate;
 };
 
-// sums[r, o] (+)= the sum over all pixels of input tile(offsets[r], pixel) * plane o(pixel). One plain loop, or else
-// gcc keeps the sums in memory.
+// sums[r, o] (+)= the sum over all pixels of input tile(offsets[r], pixel) * plane o(pixel). This is one plain loop,
+// because otherwise gcc keeps the sums in memory.
 template <class C, int rows, int columns>
 void dot_products(const DotArgs<C>& x) {
   using V = Vec<C>;
@@ -93,7 +101,7 @@ void dot_products(const DotArgs<C>& x) {
   }
 }
 
-// The dot products of all rows (channel, tap) of the input tile with all planes of the gradient.
+// Computes the dot products of all rows (channel, tap) of the input tile with all planes of the gradient.
 template <class C>
 void wgrad_dot_products_width(const DotArgs<C>& x, int64_t rows, int64_t columns) {
   for_each_dot_tile(rows, columns, [&](auto tile_rows, auto tile_columns, int64_t row, int64_t column) {

@@ -1,6 +1,8 @@
-// Sums for the bias gradients, in levels: chunks of at most 256 terms (of rows, in blocks of 16), then the chunks in
-// order. The chunks depend on the shape only, so the result is the same for any number of threads, and as accurate as
-// stock's, where one long sum is not: of 64 rows it had three times stock's error.
+// The bias gradients: sums over the rows of a matrix, or over the pixels of channels-first images.
+//
+// The terms are summed in levels: blocks of 16 rows, chunks of at most 256 terms per lane, then the chunks in order.
+// This is as accurate as stock's sums; one long sum is not, and over 64 rows it had three times stock's error. Chunks
+// depend on the shape only, so the result is the same for any number of threads.
 #pragma once
 
 #include <algorithm>
@@ -9,7 +11,8 @@
 
 namespace pyops::cpu {
 
-// target[c] = sum over r of source[r, c], row-major [rows, columns]: linear's and a channels-last image's bias.
+// target[c] = sum over r of source[r, c], row-major [rows, columns]: the bias gradient of linear and of channels-last
+// images.
 template <class In>
 void sum_rows(In* target, const In* source, int64_t rows, int64_t columns) {
   using T = Compute<In>;
@@ -38,7 +41,7 @@ void sum_rows(In* target, const In* source, int64_t rows, int64_t columns) {
   }
 }
 
-// target[c] = sum over n, p of source[n, c, p]: the bias of a batch of channels-first images.
+// target[c] = sum over n, p of source[n, c, p]: the bias gradient of a batch of channels-first images.
 template <class In>
 void sum_planes(In* target, const In* source, int64_t images, int64_t channels, int64_t pixels) {
   using T = Compute<In>;

@@ -1,5 +1,5 @@
-// Register tiles of dot products: dot_rows x dot_columns sums, as many as the registers hold beside a vector of one
-// side and one of each column of the other.
+// Register tiles of dot products: dot_rows x dot_columns accumulators, as many as the registers hold beside one vector
+// of one operand and a vector of each column of the other.
 #pragma once
 
 #include <algorithm>
@@ -28,7 +28,7 @@ constexpr auto dot_tiles(std::integer_sequence<int, I...>) {
   }...};
 }
 
-// f(first, count) for parts of [0, size) of about even size, as few as have at most `most`.
+// f(first, count) for about equal parts of [0, size), the fewest that have at most `most` elements each.
 template <class F>
 void for_each_even_part(int64_t size, int64_t most, const F& f) {
   for (int64_t first = 0, parts = ceil_div(size, most); parts > 0; --parts) {
@@ -37,7 +37,7 @@ void for_each_even_part(int64_t size, int64_t most, const F& f) {
   }
 }
 
-// f(Number<height>, Number<width>, row, column) for each tile of rows x columns sums.
+// f(Number<height>, Number<width>, row, column) for each register tile of rows x columns sums.
 template <class F>
 void for_each_dot_tile(int64_t rows, int64_t columns, const F& f) {
   constexpr auto tiles = dot_tiles<F>(std::make_integer_sequence<int, dot_rows * dot_columns>{});

@@ -1,6 +1,7 @@
-// Where a product's sums go at once, in an output whose rows are runs of neighbours: those of its own type, and those
-// of pairs of bfloat16 rounded to that. conv2d 8x64x56x56 -> 256 1x1 channels-last in bfloat16, one core: 1.9 ms,
-// rounded block by block 2.4, tile by tile out of cache 2.0, stock torch 1.7.
+// The epilogue of products whose output the microkernel stores directly: an output with contiguous rows, of the
+// accumulator's own type or, for operands that are bfloat16 pairs, of bfloat16. Sums of pairs collect in scratch as
+// float32, and the last call rounds them in registers, which is cheaper than a second pass over the sums. Every other
+// output takes its sums from scratch through write() of gemm/output.h.
 #pragma once
 
 #include "../runtime/scratch.h"
@@ -9,12 +10,13 @@
 
 namespace pyops::cpu {
 
-// Whether sums of products of F can go to an output of this type at once.
+// Whether the microkernel can store sums of products of F directly in an output of this type.
 template <class F, class Out>
 constexpr bool stores_directly =
     std::is_same_v<Out, Accumulator<F>> || (is_pair<F> && std::is_same_v<Out, c10::BFloat16>);
 
-// The values in the compute type: where they are, or converted; null if there are none.
+// The values in the compute type: in place if they have it already, otherwise converted into scratch; null if there are
+// none.
 template <class T>
 const Compute<T>* in_compute_type(Scratch use, const T* values, int64_t count) {
   if constexpr (std::is_same_v<T, Compute<T>>) {
@@ -27,7 +29,7 @@ const Compute<T>* in_compute_type(Scratch use, const T* values, int64_t count) {
   }
 }
 
-// product(target) with the target of `rows` x `columns` sums that become `out`.
+// Calls product(c) with the operand C through which `rows` x `columns` sums end up in `out`.
 template <class F, class Out, class Product>
 void with_epilogue(const OperandC<Out>& out, int64_t rows, int64_t columns, const Product& product) {
   using T = Accumulator<F>;
@@ -35,7 +37,7 @@ void with_epilogue(const OperandC<Out>& out, int64_t rows, int64_t columns, cons
   if constexpr (std::is_same_v<Out, T>) {
     product(out);
   } else {
-    // Sums of several calls wait in scratch for the last one; those of one leave it untouched.
+    // A sum over several calls collects in scratch until the last one; a sum that one call completes never touches it.
     constexpr int64_t lanes = Vec<T>::size();
     const int64_t vectors = ceil_div(columns, lanes), stride = vectors * lanes;
     product(OperandC<T>{scratch<T>(Scratch::sums, rows * stride), multiples(Scratch::sums_rows, rows, stride),

@@ -1,15 +1,16 @@
-// C[M, N] = A[M, K] B[K, N] + bias for matrices in memory.
+// C[M, N] = A[M, K] B[K, N] + bias for matrices in memory, rectified if the output asks for it.
 //
-// C is cut into blocks of at most MC x NC, the tasks. In a block, K is cut into chunks of at most KC, over which
-// multiply() of gemm/microkernel.h keeps a register tile at a time. A matrix of the compute type (float, or double for
-// double) is multiplied where it lies as long as that is as fast; else the part that a chunk needs is copied, converted
-// and, for B, transposed into panels as wide as a register tile. Matrices of bfloat16 are multiplied in pairs where the
-// CPU does that (gemm/operand.h), by steps of two terms and so twice as many in a chunk. 2048 x 2048 x 2048, one core
-// with AVX-512: 251 GF/s; multiply-adds of registers alone reach 285.
+// choose_gemm_algorithm() picks the algorithm: a product of one row streams B, every other one is tiled. The tiled
+// algorithms follow Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and the names of
+// BLIS. C is cut into blocks of at most MC x NC, which the threads share, and K into chunks of at most KC, over which
+// macrokernel() of gemm/microkernel.h runs its register tiles. A matrix of the compute type (float, or double for
+// double) is read in place as long as that is as fast. Otherwise the part that a chunk needs is packed: copied,
+// converted and, for B, laid out in panels as wide as a register tile. Matrices of bfloat16 are multiplied in pairs if
+// the CPU can (gemm/operand.h); a step then takes two terms, and a chunk twice as many.
 //
-// Every element of C is (((s0 + s1) + s2) ...) + bias, where s_i is the sum of chunk i in order of k. This depends on K
-// alone: not on the thread count, nor on M, N or the element's place, so that a sample's result is the same in any
-// batch. Sums of at most KC terms, then a sum of sums: the error grows like KC + K / KC, not like K.
+// Every element of C is (((s0 + s1) + s2) ...) + bias, where s_i is the sum of chunk i in order of k. The cut depends
+// on K alone, not on the thread count, M, N or the element's position, so a sample's result is the same in any batch.
+// Each s_i is a chain of at most KC steps, so the error grows like KC + K / KC, not like K.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +23,10 @@
 
 namespace pyops::cpu {
 
-constexpr int64_t MC = 192;  // two blocks of A, of MC x KC floats each, 216 KB, those of C, 384 KB, and
-constexpr int64_t NC = 256;  // a block of B, KC x NC floats, 144 KB, share an L2 cache of 1 MB or more
+// An L2 cache of 1 MB or more holds two blocks of A, MC x KC floats each (216 KB), their blocks of C (384 KB) and a
+// block of B, KC x NC floats (144 KB).
+constexpr int64_t MC = 192;
+constexpr int64_t NC = 256;
 
 // element(r, c) = data[r * row_stride + c * column_stride]
 template <class In>
@@ -34,7 +37,7 @@ struct Matrix {
   const In* at(int64_t row, int64_t column) const { return data + row * row_stride + column * column_stride; }
 };
 
-// F: the operands that are multiplied.
+// F is the type of the operands that are multiplied (gemm/operand.h).
 template <class In, class Out, class F>
 struct GemmArgs {
   Matrix<In> a, b;
@@ -42,17 +45,18 @@ struct GemmArgs {
   int64_t k_begin, k_end;  // the part of K to sum over
 };
 
-// Multiplying a matrix where it lies saves the copy, but past this size it costs more in cache and TLB misses.
+// Reading a matrix in place saves the copy, but past this size it costs more in cache and TLB misses.
 constexpr int64_t in_place_bytes = 1 << 20;
-// Unless it is read for few rows of C, and by pieces of some cache lines: linear's input gradient of 64x2048 -> 2048
-// takes 2.3 ms, of panels 2.6, but 7.5 and 5.5 with AVX2, whose tiles are a cache line wide.
+// Products of few rows are the exception: they read even a large B in place, because packing it would not pay off over
+// so little use. That holds only where a tile reads long enough pieces of each row of B, so without AVX-512 these
+// products have at most one tile of rows.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int64_t few_rows = 64;
 #else
 constexpr int64_t few_rows = tile_rows[max_vectors - 1];
 #endif
 
-// Rows m.. of A, columns k.. of it; all of A has `elements`.
+// Rows m.. and columns k.. of A as an operand, in place or packed; all of A has `elements`.
 template <class F, class In>
 OperandA<F> operand_a(const Matrix<In>& a, int64_t elements, int64_t m, int64_t mc, int64_t k, int64_t kc) {
   const int64_t steps = ceil_div(kc, k_per_step<F>);
@@ -62,7 +66,7 @@ OperandA<F> operand_a(const Matrix<In>& a, int64_t elements, int64_t m, int64_t 
             multiples(Scratch::a_steps, steps, a.column_stride)};
   F* copy = scratch<F>(Scratch::a, mc * steps);
   if (a.row_stride == 1) {
-    // Stored by columns, and copied so: a broadcast takes its value from anywhere.
+    // A is stored by columns and copied by columns, because a broadcast can read its value from anywhere.
     for (int64_t i = 0; i < steps; ++i)
       copy_operand(copy + i * mc, a.at(m, k + i * k_per_step<F>), mc, 1, a.column_stride, kc - i * k_per_step<F>);
     return {copy, multiples(Scratch::a_offsets, mc, 1), multiples(Scratch::a_steps, steps, mc)};
@@ -71,7 +75,7 @@ OperandA<F> operand_a(const Matrix<In>& a, int64_t elements, int64_t m, int64_t 
   return {copy, multiples(Scratch::a_offsets, mc, steps), multiples(Scratch::a_steps, steps, 1)};
 }
 
-// Copies B[k .., n ..], kc x nc, into panels of panel_width columns, zeros past nc. Panel p begins at p * steps *
+// Packs B[k .., n ..], kc x nc, into panels of panel_width columns, with zeros past nc. Panel p begins at p * steps *
 // panel_width.
 template <class F, class In>
 void pack_panels(F* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t n, int64_t nc, int64_t panel_width) {
@@ -81,8 +85,8 @@ void pack_panels(F* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t 
       transpose_terms(panels + c * steps, panel_width, b.at(k, n + c), b.column_stride, std::min(panel_width, nc - c),
                       kc);
   } else {
-    // Panel by panel, but of 16-bit numbers, whose rows are short in a panel, row by row: linear's input gradient of
-    // 16x4096 <- 4096 in bfloat16 4.8 ms instead of 6.2, in float32 7.5 instead of 6.7.
+    // Panels are filled one at a time. For 16-bit numbers, whose rows are short in a panel, all panels are filled row
+    // by row, so that B is still read in long runs.
     const int64_t at_once = is_reduced<In> ? nc : panel_width;
     for (int64_t begin = 0; begin < nc; begin += at_once)
       for (int64_t i = 0; i < steps; ++i)
@@ -94,7 +98,7 @@ void pack_panels(F* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t 
   for (F* row = last; odd > 0 && row < last + panel; row += panel_width) std::fill(row + odd, row + panel_width, F{});
 }
 
-// The offsets of the vectors in panels of so many steps each.
+// The offsets of vectors in panels of `steps` steps each.
 template <class F>
 const int64_t* panel_offsets(Scratch use, int64_t vectors, int64_t steps, int64_t panel_width) {
   constexpr int64_t lanes = OperandVec<F>::size();
@@ -104,8 +108,8 @@ const int64_t* panel_offsets(Scratch use, int64_t vectors, int64_t steps, int64_
   return offsets;
 }
 
-// At most as wide as a register tile, and as multiply() of gemm/microkernel.h shares the vectors out: 6 are two panels
-// of 3.
+// The width of the panels of B: at most a register tile, with the vectors spread evenly as in macrokernel(), so that 6
+// vectors make two panels of 3.
 template <class T>
 int64_t panel_width(int64_t columns) {
   constexpr int64_t lanes = Vec<T>::size();
@@ -113,7 +117,7 @@ int64_t panel_width(int64_t columns) {
   return ceil_div(vectors, ceil_div(vectors, int64_t{max_vectors})) * lanes;
 }
 
-// Rows k.. of B, columns n.. of it, where they lie or in `panels`, which hold them already if `packed`.
+// Rows k.. and columns n.. of B as an operand, in place or in `panels`, which hold them already if `packed`.
 template <class F, class In>
 OperandB<F> operand_b(const Matrix<In>& b, bool in_place, int64_t k, int64_t kc, int64_t n, int64_t nc, F* panels,
                       bool packed) {
@@ -129,7 +133,7 @@ OperandB<F> operand_b(const Matrix<In>& b, bool in_place, int64_t k, int64_t kc,
           multiples(Scratch::b_steps, steps, width)};
 }
 
-// How many vectors of a block of nc columns exist in each register tile's vector; null: all.
+// How many lanes exist in each vector of a block of nc columns; null if all do.
 template <class T>
 const int32_t* column_lanes(int64_t nc) {
   constexpr int64_t lanes = Vec<T>::size();
@@ -140,9 +144,8 @@ const int32_t* column_lanes(int64_t nc) {
   return counts;
 }
 
-// sums[nc] (+)= A[1, kc] B[kc, nc], for a B that is read just once: some rows of it at a time, each from beginning to
-// end. A register tile would go down its columns, a page for every row. 1x4096 * 4096x4096, one core: 3.4 ms, in tiles
-// 6.4, stock torch 3.4.
+// sums[nc] = A[1, kc] B[kc, nc], for a B that is read only once: a few rows of it at a time, each from beginning to
+// end. A register tile would go down the columns of B instead and touch another page with every row.
 template <class F, class In>
 void multiply_row(int64_t kc, const Matrix<In>& a, const Matrix<In>& b, int64_t k, int64_t n, int64_t nc,
                   Accumulator<F>* sums) {
@@ -174,8 +177,8 @@ void multiply_row(int64_t kc, const Matrix<In>& a, const Matrix<In>& b, int64_t 
   }
 }
 
-// A vector of C's only row from its sums. Of pairs, rounded as a tile does it: a sample's result is the same in any
-// batch.
+// Stores one vector of a single-row C. Sums of bfloat16 pairs are rounded exactly as in the tiled algorithms, so a
+// sample's result is the same in any batch.
 template <class F, class Out>
 void finish_row(const Output<Out>& out, int64_t column, Vec<Accumulator<F>> sum, int64_t count) {
   if (out.column_bias) sum = sum + load(out.column_bias + column, count);
@@ -186,7 +189,7 @@ void finish_row(const Output<Out>& out, int64_t column, Vec<Accumulator<F>> sum,
   store(out.data + column, sum, count);
 }
 
-// The columns n .. n + nc of a C of one row.
+// Columns n .. n + nc of a single-row C.
 template <class In, class Out, class F>
 void multiply_one_row(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
   using T = Accumulator<F>;
@@ -206,9 +209,9 @@ void multiply_one_row(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-// The columns n .. n + nc of a C of one row, where B is stored by columns: squares of B are transposed in registers and
-// multiplied there, so that B is read once and written nowhere. The sums are those of every other way: chains of
-// multiply-adds, so many of which run side by side.
+// Columns n .. n + nc of a single-row C, where B is stored by columns: squares of B are transposed in registers and
+// multiplied there, so that B is read once and never written. Each of the `chains` vectors of sums is its own chain of
+// FMAs, and the chains hide each other's latency. The order of every sum is that of the other algorithms.
 template <int chains, class In, class Out, class F>
 void multiply_one_row_transposed(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
   using V = Vec<float>;
@@ -248,12 +251,12 @@ void multiply_one_row_transposed(const GemmArgs<In, Out, F>& x, int64_t n, int64
 }
 #endif
 
-// Panels of B of so many bytes are packed once for all blocks of rows that a thread multiplies by them; packed for
-// each, 2048 x 2048 x 2048 took 71.7 ms instead of 69.9.
+// If the panels of all K for one block of columns fit in this many bytes, they are packed once and kept for all the
+// rows that the thread multiplies by them.
 constexpr int64_t kept_bytes = 4 << 20;
 
-// The block of C from (m, n) on, of mc x nc, in register tiles. b_in_place: where whole vectors of B are neighbours,
-// they are read where they lie.
+// The mc x nc block of C at (m, n), in register tiles. With `b_in_place`, B is read in place where its vectors are
+// whole and contiguous.
 template <class In, class Out, class F>
 void multiply_tiled(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t mc, int64_t n, int64_t nc,
                     bool b_in_place) {
@@ -261,7 +264,7 @@ void multiply_tiled(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t
   constexpr int64_t lanes = Vec<T>::size(), most_terms = KC * k_per_step<F>;
   const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes);
   const int64_t width = panel_width<T>(nc), columns = ceil_div(nc, width) * width, steps = ceil_div(K, k_per_step<F>);
-  const int64_t rows_at_once = ceil_div(mc, ceil_div(mc, 2 * MC));  // of even size
+  const int64_t rows_at_once = ceil_div(mc, ceil_div(mc, 2 * MC));  // in parts of about equal size
   const bool kept = rows_at_once < mc && columns * steps * int64_t{sizeof(F)} <= kept_bytes;
   F* panels = scratch<F>(Scratch::b, columns * (kept ? steps : KC));
   const int64_t* target_vectors = multiples(Scratch::target_vectors, vectors, lanes);
@@ -296,30 +299,29 @@ void multiply_tiled(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t
 
 enum class GemmAlgorithm { one_row_transposed_2, one_row_transposed, one_row, tiles_in_place, tiles_of_panels };
 
-// The first that applies, with what it takes and what others would; linear M x K -> N, one core with AVX-512.
+// Algorithms in order of preference: the first that supports the product.
 template <class In, class Out, class F>
 GemmAlgorithm choose_gemm_algorithm(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N) {
   const int64_t K = x.k_end - x.k_begin;
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (is_squared<In>) {
     if (M == 1 && x.b.row_stride == 1 && (!is_pair<F> || are_operands<F, In>(1, K, x.b.column_stride))) {
-      // 1x400 -> 120: 3.4 us, one chain 4.1, tiles 6.8.
+      // A B that stays in cache: two chains of FMAs hide more of their latency than one.
       if (K * N * int64_t{sizeof(In)} <= in_place_bytes) return GemmAlgorithm::one_row_transposed_2;
-      // 1x4096 -> 4096: 2.1 ms, two chains, whose rows are more streams than a core follows from memory, 2.3,
-      // tiles 4.1.
+      // A larger B comes from memory, where the rows of two chains are more streams than a core can follow.
       return GemmAlgorithm::one_row_transposed;
     }
   }
 #endif
-  // The input gradient of 1x4096 -> 4096: 2.5 ms, tiles in place 2.8, of panels 5.2.
+  // B is read once, row by row; a register tile would read it column by column.
   if (M == 1 && x.b.column_stride == 1 && K > 0) return GemmAlgorithm::one_row;
-  // Those of 64x400 -> 120, 16x4096 -> 4096 and 64x2048 -> 2048: 38 us, 5.3 and 2.3 ms, of panels 40, 6.7 and 2.6.
+  // With few rows of C, or with a small B, packing B costs more than it saves.
   if (M <= few_rows || K * N * int64_t{sizeof(Accumulator<F>)} <= in_place_bytes) return GemmAlgorithm::tiles_in_place;
-  // That of 1024x1024 -> 1024: 9.5 ms, in place 9.7.
+  // Each panel is used by enough rows to pay for its packing.
   return GemmAlgorithm::tiles_of_panels;
 }
 
-// The block of C from (m, n) on, of mc x nc.
+// The mc x nc block of C at (m, n).
 template <class In, class Out, class F>
 void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
   const GemmAlgorithm algorithm = choose_gemm_algorithm(x, M, N);
@@ -344,21 +346,22 @@ void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, 
   multiply_tiled(x, M, m, mc, n, nc, in_place);
 }
 
-// One product. args(i) of `parts` of them, all of the same M and N, in parallel; K is only for the amount of work.
+// `parts` products in parallel, all of the same M and N; args(i) describes product i. K only serves to estimate the
+// amount of work.
 template <class Args>
 void gemm(int64_t parts, int64_t M, int64_t N, int64_t K, const Args& args) {
   constexpr int64_t smallest_mc = 24;
-  const int64_t smallest_nc = M == 1 ? 1024 : 64;  // a single row wants to read B in long runs
+  const int64_t smallest_nc = M == 1 ? 1024 : 64;  // a single-row product reads B in long runs
   const double flops = 2.0 * parts * M * N * K;
   int64_t mc = std::min(M, MC), nc = std::min(N, std::max(NC, smallest_nc));
   const auto tasks = [&] { return parts * ceil_div(M, mc) * ceil_div(N, nc); };
   while (tasks() < tasks_worth(flops) && nc > smallest_nc) nc = ceil_div(nc / 2, smallest_nc) * smallest_nc;
   while (tasks() < tasks_worth(flops) && mc > smallest_mc) mc = ceil_div(mc / 2, smallest_mc) * smallest_mc;
-  // Of even size: a thread's share is a number of blocks.
+  // The blocks are of about equal size, because the threads share the work in whole blocks.
   const int64_t row_blocks = ceil_div(M, mc), column_blocks = ceil_div(N, nc), lanes = Vec<float>::size();
   mc = ceil_div(M, row_blocks), nc = ceil_div(ceil_div(N, column_blocks), lanes) * lanes;
   for_each_range(tasks(), flops, [&](int64_t begin, int64_t end) {
-    // Of one column of blocks a thread takes all of its blocks as one.
+    // Consecutive row blocks of one column of blocks are merged into one.
     for (int64_t task = begin; task < end;) {
       const int64_t row = task % row_blocks, m = row * mc, n = task / row_blocks % column_blocks * nc;
       const int64_t blocks = std::min(row_blocks - row, end - task);
@@ -369,9 +372,9 @@ void gemm(int64_t parts, int64_t M, int64_t N, int64_t K, const Args& args) {
   });
 }
 
-// ---- sums in parts ----
+// ---- split K ----
 
-// out[M, N] = the sum, in order, of `parts` matrices of sums, each [M, N], at distance part_stride.
+// out[M, N] = the sum, in order, of `parts` matrices of [M, N] partial sums that lie part_stride elements apart.
 template <class Out>
 void sum_parts(const Output<Out>& out, Compute<Out>* sums, int64_t parts, int64_t part_stride, int64_t M, int64_t N) {
   using T = Compute<Out>;

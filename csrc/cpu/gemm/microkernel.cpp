@@ -1,5 +1,5 @@
-// The register tiles of gemm/microkernel.h, one instance for each height and width, and the walk over a block in such
-// tiles.
+// The microkernel of gemm/microkernel.h, one instance for each height and width of a register tile, and the macrokernel
+// that covers a block of C with such tiles.
 #include "microkernel.h"
 
 #include <ATen/cpu/vec/functional.h>
@@ -15,15 +15,17 @@ namespace {
 template <class T>
 struct TileArgs {
   int64_t kc;
-  OperandA<T> a;  // steps in bytes: a load takes base and step as they are, and every instruction that is not a
-  OperandB<T> b;  // multiply-add is felt
+  // The steps of both operands are in bytes, so that a load adds base and step as they are: any instruction in the loop
+  // that is not an FMA costs throughput.
+  OperandA<T> a;
+  OperandB<T> b;
   OperandC<Accumulator<T>> target;
   bool accumulate, last;
-  const char* ahead = nullptr;  // what a later tile reads, a cache line for each of the first steps
+  const char* ahead = nullptr;  // data that a later tile reads: one cache line is prefetched in each of the first steps
   int64_t lines_ahead = 0;
 };
 
-// Stores one vector of sums in a way that the plain cases need not pay for.
+// Stores one vector of sums that may be partial. Tiles of whole vectors do without these branches.
 template <class T>
 C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Accumulator<T>* to, Vec<Accumulator<T>> sum) {
   using V = Vec<Accumulator<T>>;
@@ -41,8 +43,8 @@ C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Accumulator<T>
   sum.store(to, lanes);
 }
 
-// The loops over compile-time counts must be unrolled for the sums to stay in registers. adjacent: the vectors lie next
-// to each other, in B and in the target, which leaves enough registers for all pointers and is worth 15 % of speed.
+// Loops over compile-time counts must be unrolled for the sums to stay in registers. `adjacent` means that the vectors
+// are adjacent both in B and in C: then one pointer serves all of them, and the pointers of all rows fit in registers.
 template <class T, int rows, int vectors, bool adjacent>
 void tile(const TileArgs<T>& x) {
   using V = Vec<Accumulator<T>>;
@@ -64,7 +66,7 @@ void tile(const TileArgs<T>& x) {
     const auto b_value = [&](int j) {
       return adjacent ? V::loadu(b[0] + b_step + j * lanes * sizeof(T)) : V::loadu(b[j] + b_step);
     };
-    // The shorter side is kept in registers, the longer one comes by.
+    // Keep the shorter operand in registers and stream the longer one.
     V kept[std::min(rows, vectors)];
     if constexpr (rows < vectors) {
 #pragma GCC unroll 32
@@ -116,7 +118,7 @@ void tile(const TileArgs<T>& x) {
       for_each_sum([&](int i, int j, Accumulator<T>*, V value) { sum[i][j] = at::vec::clamp_min(value, V(0)); });
     if constexpr (is_pair<T>) {
       if (target.rounded) {
-        // In registers: what is stored may be the pointers themselves, as far as the compiler knows.
+        // Keep these in registers: as far as the compiler knows, a store may overwrite the pointers themselves.
         c10::BFloat16* const rounded = target.rounded + (adjacent ? target.rounded_vectors[0] : 0);
         const int64_t* const rounded_rows = target.rounded_rows;
 #pragma GCC unroll 32
@@ -171,7 +173,7 @@ bool are_full(const int32_t* lanes, int64_t vectors) {
   return std::all_of(lanes, lanes + vectors, [](int32_t count) { return count == OperandVec<T>::size(); });
 }
 
-// Has the next tile fetch what the tile so many rows after it reads first.
+// Has the next tile prefetch what the tile `rows` rows further on reads first.
 template <class T>
 void fetch_ahead(TileArgs<T>& x, int64_t bytes, int64_t rows) {
   x.lines_ahead = std::min(x.kc, bytes / cache_line);
@@ -184,9 +186,9 @@ template <class T>
 void macrokernel(const RowRun* runs, int64_t run_count, int64_t vectors, OperandA<T> a, OperandB<T> b,
                  OperandC<Accumulator<T>> target, bool accumulate, bool last) {
   const int64_t widest = run_count == 1 && runs[0].rows == 1 ? most_vectors : max_vectors;
-  // Sums that wait to be rounded are whole vectors, next to each other.
+  // Sums that wait in scratch to be rounded are whole, adjacent vectors.
   const bool rounds = target.rounded && last, waits = target.rounded && !last;
-  // In parts as even as can be: 13 vectors in panels of 4, 3, 3, 3.
+  // Panels are as even as possible: 13 vectors make panels of 4, 3, 3 and 3.
   const int64_t panels = ceil_div(vectors, widest);
   for (int64_t panel = 0; panel < panels; ++panel) {
     const int64_t width = vectors / panels + (panel < vectors % panels), most_rows = tile_rows[width - 1];
@@ -209,7 +211,7 @@ void macrokernel(const RowRun* runs, int64_t run_count, int64_t vectors, Operand
         if (target.row_bias) args.target.row_bias += height;
       }
     }
-    a.bytes_ahead = 0;  // they are in cache now
+    a.bytes_ahead = 0;  // the first panel has brought the rows of A into cache
     b.offsets += width;
     target.vectors += width;
     if (target.rounded) target.rounded_vectors += width;

@@ -1,13 +1,17 @@
-// The inner product of every matrix product here: sums[i, j] (+)= sum over k of A[i, k] B[k, j], in register tiles.
+// The microkernel of every matrix product here: C[i, j] (+)= sum over k of A[i, k] B[k, j], in register tiles, and the
+// macrokernel that runs it over a block of C.
 //
-// Neither operand has to be a matrix in memory. Each element of A and each vector of B is found by adding an offset of
-// its row or vector and one of its k, so that the patches of an image are multiplied where the image lies, without
-// being gathered (no im2col): a tap of a convolution is just another offset.
+// The operands are indirect (Dukhan, "The Indirect Convolution Algorithm", 2019): neither has to be a matrix in memory.
+// Each element of A and each vector of B is found by adding the offset of its row or vector to the offset of its k, so
+// that the patches of an image are multiplied where the image lies, without im2col: a tap of a convolution is just
+// another offset.
 //
-// A tile of `rows` x `vectors` accumulators stays in registers over all k: with AVX-512, 6 x 4 vectors of 16 floats do
-// 24 fused multiply-adds on 4 loads and 6 broadcasts. Narrow products take 8 rows, for which there are pointers in
-// registers (12 and 16 rows were 13 and 18 % slower). Every sum is one chain of fused multiply-adds in the order of k,
-// whatever tile computes it: results do not depend on how tiles are laid.
+// A tile of rows x vectors accumulators stays in registers over all k: with AVX-512, 6 x 4 vectors of 16 floats take 24
+// fused multiply-adds for 4 loads and 6 broadcasts. Narrow products use 8 rows, because that many row pointers fit in
+// registers; taller tiles are slower.
+//
+// Every sum is one chain of fused multiply-adds in the order of k, whichever tile computes it, so results do not depend
+// on how C is cut into tiles.
 #pragma once
 
 #include <array>
@@ -16,15 +20,14 @@
 
 namespace pyops::cpu {
 
-// T is what is multiplied, the operands of gemm/operand.h. A[i, k] = data[offsets[i] + steps[k]]
+// A[i, k] = data[offsets[i] + steps[k]]; T is an operand type of gemm/operand.h.
 template <class T>
 struct OperandA {
   const T* data;
   const int64_t* offsets;
   const int64_t* steps;
-  // Where the rows come from memory, from one piece of so many bytes for each: it is fetched two tiles ahead, from the
-  // first step on. The hardware does not follow a tile's rows: conv2d 8x256x56x56 -> 64 1x1 channels-last 4.8 ms
-  // without, 3.4 with.
+  // If the rows come from memory and each reads one contiguous piece: the size of that piece. It is prefetched two
+  // tiles ahead, during the first steps, because the hardware prefetcher does not follow the rows of a tile.
   int64_t bytes_ahead = 0;
 };
 
@@ -36,25 +39,25 @@ struct OperandB {
   const int64_t* steps;
 };
 
-// Rows of a register tile by its width in vectors: what the registers hold beside a row of B. Only a product of a
-// single row is wider than max_vectors, or else its few sums would wait for one another.
+// The most rows of a register tile by its width in vectors: what the registers hold beside one row of B. Only a product
+// of a single row is wider than max_vectors, because its few sums would otherwise wait for one another.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr std::array<int, 8> tile_rows = {8, 8, 8, 6, 1, 1, 1, 1};  // 32 registers
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr std::array<int, 8> tile_rows = {8, 6, 4, 3, 1, 1, 1, 1};  // 16 registers; 6 x 2 is 2 to 8 % slower
+constexpr std::array<int, 8> tile_rows = {8, 6, 4, 3, 1, 1, 1, 1};  // 16 registers; 3 x 4 is faster than 6 x 2
 #else
 constexpr std::array<int, 2> tile_rows = {4, 1};  // 16 registers, of which a Vectorized takes two
 #endif
 constexpr int most_vectors = static_cast<int>(tile_rows.size()), max_vectors = most_vectors / 2;
 
-// The most terms of one sum: with 64 columns a panel of B is 36 KB, which stays in the L1 cache. Chunks of 192 are as
-// fast, but the input gradient of a convolution over 64 channels, 3x3, summed in three of them, had 1.6 times stock's
-// error, and 1.5 are allowed.
+// The most steps of one sum. With 64 columns a panel of B is 36 KB, which stays in the L1 cache. Longer chunks are less
+// accurate: with chunks of 192, the input gradient of a 3x3 convolution over 64 channels, summed in three of them, had
+// 1.6 times stock's error, and 1.5 are allowed.
 constexpr int64_t KC = 144;
 
-// Where the sums go: sums[i, j] is the vector at data + rows[i] + vectors[j], of which the first lanes[j] elements
-// exist. A sum over more than KC terms takes several calls: `accumulate` adds to what is there, and the `last` one adds
-// a bias (one number a row, or one vector a vector) and rectifies.
+// C[i, j] is the vector at data + rows[i] + vectors[j], of which the first lanes[j] elements exist. A sum over more
+// than KC steps takes several calls: `accumulate` adds to the sums that C holds already, and the `last` call adds a
+// bias (one number for each row, or one vector for each vector of columns) and rectifies.
 template <class T>
 struct OperandC {
   T* data;
@@ -64,24 +67,25 @@ struct OperandC {
   const T* row_bias = nullptr;
   const T* column_bias = nullptr;
   bool relu = false;
-  // Of pairs of bfloat16: where the last call puts the sums instead, rounded, in the same way; null: nowhere.
+  // For bfloat16 pairs, the last call stores the sums rounded at rounded + rounded_rows[i] + rounded_vectors[j] instead
+  // of in `data`; null: it does not.
   c10::BFloat16* rounded = nullptr;
   const int64_t* rounded_rows = nullptr;
   const int64_t* rounded_vectors = nullptr;
 };
 
-// kc <= KC.
+// Computes `rows` x `vectors` vectors of sums over kc <= KC steps.
 template <class T>
 void macrokernel(int64_t rows, int64_t vectors, int64_t kc, OperandA<T> a, OperandB<T> b,
                  OperandC<Accumulator<T>> target, bool accumulate, bool last);
 
-// A run of rows that are summed over the same terms, kc of them; steps in bytes.
+// Consecutive rows that are summed over the same kc steps; the steps are in bytes.
 struct RowRun {
   int64_t rows, kc;
   const int64_t *a_steps, *b_steps;
 };
 
-// All of kc terms, for `rows` rows. `steps` is room for 2 KC steps.
+// One run of `rows` rows over kc steps. Its steps in bytes are kept in `steps`, which has room for 2 KC of them.
 template <class T>
 RowRun run_of(int64_t rows, const int64_t* a_steps, const int64_t* b_steps, int64_t kc, int64_t* steps) {
   constexpr int64_t bytes = sizeof(T);
@@ -89,12 +93,13 @@ RowRun run_of(int64_t rows, const int64_t* a_steps, const int64_t* b_steps, int6
   return {rows, kc, steps, steps + KC};
 }
 
-// The same for runs of rows that follow one another, each over steps of its own.
+// Computes runs of rows that follow one another, each over its own steps.
 template <class T>
 void macrokernel(const RowRun* runs, int64_t run_count, int64_t vectors, OperandA<T> a, OperandB<T> b,
                  OperandC<Accumulator<T>> target, bool accumulate, bool last);
 
-// The same into a row-major matrix of sums, rows x (vectors * lanes), at distance sums_stride.
+// Stores the sums in a row-major matrix of rows x (vectors * lanes) with a row stride of sums_stride, without an
+// epilogue.
 template <class T>
 void macrokernel(int64_t rows, int64_t vectors, int64_t kc, OperandA<T> a, OperandB<T> b, Accumulator<T>* sums,
                  int64_t sums_stride, bool accumulate);

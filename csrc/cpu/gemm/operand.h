@@ -1,9 +1,9 @@
-// What the register tiles of gemm/microkernel.h multiply: numbers of the compute type, or pairs of bfloat16.
+// The operands that the microkernel multiplies: numbers of the compute type, or pairs of bfloat16.
 //
-// vdpbf16ps takes the products of two pairs at once, 556 GF/s on a core that does 270 by multiply-adds of float32, with
-// nothing to convert before. In each lane it is two multiply-adds of float32, the second number of the pair first:
-// sum = first * first + (second * second + sum), each rounded to nearest. Denormal numbers are zeros to it, as they are
-// to stock on a CPU that has it.
+// Pairs are chosen for bfloat16 where the CPU has vdpbf16ps. That instruction multiplies two pairs and adds both
+// products, at twice the rate of float32 fused multiply-adds, and its operands need no conversion. In each lane it
+// performs two float32 multiply-adds, the second number of the pair first: sum = first * first + (second * second +
+// sum), each rounded to nearest. It treats denormal numbers as zeros, as stock does on a CPU that has it.
 #pragma once
 
 #include <cstring>
@@ -12,7 +12,7 @@
 
 namespace pyops::cpu {
 
-// Terms 2 k and 2 k + 1 of a sum, next to each other in memory, at any even address.
+// Terms 2 k and 2 k + 1 of a sum, adjacent in memory at any even address.
 struct Bf16Pair {
   c10::BFloat16 first, second;
 };
@@ -24,7 +24,7 @@ constexpr int64_t k_per_step = is_pair<F> ? 2 : 1;
 template <class F>
 using Accumulator = std::conditional_t<is_pair<F>, float, F>;
 
-// OperandVec in registers; of pairs, the bits as if they were floats.
+// A vector of operands in a register; pairs are held as if their bits were floats.
 template <class F>
 using OperandVec = Vec<Accumulator<F>>;
 
@@ -49,13 +49,13 @@ C10_ALWAYS_INLINE Vec<Accumulator<F>> multiply_add(OperandVec<F> a, OperandVec<F
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-// Sums of pairs rounded to the nearest, ties to even; denormal numbers become zeros, as in the products.
+// Stores sums of pairs rounded to nearest, ties to even; denormal numbers become zeros, as in the products.
 C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 sum, int64_t lanes) {
   __m256i numbers;
   asm("vcvtneps2bf16 %1, %0" : "=v"(numbers) : "v"(sum));
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << lanes) - 1), numbers);
 }
-// Two neighbours.
+// Stores two adjacent vectors.
 C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 first, __m512 second) {
   __m512i numbers;
   asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(numbers) : "v"(first), "v"(second));
@@ -63,7 +63,7 @@ C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 first, __m512 sec
 }
 #endif
 
-// I(T, F) for every floating type and what products of it are made of.
+// I(T, F) for every floating type T and each operand type F that its products can use.
 #if defined(CPU_CAPABILITY_AVX512)
 #define FOR_EACH_PAIR(I) I(c10::BFloat16, Bf16Pair)
 #else
@@ -72,7 +72,7 @@ C10_ALWAYS_INLINE void store_rounded(c10::BFloat16* to, __m512 first, __m512 sec
 #define FOR_EACH_OPERAND(I) \
   I(float, float) I(double, double) I(c10::BFloat16, float) I(c10::Half, float) FOR_EACH_PAIR(I)
 
-// Whether products of the numbers T are made of pairs on this CPU.
+// Whether products of T use bfloat16 pairs on this CPU.
 template <class T>
 bool has_pairs() {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -83,7 +83,7 @@ bool has_pairs() {
 #endif
 }
 
-// f(F{}) for what products of the numbers T are made of: pairs, where they are wanted, or the compute type.
+// f(F{}) with the operand type F of products of T: pairs if `pairs` is set, otherwise the compute type.
 template <class T, class Function>
 void dispatch_operand(const Function& f, [[maybe_unused]] bool pairs = has_pairs<T>()) {
 #if defined(CPU_CAPABILITY_AVX512)

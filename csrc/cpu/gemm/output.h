@@ -1,5 +1,6 @@
-// Between memory and vectors of the compute type, and the writing of sums into an output of any layout: a row or column
-// of it may run along the pixels of a batch of images, and the output may be stored by columns.
+// Loads and stores between memory and vectors of the compute type, and the epilogue that writes sums to an output of
+// any layout: a row or column of C may run over the pixels of a batch of images, and the output may be stored by
+// columns.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -12,7 +13,7 @@ namespace pyops::cpu {
 
 // ---- values ----
 
-// n values at distance `stride`, converted to T and made contiguous.
+// Copies n values with a stride of `stride` to consecutive values of T.
 template <class T, class In>
 inline void copy_values(T* target, const In* source, int64_t n, int64_t stride) {
   if (stride != 1) {
@@ -40,7 +41,7 @@ inline void store(Out* target, Vec<Compute<Out>> value, int64_t count) {
   }
 }
 
-// The same with gaps.
+// Stores `count` elements with a stride of `stride`.
 template <class Out>
 inline void store(Out* target, Vec<Compute<Out>> value, int64_t count, int64_t stride) {
   if (stride == 1) return store(target, value, count);
@@ -68,8 +69,8 @@ inline Vec<Compute<In>> load(const In* source, int64_t count) {
 
 // ---- output ----
 
-// A row or column of C, to an offset in memory: the pixel (n, y, x) of a batch of images is at
-// n * image_stride + y * y_stride + x * x_stride. A plain dimension is one endless row of pixels.
+// Maps a row or column of C to an offset in memory: pixel (n, y, x) of a batch of images is at n * image_stride + y *
+// y_stride + x * x_stride. A plain dimension is one endless row of pixels.
 struct Axis {
   int64_t width, pixels;  // of an image; pixels = width * height
   int64_t image_stride, y_stride, x_stride;
@@ -99,7 +100,7 @@ struct Output {
 };
 
 #if defined(CPU_CAPABILITY_AVX512)
-// The same as below for an output that is stored by columns: squares of sums are transposed in registers.
+// write() for an output that is stored by columns: squares of sums are transposed in registers.
 template <class Out>
 void write_squares(const Output<Out>& out, const float* sums, int64_t sums_stride, int64_t row, int64_t rows,
                    int64_t column, int64_t columns) {
@@ -126,7 +127,7 @@ void write_squares(const Output<Out>& out, const float* sums, int64_t sums_strid
 }
 #endif
 
-// C[row .., column ..] = sums[rows, columns] + bias, rectified if `out` says so
+// C[row .., column ..] = sums[rows, columns] + bias, rectified if `out` asks for it.
 template <class Out>
 void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride, int64_t row, int64_t rows,
            int64_t column, int64_t columns) {
@@ -147,7 +148,8 @@ void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride
     }
     return;
   }
-  // Row by row, for rows may be pages apart; where the columns go is found once for all rows.
+  // The sums are written row by row, because rows may lie pages apart; the offsets of the columns are computed once for
+  // all rows.
   struct Run {
     int64_t column, count, offset;
     Vec<T> bias;
@@ -176,7 +178,7 @@ void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride
   }
 }
 
-// The share of the lanes that vectors along a dimension of this size put to use.
+// The fraction of their lanes that vectors along a dimension of this size use.
 template <class T>
 double lane_utilization(int64_t size) {
   constexpr int64_t lanes = Vec<T>::size();

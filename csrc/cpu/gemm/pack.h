@@ -1,6 +1,6 @@
-// Between matrices in memory and the operands that are multiplied (gemm/operand.h): a step of a product takes terms<F>
-// terms of each sum, which lie term_stride apart; of the last step there may be one only, `left`, and zero is the
-// other.
+// Packing of matrices in memory into the operands that are multiplied (gemm/operand.h). A step takes k_per_step<F>
+// terms of each sum, which lie term_stride apart. `left` is the number of terms that remain: if the last pair has only
+// one, its other number is zero.
 #pragma once
 
 #include "operand.h"
@@ -9,14 +9,14 @@
 namespace pyops::cpu {
 
 #if defined(CPU_CAPABILITY_AVX512)
-// Pairs of numbers that were widened to float.
+// Pairs the lanes of two vectors of bfloat16 numbers that were widened to float.
 inline Vec<float> pairs_of(__m512 first, __m512 second) {
   const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
   return _mm512_castsi512_ps(_mm512_or_epi32(low, _mm512_castps_si512(second)));
 }
 #endif
 
-// The operands of `count` neighbouring columns.
+// Loads the operands of `count` adjacent columns.
 template <class F, class In>
 OperandVec<F> load_operand(const In* p, [[maybe_unused]] int64_t term_stride, [[maybe_unused]] int64_t left,
                            int64_t count) {
@@ -35,14 +35,14 @@ F operand_at(const In* p, [[maybe_unused]] int64_t term_stride, [[maybe_unused]]
   }
 }
 
-// One operand in all lanes.
+// Broadcasts one operand to all lanes.
 template <class F, class In>
 OperandVec<F> broadcast_operand(const In* p, int64_t term_stride, int64_t left) {
   const F value = operand_at<F>(p, term_stride, left);
   return broadcast<F>(&value);
 }
 
-// target[i] = the operand of p[i * stride].
+// target[i] = the operand that begins at p[i * stride].
 template <class F, class In>
 void copy_operand(F* target, const In* p, int64_t count, int64_t stride, int64_t term_stride, int64_t left) {
   if constexpr (!is_pair<F> || std::is_same_v<F, In>) {
@@ -58,7 +58,8 @@ void copy_operand(F* target, const In* p, int64_t count, int64_t stride, int64_t
   }
 }
 
-// target[i] = the operands of a sum's `count` terms, one after the other.
+// Copies the `count` terms of one sum, with a stride of `stride`, to consecutive operands; an odd last term is paired
+// with zero.
 template <class F, class In>
 void copy_terms(F* target, const In* p, int64_t count, int64_t stride) {
   if constexpr (!is_pair<F>) {
@@ -70,21 +71,21 @@ void copy_terms(F* target, const In* p, int64_t count, int64_t stride) {
   }
 }
 
-// Whether the operands of sums can be read where they lie: `count` terms of each, the next sum's at `stride`.
+// Whether the operands can be read in place: each sum has `count` terms, and the sums lie `stride` apart.
 template <class F, class In>
 constexpr bool are_operands(int64_t term_stride, int64_t count, int64_t stride) {
   return is_pair<F> ? term_stride == 1 && count % 2 == 0 && stride % 2 == 0 : std::is_same_v<F, In>;
 }
 
-// target[k * target_stride + i] = operand k of sum i, of whose `count` terms one follows the other; the next sum's are
-// at `stride`.
+// target[k * target_stride + i] = operand k of sum i. The `count` terms of a sum are contiguous, and the sums lie
+// `stride` apart.
 template <class F, class In>
 void transpose_terms(F* target, int64_t target_stride, const In* p, int64_t stride, int64_t sums, int64_t count) {
   if constexpr (!is_pair<F>) {
     transpose(target, target_stride, p, stride, sums, count);
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
-    if (are_operands<F, In>(1, count, stride)) {  // moved as if they were floats
+    if (are_operands<F, In>(1, count, stride)) {  // pairs are moved as if they were floats
       const float* floats = reinterpret_cast<const float*>(p);
       for (int64_t i = 0; i < sums; i += 16)
         for (int64_t k = 0; k < count / 2; k += square_columns)
@@ -99,8 +100,8 @@ void transpose_terms(F* target, int64_t target_stride, const In* p, int64_t stri
   }
 }
 
-// target[k * target_stride + i] = operand k of sum i, whose numbers lie next to those of operand k + 1, the second ones
-// term_stride further; the next sum's are at `stride`.
+// target[k * target_stride + i] = operand k of sum i. The first numbers of operands k and k + 1 are adjacent, the
+// second numbers lie term_stride further on, and the sums lie `stride` apart.
 template <class F, class In>
 void transpose_operand(F* target, int64_t target_stride, const In* p, int64_t stride,
                        [[maybe_unused]] int64_t term_stride, int64_t sums, int64_t count) {

@@ -1,12 +1,14 @@
-// max_pool2d's backward for floats and windows that do not overlap, over rows too short for vectors of their own:
-// images of few columns, or channels-last ones of few channels. Elements lie one behind the other across rows, pixels
-// and images, and which windows they belong to repeats from one group of images, or of rows, to the next. So for each
-// vector of elements there is a pattern, found once: where the 16 windows begin among which its lanes choose, which of
-// them each lane takes, and which tap of it the lane is. A vector then costs two permutations, a comparison and a
-// store, and a pattern goes through a block of groups in registers. One core: 64x16x10x10, 2x2 windows, 7 us, group by
-// group 12, by pairs of rows 15, stock torch 17.
+// The backward of max_pool2d for floats and windows that do not overlap, over rows shorter than a vector: NCHW images
+// of few columns, or NHWC images of few channels.
 //
-// An argmax that names no tap is equal to none.
+// A vector of elements continues across rows, pixels and images, and the windows that its elements belong to repeat
+// from one group of images, or of rows, to the next. So each vector of a group has a pattern, which is found once: the
+// first of the 16 consecutive windows that its lanes choose from, the window that each lane takes, and the tap of that
+// window that the lane is. A vector then costs two permutations, a comparison and a store, and each pattern stays in
+// registers while it is applied to a block of groups.
+//
+// An argmax that names no tap equals none, so its gradient goes nowhere. A gradient is copied, so one of -0.0 keeps its
+// sign.
 #pragma once
 
 #ifdef CPU_CAPABILITY_AVX512
@@ -20,15 +22,15 @@ namespace pyops::cpu {
 
 class PatternBackward {
  public:
-  // Whether rows are short, and windows apart.
+  // Whether rows are shorter than a vector and windows do not overlap.
   static bool takes(const MaxPool2dShape& s) {
     const int64_t row = s.channels_last ? s.C : s.W;
     return row < 16 && s.kernel_h <= s.stride_h && s.kernel_w <= s.stride_w && s.dilation_h == 1 && s.dilation_w == 1;
   }
 
-  // The patterns of a shape, in the scratch of this thread.
+  // Finds the patterns of a shape, in the scratch of this thread.
   explicit PatternBackward(const MaxPool2dShape& shape) : s_(as_channels_last(shape)) {
-    const bool by_rows = s_.padding_h == 0 && s_.H == s_.OH * s_.stride_h;  // a row of windows is like the other
+    const bool by_rows = s_.padding_h == 0 && s_.H == s_.OH * s_.stride_h;  // every row of windows repeats
     const int64_t rows = by_rows ? s_.stride_h : s_.H, windows = (by_rows ? 1 : s_.OH) * s_.OW * s_.C;
     const int64_t elements = rows * s_.W * s_.C, repeats = 16 / std::gcd(elements, int64_t{16});
     elements_ = repeats * elements, windows_ = repeats * windows;
@@ -38,13 +40,13 @@ class PatternBackward {
       for (int64_t h = 0; h < rows; ++h) add_row(r * elements + h * s_.W * s_.C, r * windows, h + s_.padding_h);
   }
 
-  // Whether most lanes are used; else it is not worth it.
+  // Whether at least 12 of 16 lanes are used on average; below that the patterns are not worth it.
   bool fits() const { return count_ > 0 && elements_ >= 12 * count_; }
 
   void run(const float* grad_output, const uint8_t* argmax, float* grad_input) const {
     const int64_t elements = s_.N * s_.H * s_.W * s_.C, windows = s_.N * s_.OH * s_.OW * s_.C;
     const int64_t groups = at::divup(elements, elements_), at_once = block_elements / elements_;
-    // So many have windows and elements enough behind them for all lanes to be read, and none need be counted.
+    // The groups with enough windows and elements after them to read whole vectors without counting what is left.
     const int64_t whole = std::clamp((windows - 16) / windows_, int64_t{0}, elements / elements_);
     at::parallel_for(0, groups, rows_per_fork(2 * count_), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += at_once) {
@@ -61,15 +63,16 @@ class PatternBackward {
   }
 
  private:
-  static constexpr int64_t most_elements = 2048;        // of a group, and
-  static constexpr int64_t block_elements = 4096;       // of a block: which stays in an L1 cache
-  static constexpr int64_t prefetched = (4 << 20) / 4;  // tensors larger than caches
+  static constexpr int64_t most_elements = 2048;        // in a group
+  static constexpr int64_t block_elements = 4096;       // in a block, which stays in an L1 cache
+  static constexpr int64_t prefetched = (4 << 20) / 4;  // a tensor of more elements is larger than the caches
 
   struct alignas(64) Pattern {
     int32_t lanes[16], taps[16];  // taps: -1 in lanes that no window reaches
-    int64_t from, to, count;      // the first window and element of its group, and how many elements
+    int64_t from, to, count;      // its first window and element in the group, and how many elements
 
-    // A vector of elements, of these 16 windows.
+    // One vector of elements from 16 windows: each lane takes the gradient of its window if that window's argmax is its
+    // tap.
     C10_ALWAYS_INLINE static __m512 choose(__m512i lanes, __m512i taps, __m512 grad, __m128i argmax) {
       const __m512i argmax_of_lanes = _mm512_permutexvar_epi32(lanes, _mm512_cvtepu8_epi32(argmax));
       const __mmask16 won = _mm512_cmpeq_epi32_mask(argmax_of_lanes, taps);
@@ -91,7 +94,7 @@ class PatternBackward {
     }
   }
 
-  // A group with so many windows and elements left.
+  // One group at the end of the tensors, of which `windows` and `elements` are left.
   void last_group(const float* grads, const uint8_t* argmaxes, int64_t windows, float* grad_input,
                   int64_t elements) const {
     for (const Pattern* p = patterns_; p < patterns_ + count_ && p->to < elements; ++p) {
@@ -103,7 +106,8 @@ class PatternBackward {
     }
   }
 
-  // A row of elements from `to` on; its windows are those from `from` on.
+  // Adds a row of elements that begins at `to`, h rows below the top of the padding; its windows are counted from
+  // `from`.
   void add_row(int64_t to, int64_t from, int64_t h) {
     const int64_t y = h / s_.stride_h, i = h % s_.stride_h;
     for (int64_t w = 0; w < s_.W; ++w) {
@@ -117,7 +121,7 @@ class PatternBackward {
 
   int64_t last_from() const { return count_ > 0 ? patterns_[count_ - 1].from : 0; }
 
-  // An element that takes the gradient of a window if that has this tap.
+  // Adds an element that takes the gradient of `window` if the argmax of that window is `tap`.
   void add(int64_t to, int64_t window, int32_t tap) {
     Pattern* p = patterns_ + count_ - 1;
     if (count_ == 0 || p->count == 16 || window >= p->from + 16 || !include(*p, window)) {
@@ -129,7 +133,8 @@ class PatternBackward {
     p->taps[p->count++] = tap;
   }
 
-  // Lets a pattern begin at this window if it is an earlier one and the others stay in reach.
+  // Moves the beginning of a pattern back to `window` if that comes before it; false if a lane would then be out of
+  // reach.
   static bool include(Pattern& p, int64_t window) {
     const auto earlier = static_cast<int32_t>(p.from - window);
     if (earlier <= 0) return true;

@@ -1,11 +1,13 @@
-// max_pool2d's backward for NCHW floats and the two poolings that networks are made of, in AVX-512 intrinsics, because
-// mask registers do all of it: an argmax is compared straight into a mask, which then selects gradients. Vectorized
-// turns every comparison into a vector and back, and has no masks for the ends of short rows.
+// The backward of max_pool2d for NCHW floats and the two poolings that most networks use: 2x2 with stride 2, and 3x3
+// with stride 2 and padding 1.
 //
-// A pair of input rows 2y and 2y + 1 is made at once, from window row y and, where windows overlap, y + 1. One core:
-//   2x2, stride 2            64x16x10x10 15 us, gathered in columns 41, stock torch 27
-//   3x3, stride 2, padding 1  8x64x112x112 1.7 ms, gathered in columns 6.5, stock torch 4.1
-// Windows are added in their order. An argmax that names no tap is equal to none.
+// A pair of input rows, 2y and 2y + 1, is made at once from window row y and, if windows overlap, y + 1. It is written
+// in AVX-512 intrinsics because mask registers do all of the work: a comparison of argmaxes gives a mask, which then
+// selects gradients. Vectorized would turn every comparison into a vector and back, and has no masks for the ends of
+// short rows.
+//
+// The gradients of an element are added in window order. An argmax that names no tap equals none, so its gradient goes
+// nowhere. RowPair2x2 copies gradients, so one of -0.0 keeps its sign.
 #pragma once
 
 #ifdef CPU_CAPABILITY_AVX512
@@ -14,7 +16,7 @@
 
 namespace pyops::cpu {
 
-// Lanes of windows: their gradients and argmaxes.
+// The gradients and argmaxes of up to 16 windows, one to a lane.
 struct WindowVector {
   __m512 grad;
   __m128i argmax;
@@ -25,14 +27,14 @@ struct WindowVector {
         argmax(_mm_maskz_loadu_epi8(first_lanes(count), argmaxes + first)),
         exist(first_lanes(count)) {}
 
-  // sum + the gradients of the windows won by `tap`.
+  // sum + the gradients of the windows whose argmax is `tap`.
   __m512 add(__m512 sum, int tap) const {
     const __mmask16 won = _mm_mask_cmpeq_epi8_mask(exist, argmax, _mm_set1_epi8(static_cast<char>(tap)));
     return _mm512_mask_add_ps(sum, won, sum, grad);
   }
 };
 
-// 2x2 windows side by side: lanes 2x and 2x + 1 of both rows belong to window x.
+// Non-overlapping 2x2 windows: lanes 2x and 2x + 1 of both rows belong to window x.
 class RowPair2x2 {
  public:
   explicit RowPair2x2(const MaxPool2dShape& s)
@@ -71,8 +73,8 @@ class RowPair2x2 {
   const __mmask16 last_columns_;
 };
 
-// 3x3 windows at distance 2, padding 1: element (2y, 2x) is tap 4 of window (y, x) alone, an odd coordinate is the last
-// tap of one window and the first of the next.
+// 3x3 windows with stride 2 and padding 1: element (2y, 2x) is tap 4 of window (y, x) alone; an element with an odd
+// coordinate is the last tap of one window and the first of the next along that axis.
 class RowPair3x3 {
  public:
   explicit RowPair3x3(const MaxPool2dShape& s) : s_(s) {}
@@ -104,7 +106,7 @@ template <class RowPair>
 void backward_by_row_pairs(const MaxPool2dShape& s, const float* grad_output, const uint8_t* argmax,
                            float* grad_input) {
   const int64_t pairs = at::divup(s.H, 2);
-  const bool large = s.N * s.C * s.H * s.W * int64_t{sizeof(float)} > 4 << 20;  // than caches
+  const bool large = s.N * s.C * s.H * s.W * int64_t{sizeof(float)} > 4 << 20;  // larger than the caches
   at::parallel_for(0, s.N * s.C * pairs, rows_per_fork(2 * at::divup(s.W, 16)), [&](int64_t begin, int64_t end) {
     const RowPair row_pair(s);
     int64_t plane = begin / pairs, y = begin % pairs;

@@ -1,8 +1,12 @@
-// max_pool2d's backward window by window: a plane of zeros, to which the gradient of each window is added where its
-// argmax says. The plane has margins for the taps out of bounds, whose sums are dropped, so that finding the element is
-// one addition; where none are needed it is the plane of grad_input itself. Windows are added in order.
+// The backward of max_pool2d for one-byte argmaxes, plane by plane: a plane starts as zeros, and the gradient of each
+// window is added to the element that its argmax names.
 //
-// 8x64x55x55, 3x3 windows at distance 2, one core with AVX-512: 0.31 ms, stock torch 0.33.
+// The plane has margins for the taps out of bounds, whose sums are dropped, so that finding an element takes one
+// addition. If no margins are needed, the plane is that of grad_input itself, for the types that are summed as they are
+// stored.
+//
+// Windows are added in order, and 16-bit types are added in float32 and rounded once. An argmax that names no tap is
+// skipped.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// From the argmax of a max_pool2d window to the element it names: what the ops that go window by window share.
+// Finds the element that the argmax of a max_pool2d window names, for the ops that go through windows one by one.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 
 namespace pyops::cpu {
 
-// Finds the elements that argmaxes name, in an image whose element (h, w) of channel c is number
-// (h W + w) pitch + c channel_step.
+// Finds the elements that argmaxes name in an image, where element (h, w) of channel c has the number (h W + w) pitch +
+// c channel_step.
 template <class A>
 class Elements {
  public:
@@ -21,7 +21,8 @@ class Elements {
     inside_end_ = last_w < 0 ? inside_begin_ : std::max(inside_begin_, std::min(s_.OW, last_w / s_.stride_w + 1));
   }
 
-  // f(window, element) for the windows of row y of image n, in order; the element is -1 if there is none.
+  // f(window, element) for the windows of row y of image n, in order; the element is -1 if the argmax names none in
+  // bounds.
   template <class F>
   void for_row(int64_t n, int64_t y, const F& f) const {
     s_.C == 1 ? for_row<true>(n, y, f) : for_row<false>(n, y, f);
@@ -42,7 +43,7 @@ class Elements {
     if (s_.OW > end) for_columns<false, kOneChannel>(n, y, end, s_.OW, f);
   }
 
-  // Not inlined, because the loop needs all the registers there are: half the time.
+  // Not inlined, because the loop needs all the registers there are.
   template <bool kInside, bool kOneChannel, class F>
   C10_NOINLINE void for_columns(int64_t n, int64_t y, int64_t x, int64_t end, const F f) const {
     const uint64_t H = s_.H, W = s_.W, taps = s_.taps();
@@ -78,7 +79,7 @@ class Elements {
     return {h, w, (h * s_.W + w) * pitch_};
   }
 
-  static constexpr bool kTable = std::is_same_v<A, uint8_t>;  // spares the division
+  static constexpr bool kTable = std::is_same_v<A, uint8_t>;  // a table saves the division
   const MaxPool2dShape s_;
   const A* const argmax_;
   const int64_t pitch_, channel_step_;

@@ -1,8 +1,10 @@
-// max_pool2d's forward for NCHW floats and 2x2 windows side by side, in AVX-512 intrinsics: a row of windows is a few
-// instructions, of which the general kernel (max_pool2d.cpp) spends most on finding out what lies where. The winner is
-// found in two rounds, of each row of taps and then of both, and kept in mask registers, one for each bit of its
-// number; the result is that of the taps in order. One core: 64x6x28x28 45 us, in general 61; 64x16x10x10 28, in
-// general 57.
+// The forward of max_pool2d for NCHW floats and non-overlapping 2x2 windows that lie inside the image.
+//
+// A row of windows takes a few AVX-512 instructions, where the general kernel (max_pool2d.cpp) is dominated by index
+// bookkeeping. The maximum is found in two rounds, within each row of taps and then between the rows, and its tap is
+// kept in mask registers, one for each bit of its number.
+//
+// The result is that of comparing the taps in order, for ties and NaNs too.
 #pragma once
 
 #ifdef CPU_CAPABILITY_AVX512
@@ -11,7 +13,7 @@
 
 namespace pyops::cpu {
 
-// The first `count` lanes; count may be anything.
+// A mask of the first `count` lanes; any count is allowed.
 inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>((1u << std::clamp(count, int64_t{0}, int64_t{16})) - 1);
 }
@@ -20,13 +22,13 @@ class Windows2x2 {
  public:
   explicit Windows2x2(const MaxPool2dShape& s) : s_(s) {}
 
-  // Without padding and dilation, every window inside of the image.
+  // Supports 2x2 windows with stride 2, without padding and dilation, that all lie inside the image.
   static bool takes(const MaxPool2dShape& s) {
     return is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0 && 2 * s.OH <= s.H &&
            2 * s.OW <= s.W;
   }
 
-  // Rows of the output, [begin, end) of N * C * OH.
+  // Computes the rows [begin, end) of the output's N * C * OH.
   void rows(int64_t begin, int64_t end, const float* input, float* output, uint8_t* argmax) const {
     const float* row = input + begin / s_.OH * s_.H * s_.W + begin % s_.OH * 2 * s_.W;
     const int64_t to_next_plane = (s_.H - 2 * s_.OH) * s_.W;
@@ -39,7 +41,7 @@ class Windows2x2 {
   }
 
  private:
-  // Whether `values` win over `best`, which came before them.
+  // Which of `values` win over `best`, whose taps come before theirs.
   static __mmask16 wins(__m512 values, __m512 best) {
     return _mm512_cmp_ps_mask(values, best, _CMP_GT_OQ) | _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
   }
@@ -50,7 +52,7 @@ class Windows2x2 {
     _mm_mask_storeu_epi8(argmax, exist, tap);
   }
 
-  // Both rows of taps in one vector: the upper in the lower half.
+  // Both rows of taps fit in one vector, the upper row in the lower half.
   void up_to_8(const float* row, float* output, uint8_t* argmax) const {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
@@ -59,13 +61,13 @@ class Windows2x2 {
     const __m512 left = _mm512_permutex2var_ps(upper, even, lower), right = _mm512_permutex2var_ps(upper, odd, lower);
     const __mmask16 right_wins = wins(right, left);
     const __m512 of_rows = _mm512_mask_mov_ps(left, right_wins, right);
-    const __m512 of_lower = _mm512_shuffle_f32x4(of_rows, of_rows, 0b1110);  // the upper half in the lower one's place
+    const __m512 of_lower = _mm512_shuffle_f32x4(of_rows, of_rows, 0b1110);  // the upper half, moved to the lower
     const __mmask16 lower_wins = wins(of_lower, of_rows);
     const __mmask16 is_right = (right_wins >> 8 & lower_wins) | (right_wins & ~lower_wins);
     store(first_lanes(s_.OW), _mm512_mask_mov_ps(of_rows, lower_wins, of_lower), is_right, lower_wins, output, argmax);
   }
 
-  // The larger of each pair of neighbours, and whether it is the right one.
+  // The larger of each pair of adjacent elements, and whether it is the right one.
   struct Pairs {
     __mmask16 right_wins;
     __m512 max;

@@ -1,9 +1,12 @@
 // gather    output[v] = input[element of window v]              the adjoint of max_pool2d's backward
 // indices   indices[v] = element of window v, as h W + w         torch's return_indices
-// NCHW or NHWC, the same for all operands. The element of a window is the one its argmax names. An argmax that names no
-// tap in bounds is not trusted: gather gives 0 for it, indices gives 0.
 //
-// One window at a time, about 1.5 ns each: a table lookup in place of a running index leaves nothing but the loads.
+// All operands are NCHW, or all are NHWC. The element of a window is the one that its argmax names.
+//
+// The windows are processed one at a time. A table in place of a running index (elements.h) leaves little more than the
+// loads.
+//
+// An argmax that names no tap in bounds is not trusted: gather gives 0 for it, and so does indices.
 #include <algorithm>
 
 #include "../runtime/algorithms.h"
@@ -47,7 +50,7 @@ void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
 
 void max_pool2d_indices(const MaxPool2dIndicesArgs& args) {
   count_run(Algorithm::max_pool2d_indices);
-  // No element becomes element 0, so that every index may be used.
+  // A window without an element gets index 0, so that every index is safe to use.
   for_all_windows(as_channels_last(args.shape), args.argmax, 1, 0,
                   [indices = args.indices](int64_t window, int64_t element, int64_t) {
                     indices[window] = std::max<int64_t>(element, 0);

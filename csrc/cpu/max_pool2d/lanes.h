@@ -1,9 +1,9 @@
-// What the two directions of max_pool2d share: vectors of elements and their edges, and how much work is worth a fork.
+// Vectors of elements, and their edges, for both directions of max_pool2d, and how much work is worth a fork.
 //
-// Rows of an image lie one behind the other, and every kernel writes its rows in the order of memory. So a vector may
-// be read whole if it stays inside the tensor, and written whole if it stays inside what the same chunk of work has yet
-// to write: the surplus lanes hold other rows' elements, are computed for nothing and overwritten later. Masks and
-// partial vectors, which cost as much as a whole 2x2 window, are left for the ends of tensors and chunks.
+// Rows of an image are contiguous, and every kernel writes its rows in memory order. So a vector may be read whole if
+// it stays inside the tensor, and written whole if it stays inside the part that the same chunk of work has yet to
+// write: the surplus lanes hold elements of other rows, are computed in vain and overwritten later. Masks and partial
+// vectors, which cost as much as a whole 2x2 window, are left for the ends of tensors and chunks.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -18,7 +18,7 @@ namespace pyops::cpu {
 template <class T>
 constexpr int64_t kLanes = Vec<Compute<T>>::size();
 
-// One vector of p[0], p[1], ... in the type T is computed in.
+// Loads p[0], p[1], ... as one vector of the type that T is computed in.
 template <class T>
 Vec<Compute<T>> load_lanes(const T* p) {
   if constexpr (is_reduced<T>) {
@@ -30,7 +30,8 @@ Vec<Compute<T>> load_lanes(const T* p) {
   }
 }
 
-// The first `count` lanes of `values` to p; count may be anything, so that the caller can pass the room that is left.
+// Stores the first `count` lanes of `values` at p. Any count is allowed, so that a caller can pass the room that is
+// left.
 template <class T>
 void store_lanes(T* p, const Vec<Compute<T>>& values, int64_t count) {
   const int64_t lanes = std::min(count, kLanes<T>);
@@ -43,8 +44,8 @@ void store_lanes(T* p, const Vec<Compute<T>>& values, int64_t count) {
   }
 }
 
-// Between the bytes of an argmax and the lanes of a vector, which Vectorized does not offer. The loops are for the
-// types and machines where speed does not matter: gcc takes them element by element, at ten times the cost.
+// Conversions between the bytes of an argmax and the lanes of a vector, which Vectorized does not offer. The loops
+// serve types and machines where speed does not matter: gcc compiles them element by element, at many times the cost.
 template <class C>
 Vec<C> widen(const uint8_t* bytes) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -89,7 +90,7 @@ std::array<uint8_t, kLanes<C>> narrow(const Vec<C>& lanes) {
   return bytes;
 }
 
-// The gradients whose argmax is `tap`, zeros elsewhere.
+// The gradients whose argmax is `tap`, and zeros elsewhere.
 template <class C>
 Vec<C> won_by(int64_t tap, const Vec<C>& grad, const uint8_t* argmax) {
 #ifdef CPU_CAPABILITY_AVX512
@@ -109,12 +110,12 @@ struct LaneRange {
   __mmask16 mask16() const { return static_cast<__mmask16>((1u << end) - (1u << begin)); }
 #endif
 
-  // `values` in these lanes, `fill` in the rest.
+  // `values` in these lanes, and `fill` in the rest.
   template <class C>
   Vec<C> select(const Vec<C>& values, C fill) const {
     const Vec<C> fills(fill);
 #ifdef CPU_CAPABILITY_AVX512
-    // set() jumps through a table of constant masks; here the mask is two shifts.
+    // set() jumps through a table of constant masks; here two shifts make the mask.
     if constexpr (std::is_same_v<C, float>) {
       return _mm512_mask_mov_ps(fills, mask16(), values);
     }
@@ -129,10 +130,10 @@ struct Flat {
   const T* data;
   int64_t numel;
 
-  // Whether a vector may be read whole.
+  // Whether `count` elements from `first` on may be read.
   bool holds(int64_t first, int64_t count) const { return first >= 0 && first + count <= numel; }
 
-  // data[first + lane * stride] in these lanes, `fill` in the rest; nothing else is read.
+  // data[first + lane * stride] in these lanes, and `fill` in the rest; nothing else is read.
   Vec<Compute<T>> load_part(int64_t first, int64_t stride, LaneRange lanes, Compute<T> fill) const {
     std::array<Compute<T>, kLanes<T>> values;
     values.fill(fill);
@@ -141,19 +142,20 @@ struct Flat {
   }
 };
 
-// For at::parallel_for over rows: the number of them that makes 20 us of work, which is what a fork has to be worth.
-// `vectors` is how many vectors a row reads.
+// The grain of at::parallel_for over rows: how many rows are worth a fork. `vectors` is the number of vectors that a
+// row reads.
 inline int64_t rows_per_fork(int64_t vectors) {
-  constexpr int64_t kVectorsPerFork = 8192;  // at 2.5 ns, edges and loop control included
+  constexpr int64_t kVectorsPerFork = 8192;  // fitted to measurements, edges and loop control included
   return std::max<int64_t>(1, kVectorsPerFork / std::max<int64_t>(1, vectors));
 }
 
-// The shapes that are worth code of their own.
+// Whether windows are square, without dilation, and have this stride along the width; stride_h may be anything. Such
+// shapes have kernels of their own.
 inline bool is_square(const MaxPool2dShape& s, int64_t kernel, int64_t stride) {
   return s.kernel_h == kernel && s.kernel_w == kernel && s.stride_w == stride && s.dilation_h == 1 && s.dilation_w == 1;
 }
 
-// An NCHW tensor is N * C images of one channel, for which both layouts are one.
+// An NCHW tensor as N * C images of one channel, for which NCHW and NHWC are the same layout.
 inline MaxPool2dShape as_channels_last(MaxPool2dShape shape) {
   if (!shape.channels_last) {
     shape.N *= shape.C;

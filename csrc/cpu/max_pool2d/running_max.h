@@ -1,4 +1,5 @@
-// The update rule of max_pool2d, (v > max) || isnan(v), for a vector of windows at a time.
+// The update rule of max_pool2d, (v > max) || isnan(v), for a vector of windows at a time: of equal taps the first one
+// wins, and of several NaNs the last.
 #pragma once
 
 #include <array>
@@ -8,17 +9,17 @@
 
 namespace pyops::cpu {
 
-// Where a maximum starts, and what a tap out of bounds counts as.
+// The value that a maximum starts from, which also stands for taps out of bounds.
 template <class C>
 constexpr C kLowest =
     std::numeric_limits<C>::has_infinity ? -std::numeric_limits<C>::infinity() : std::numeric_limits<C>::lowest();
 
-// The running maximum of a vector of windows, and the tap it came from.
-// This general form keeps taps of any size and leaves the vectors to the compiler.
+// The running maximum of a vector of windows, and the tap it came from. This general form keeps taps of any size and
+// leaves vectorization to the compiler.
 template <class C, class A>
 class RunningMax {
  public:
-  // All lanes start at tap `first`, or lane l at first[l], with the lowest maximum; in the forms below, with any.
+  // All lanes start at tap `first`, or lane l at first[l], with the lowest maximum; the forms below take any start.
   explicit RunningMax(A first = 0) {
     max_.fill(kLowest<C>);
     tap_.fill(first);
@@ -43,8 +44,8 @@ class RunningMax {
   std::array<A, kLanes<C>> tap_;
 };
 
-// Taps that fit a byte are blended along with the values, as numbers of the same type: any type holds them, int8 as
-// their negative twins.
+// Taps that fit in a byte are blended along with the values, as numbers of the same type: every type can hold them,
+// int8 as the negative numbers of the same bits.
 template <class C>
 class RunningMax<C, uint8_t> {
  public:
@@ -66,13 +67,13 @@ class RunningMax<C, uint8_t> {
   Vec<C> tap_;
 };
 
-// The maximum alone, where nobody asks for the tap: the same to the last bit.
+// The maximum alone, for callers that do not need the tap; it is bitwise that of the other forms.
 template <class C>
 class RunningMax<C, void> {
  public:
   explicit RunningMax(uint8_t /*first*/, C start) : max_(start) {}
 
-  // clamp_min and max_ps keep a maximum that is NaN, and the one of two zeros; a value that is NaN is blended in.
+  // clamp_min and max_ps keep a maximum that is NaN, and the earlier of two zeros; a value that is NaN is blended in.
   void update(const Vec<C>& values, int64_t /*tap*/) {
 #ifdef CPU_CAPABILITY_AVX512
     if constexpr (std::is_same_v<C, float>) {
@@ -91,7 +92,7 @@ class RunningMax<C, void> {
 };
 
 #ifdef CPU_CAPABILITY_AVX512
-// Vectorized has no mask registers: it turns every comparison into a vector of ones and back, 1.3 to 2 times the work.
+// In intrinsics, because Vectorized has no mask registers: it turns every comparison into a vector of ones and back.
 template <>
 class RunningMax<float, uint8_t> {
  public:
@@ -120,7 +121,7 @@ class RunningMax<float, uint8_t> {
   __m512i tap_;
 };
 #elif defined(CPU_CAPABILITY_AVX2)
-// In gcc's own vectors, because it compares the result of a comparison by intrinsics once more before it blends by it.
+// In gcc's own vectors: with intrinsics, gcc compares the result of a comparison once more before it blends by it.
 template <>
 class RunningMax<float, uint8_t> {
  public:

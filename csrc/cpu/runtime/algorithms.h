@@ -1,5 +1,5 @@
-// The algorithms by name, and how often each has run in this process. The fuzzer (tests/fuzz.py) reads the counts
-// through the module's algorithm_counts() and fails if one of the algorithms was never reached.
+// The names of all algorithms, and how often each has run in this process. The fuzzer (tests/fuzz.py) reads the counts
+// through the module's algorithm_counts() and fails if an algorithm was never reached.
 #pragma once
 
 #include <array>
@@ -56,7 +56,7 @@ namespace pyops::cpu {
   A(fused_chunks, "conv2d_relu_max_pool2d.chunks")                                     \
   A(fused_backward_batch_lanes, "conv2d_relu_max_pool2d.backward.batch_lanes")
 
-// Those that need the instructions that permute the lanes of a vector.
+// Algorithms that need instructions to permute the lanes of a vector.
 #define PYOPS_PERMUTING_ALGORITHMS(A)                                                  \
   A(conv2d_grouped_lanes, "conv2d.grouped_lanes")                                      \
   A(weight_gradient_grouped_lanes, "conv2d.weight_gradient.grouped_lanes")
@@ -98,8 +98,8 @@ constexpr const char* algorithm_names[] = {PYOPS_ALGORITHMS(PYOPS_NAME)
 
 inline std::array<std::atomic<int64_t>, static_cast<size_t>(Algorithm::count)> algorithm_counts{};
 
-// Counts a run of the algorithm. A load and a store rather than one atomic addition, which would lock the bus in every
-// call: threads that count at the same time may lose a count, and a count never becomes zero again.
+// Counts one run of the algorithm. A load and a store replace one atomic addition, which would lock the bus in every
+// call. Threads that count at the same time may lose a count, but a count never returns to zero.
 inline void count_run(Algorithm algorithm) {
   std::atomic<int64_t>& runs = algorithm_counts[static_cast<size_t>(algorithm)];
   runs.store(runs.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);

@@ -1,4 +1,4 @@
-// How work is divided into tasks, and how the threads share them.
+// Divides work into tasks and shares them among the threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -9,16 +9,16 @@
 
 namespace pyops::cpu {
 
-// Work below this many operations, 5 to 20 us of a core, is not worth a fork of the threads.
+// Work of fewer operations is not worth a fork of the threads.
 constexpr double fork_flops = 1 << 20;
-// How many tasks to cut work into for any number of threads to share it evenly.
+// Work that is large enough is cut into this many tasks, so that any number of threads share it evenly.
 constexpr int64_t enough_tasks = 16;
 
 inline int64_t tasks_worth(double flops) {
   return std::clamp(static_cast<int64_t>(flops / fork_flops), int64_t{1}, enough_tasks);
 }
 
-// f(begin, end) for the tasks of each thread, and of one if there is little work.
+// f(begin, end) for each thread's range of tasks; if there is little work, one thread takes them all.
 template <class F>
 void for_each_range(int64_t tasks, double flops, const F& f) {
   at::parallel_for(0, tasks, flops < fork_flops ? tasks : 1, f);
@@ -36,7 +36,7 @@ void for_each_task(int64_t tasks, double flops, const F& f) {
 struct Share {
   int64_t index = 0, count = 1;
 
-  // Which of [0, size) it has: about as many as the others, in whole units.
+  // The part of [0, size) that belongs to this share: about as large as the others, in whole units.
   Range of(int64_t size, int64_t unit = 1) const {
     const int64_t units = ceil_div(size, unit);
     return {std::min(units * index / count * unit, size), std::min(units * (index + 1) / count * unit, size)};
@@ -48,7 +48,7 @@ class Team {
  public:
   explicit Team(int64_t threads) : threads_(threads) {}
 
-  // f(share) for each share, all of which are done when this returns.
+  // f(share) for each share; all of them are done when this returns.
   template <class F>
   void share(const F& f) const {
     if (threads_ == 1) return f(Share{});
@@ -61,15 +61,15 @@ class Team {
   const int64_t threads_;
 };
 
-// f(task, team) for every task. As many of them as come out even are done by one thread each. The rest, where that
-// would leave half of the threads without work, by all threads together: a batch of 16 images is one task of those that
-// go by blocks of images (a network like VGG on two cores: 0.46 ms, by one of them 0.83). No result may depend on how a
+// f(task, team) for every task. Full rounds of tasks run with one thread for each. If the tasks that remain would leave
+// at least half of the threads idle and are large enough to split, all threads work together on each of them: a batch
+// of 16 images, for example, is a single task of the algorithms that work on CHWN blocks. No result may depend on how a
 // task is shared.
 template <class F>
 void for_each_shared_task(int64_t tasks, double flops, const F& f) {
   const int64_t threads = at::get_num_threads();
   const int64_t rest = tasks % threads;
-  const bool worth = flops >= 0.25 * fork_flops * static_cast<double>(tasks * threads);  // of a task each share
+  const bool worth = flops >= 0.25 * fork_flops * static_cast<double>(tasks * threads);  // for each share of a task
   const int64_t alone = worth && 2 * rest <= threads && !at::in_parallel_region() ? tasks - rest : tasks;
   for_each_task(alone, flops, [&](int64_t task) { f(task, Team(1)); });
   for (int64_t task = alone; task < tasks; ++task) f(task, Team(threads));

@@ -1,7 +1,7 @@
-// Working memory of the CPU kernels: per thread and per use one buffer that only grows, so that after the first calls
-// nothing is allocated any more. Sizes are bounded by the block sizes of gemm.h and conv2d/input_tile.h, by four
-// megabytes for the panels that gemm.h keeps and two for blocks of images, by the size of a weight and (image_sums,
-// planes) of an image.
+// Working memory of the CPU kernels. Each thread has one buffer per use, which only grows, so that nothing is allocated
+// after the first calls. Sizes are bounded by the block sizes of gemm.h and conv2d/input_tile.h, by four megabytes for
+// the panels that gemm.h keeps and two for CHWN blocks, by the size of a weight, and (image_sums, planes) by the size
+// of an image.
 #pragma once
 
 #include <cstdint>
@@ -88,8 +88,8 @@ inline void* scratch_bytes(Scratch use, size_t size) {
   return buffer.memory.get();
 }
 
-// At least `count` elements of T, 64-byte aligned, undefined content; valid until the same thread asks again for the
-// same use. Other threads may read and write it meanwhile.
+// At least `count` elements of T, 64-byte aligned, with undefined content. They stay valid until the same thread asks
+// again for the same use; other threads may read and write them meanwhile.
 template <class T>
 T* scratch(Scratch use, int64_t count) {
   return static_cast<T*>(scratch_bytes(use, count * sizeof(T)));

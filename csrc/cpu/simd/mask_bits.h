@@ -1,6 +1,6 @@
-// Which lanes of a rectified vector pass their gradient, as bits, and back: bit i belongs to lane i. A lane passes
-// where its output is not <= 0, that is also where it is NaN. The 16-bit floats are compared as in relu.cpp, as
-// integers.
+// Converts between lanes and bits for the mask of relu: bit i tells whether lane i of a rectified vector passes its
+// gradient. A lane passes if its output is not <= 0, so a NaN passes too. 16-bit floats are compared as integers, as in
+// relu.cpp.
 #pragma once
 
 #include <limits>
@@ -9,12 +9,12 @@
 
 namespace pyops::cpu {
 
-// What a vector of T is computed as: itself, or for a 16-bit float its bits.
+// The type in which relu computes a T: T itself, or the bits of a 16-bit float.
 template <class T>
 using Lane = std::conditional_t<is_reduced<T>, int16_t, T>;
 
-// -inf in the bits of a 16-bit float. As signed integers, negative floats run from -0.0 = INT16_MIN through -inf to
-// the negative NaNs, which end at -1.
+// The bits of -inf in a 16-bit float. As signed integers, negative floats run from -0.0 = INT16_MIN through -inf to the
+// negative NaNs, which end at -1.
 template <class T>
 constexpr int16_t minus_infinity_bits =
     std::is_same_v<T, c10::Half> ? int16_t(0xFC00 - 0x10000) : int16_t(0xFF80 - 0x10000);
@@ -33,7 +33,7 @@ uint64_t passing_bits(const Vec<Lane<T>>& output) {
   }
 }
 
-// The lanes of `values` whose bits are set, zeros elsewhere.
+// The lanes of `values` whose bits are set, and zeros elsewhere.
 template <class T>
 Vec<Lane<T>> select_bits(const Vec<Lane<T>>& values, uint64_t bits) {
   if constexpr (is_reduced<T>) {

@@ -1,9 +1,9 @@
 // target[c * target_stride + r] = source[r * source_stride + c], converted to T.
 //
-// Floats go through the registers in tiles of one vector of rows by 4 columns: each 128-bit lane of four vectors is
-// loaded from a row of its own, and a 4 x 4 transpose inside the lanes is the whole work, 8 shuffles for 4 vectors.
-// Doubles likewise by 2 columns. In intrinsics, for at::vec's transpose keeps its vectors in memory: a linear of 60
-// rows that packs its weight with it reached 103 GF/s, with this 124.
+// Floats pass through registers in tiles of one vector of rows by 4 columns: each 128-bit lane of four vectors is
+// loaded from a row of its own, and a 4 x 4 transpose inside the lanes does all the work, with 8 shuffles for 4
+// vectors. Doubles use tiles of 2 columns. With AVX-512, squares of 16 x 16 floats or 16-bit numbers are transposed
+// whole. All of this is written in intrinsics because at::vec's transpose keeps its vectors in memory.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ namespace pyops::cpu {
 
 #if defined(CPU_CAPABILITY_AVX512)
 using FloatVector = __m512;
-// Rows i, i + 4, i + 8, i + 12, four columns each; of doubles, rows i, i + 2, i + 4, i + 6, two columns each.
+// Loads four columns of rows i, i + 4, i + 8 and i + 12; of doubles, two columns of rows i, i + 2, i + 4 and i + 6.
 inline __m512 load_lanes(const float* p, int64_t stride) {
   __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
   v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * stride), 1);
@@ -36,8 +36,8 @@ inline void store_vector(float* p, __m512 v) {
 }
 template <class T>
 constexpr bool is_squared = std::is_same_v<T, float> || is_reduced<T>;
-// square[c] = column c of up to 16 rows of `columns` columns; what is missing repeats the last row, or is zero. Every
-// cache line of the source is read once: rows a power of two apart evict one another.
+// square[c] = column c of up to 16 rows of `columns` columns. Missing rows repeat the last row, and missing columns are
+// zero. Every cache line of the source is read once, because rows a power of two apart evict one another.
 constexpr int64_t square_columns = 16;
 template <class In>
 inline void load_square(__m512 (&square)[16], const In* source, int64_t source_stride, int64_t rows,
@@ -80,7 +80,7 @@ inline void transpose_square(float* target, int64_t target_stride, const In* sou
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 using FloatVector = __m256;
-// Rows i, i + 4, four columns each; of doubles, rows i, i + 2, two columns each.
+// Loads four columns of rows i and i + 4; of doubles, two columns of rows i and i + 2.
 inline __m256 load_lanes(const float* p, int64_t stride) {
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
 }
@@ -102,7 +102,7 @@ inline void store_vector(float* p, __m256 v) {
 template <class T, class In>
 void transpose(T* target, int64_t target_stride, const In* source, int64_t source_stride, int64_t rows,
                int64_t columns) {
-  int64_t whole_rows = 0, whole_columns = 0, in_squares = 0;  // what tiles cover, and squares in the rows left over
+  int64_t whole_rows = 0, whole_columns = 0, in_squares = 0;  // what tiles cover, and the columns that squares cover
 #if defined(CPU_CAPABILITY_AVX512)
   if constexpr (std::is_same_v<T, float> && is_squared<In>) {
     in_squares = columns / square_columns * square_columns;
@@ -134,7 +134,7 @@ void transpose(T* target, int64_t target_stride, const In* source, int64_t sourc
 }
 
 #if defined(__SSE2__)
-// Up to 16 bytes from or to memory, the rest zeros or left alone.
+// Load or store up to 16 bytes; a load fills the rest with zeros, a store leaves the rest of the memory alone.
 inline __m128i load_bytes(const uint8_t* p, int64_t count) {
   if (count >= 16) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   if (count == 8) return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -151,7 +151,7 @@ inline void store_bytes(uint8_t* p, __m128i v, int64_t count) {
 }
 #endif
 
-// The same for bytes: squares of 16 x 16, in which interleaving row i with row i + 8 four times is a transpose.
+// Transposes bytes in squares of 16 x 16: interleaving row i with row i + 8, four times over, is a transpose.
 inline void transpose_bytes(uint8_t* target, int64_t target_stride, const uint8_t* source, int64_t source_stride,
                             int64_t rows, int64_t columns) {
 #if defined(__SSE2__)
