@@ -1,8 +1,8 @@
-"""The whole benchmark, and the Markdown tables of the README made of it.
+"""The whole benchmark, and the Markdown tables of docs/benchmarks.md and the README made of it.
 
 `python bench/report.py --run NAME` times everything and writes bench/results/NAME-lenet.json, NAME-ops.json and
 NAME-compile.json, with a plot of the ratios of each and a roofline of the ops; `python bench/report.py FILE.json ...`
-prints the tables of such files.
+prints the tables of such files, and `python bench/report.py --headline` the table of the README, of all of them.
 """
 
 import argparse
@@ -18,6 +18,19 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 SCRIPTS = ("lenet", "ops", "compile")
 
+# The rows of the README's table: a case, and what it is called there.
+HEADLINE = {
+    "LeNet(fused=True) training, batch 64": "LeNet with fused blocks, training step, batch 64",
+    "LeNet training, batch 64": "LeNet with drop-in layers, training step, batch 64",
+    "LeNet(fused=True) inference, batch 1": "LeNet with fused blocks, inference, batch 1",
+    "conv2d_relu_max_pool2d 64x1x32x32 6x1x5x5 forward": "conv2d + ReLU + pooling, 64x1x32x32, 5x5, forward",
+    "conv2d 64x6x14x14 16x6x5x5 grad_weight": "conv2d 64x6x14x14 to 16 channels, 5x5, grad_weight",
+    "conv2d 8x64x56x56 64x64x3x3 1,1 forward": "conv2d 8x64x56x56 to 64 channels, 3x3, forward",
+    "max_pool2d 8x64x112x112 3,2,1 forward": "max_pool2d 8x64x112x112, 3x3, stride 2, forward",
+    "linear 64x400 120x400 forward": "linear 64x400 to 120, forward",
+    "linear 16x4096 4096x4096 bfloat16 forward": "linear 16x4096 to 4096, bfloat16, forward",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -25,7 +38,10 @@ def main() -> None:
     )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE.json")
     parser.add_argument("--run", metavar="NAME", help="time everything first; NAME says what machine it is")
+    parser.add_argument("--headline", action="store_true", help="print the table of the README")
     args = parser.parse_args()
+    if args.headline:
+        print("\n".join(headline(sorted(HERE.glob("results/*.json")))))
     for file in args.files + (run(args.run) if args.run else []):
         print("\n".join(table(file.name, json.loads(file.read_text()))), end="\n\n")
 
@@ -80,6 +96,32 @@ def table(name: str, report: dict[str, Any]) -> list[str]:
             cells.append(f"{statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         lines.append(f"| {group} | {len(results) // len(threads)} | {' | '.join(cells)} |")
     return lines
+
+
+def headline(files: list[Path]) -> list[str]:
+    """The median times on one thread and their ratio, three columns for each run that has files."""
+    runs: dict[str, dict[str, Any]] = {}
+    for file in files:
+        results = json.loads(file.read_text())["results"]
+        run = runs.setdefault(file.stem.rpartition("-")[0], {})
+        run |= {result["name"]: result for result in results if result["threads"] == 1}
+    lines = [
+        f"| one thread, float32 unless noted |{' stock | pyops | speed-up |' * len(runs)}",
+        f"|---|{'--:|' * 3 * len(runs)}",
+    ]
+    for name, title in HEADLINE.items():
+        cells = [
+            f" {duration(case['stock_median'])} | {duration(case['ours_median'])} | {case['ratio']:.1f} |"
+            for case in (run[name] for run in runs.values())
+        ]
+        lines.append(f"| {title} |{''.join(cells)}")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Three digits of it, in milliseconds or microseconds."""
+    unit, value = ("ms", seconds * 1e3) if seconds >= 1e-3 else ("µs", seconds * 1e6)
+    return f"{float(f'{value:.3g}'):g} {unit}"
 
 
 if __name__ == "__main__":

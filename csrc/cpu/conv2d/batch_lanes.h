@@ -17,7 +17,7 @@ namespace pyops::cpu {
 // One convolution, prepared for any number of blocks. The pixels for which the same taps lie inside form a class, and
 // each class is one product of gemm/microkernel.h. A sum runs over (channel, tap) in the order and the chunks of the
 // implicit GEMMs of conv2d/convolve.cpp, without their zeros, so the result is bit-identical to that of the algorithms
-// for which sums_in_order holds, unless they multiply pairs or a depthwise kernel has more than KC taps.
+// for which sums_in_order holds, unless they multiply pairs.
 template <class T>
 class BatchLanesConvolution {
  public:
