@@ -1,5 +1,5 @@
-// The fused multiply-adds that a core does when nothing else is in its way: independent chains in registers, enough of
-// them to hide the latency. Compiled for this machine by measure.py.
+// Measures the peak rate of fused multiply-adds of a core: it computes independent chains in registers, enough of them
+// to hide the latency. measure.py compiles this file for the machine it runs on.
 #include <chrono>
 
 namespace {
@@ -21,7 +21,7 @@ double flops_per_second(long repetitions) {
 #pragma GCC unroll 32
     for (int j = 0; j < chains; ++j) sum[j] = sum[j] * a + b;
 #pragma GCC unroll 32
-    for (int j = 0; j < chains; ++j) asm volatile("" : "+v"(sum[j]));  // the sums are needed, as far as gcc knows
+    for (int j = 0; j < chains; ++j) asm volatile("" : "+v"(sum[j]));  // makes gcc treat the sums as used
   }
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   return 2.0 * chains * (bytes / sizeof(T)) * repetitions / seconds.count();

@@ -184,7 +184,7 @@ void Conv2dGradients::allocate(const at::TensorOptions& like) {
   // With nothing to sum over (an empty batch, no channels) the gradients are zeros.
   const bool empty = shape.N * shape.O == 0;
   const auto gradient = [&](IntArrayRef size, at::MemoryFormat gradient_format) {
-    Tensor result = allocate(size, like, gradient_format);
+    Tensor result = pyops::allocate(size, like, gradient_format);
     return empty ? result.zero_() : result;
   };
   if (want_input) grad_input = gradient({shape.N, shape.C, shape.H, shape.W}, format);

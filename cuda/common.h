@@ -1,11 +1,12 @@
-// What the CUDA kernels share: types, dispatch, launches and index arithmetic. No header of torch is included by any
-// .cu file, so that they compile in seconds, with or without torch, and by g++ on the emulator of the tests
-// (tests/emulator), which is what PYOPS_EMULATED says.
+// Types, dispatch, launches and index arithmetic that the CUDA kernels share. No .cu file includes a torch header, so
+// they compile in seconds, with or without torch, and g++ can compile them for the emulator of the tests
+// (tests/emulator), where PYOPS_EMULATED is defined.
 //
-// The rules of these kernels: pointers, 64-bit sizes and a stream in, cudaError_t out; memory only from the Workspace;
-// nothing that waits or that the host decides by data, so that launches can be captured in a graph; no atomic sums:
-// partial sums are taken over parts that depend on the shape only, and added in a fixed order, so that results have the
-// same bits in every run. Batch and rows go into grid.x, for y and z end at 65535.
+// All kernels follow these rules. A launcher takes pointers, 64-bit sizes and a stream, and returns cudaError_t. Memory
+// comes only from the Workspace. A launcher never waits for the device, and the host decides nothing by data, so that
+// launches can be captured in a graph. No sum is atomic: partial sums are taken over parts that depend only on the
+// shape and are added in a fixed order, so every run gives the same bits. Batch and rows are in grid.x, because y and z
+// are limited to 65535.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -19,7 +20,7 @@
 
 namespace pyops::cuda {
 
-// The 16-bit types are computed in float and rounded once, when the result is stored.
+// Arithmetic on the 16-bit types is done in float, and the result is rounded once, when it is stored.
 template <class T>
 constexpr bool is_reduced = std::is_same_v<T, __half> || std::is_same_v<T, __nv_bfloat16>;
 template <class T>
@@ -47,12 +48,12 @@ __host__ __device__ __forceinline__ T narrow(C value) {
   }
 }
 
-// The maximum of nothing.
+// The maximum of no elements.
 template <class T>
 constexpr auto lowest = static_cast<Compute<T>>(std::is_integral_v<T> ? std::numeric_limits<Compute<T>>::min()
                                                                       : -std::numeric_limits<Compute<T>>::infinity());
 
-// max(value, 0) with NaN and -0.0 kept.
+// max(value, 0), which keeps NaN and -0.0.
 template <class C>
 __device__ __forceinline__ C rectified(C value) {
   if constexpr (std::is_unsigned_v<C>) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ C rectified(C value) {
   }
 }
 
-// a * b + c, rounded once, wherever it is compiled: sums must not depend on what a compiler contracts.
+// a * b + c, rounded once with every compiler: sums must not depend on which products a compiler contracts.
 __device__ __forceinline__ float multiply_add(float a, float b, float c) {
   return fmaf(a, b, c);
 }
@@ -70,7 +71,7 @@ __device__ __forceinline__ double multiply_add(double a, double b, double c) {
   return fma(a, b, c);
 }
 
-// f(T{}) for the floating type that dtype names.
+// Calls f(T{}) for the floating-point type that `dtype` names.
 template <class F>
 cudaError_t dispatch_floating(DType dtype, F&& f) {
   switch (dtype) {
@@ -87,7 +88,7 @@ cudaError_t dispatch_floating(DType dtype, F&& f) {
   }
 }
 
-// The same for the integer types as well.
+// Like dispatch_floating, for the integer types as well.
 template <class F>
 cudaError_t dispatch_real(DType dtype, F&& f) {
   switch (dtype) {
@@ -106,18 +107,19 @@ cudaError_t dispatch_real(DType dtype, F&& f) {
   }
 }
 
-// Offsets up to here are computed in 32 bits; that leaves room for one more term. The tests set it low to see both.
+// Offsets up to this one are computed in 32 bits, which leaves room for one more term. The tests set it low, so that
+// they cover both widths.
 #ifndef PYOPS_LARGEST_32_BIT_OFFSET
 #define PYOPS_LARGEST_32_BIT_OFFSET (int64_t{1} << 30)
 #endif
 
-// f(Index{}) for the type in which every offset up to `largest` can be computed.
+// Calls f(Index{}) for the type in which every offset up to `largest` can be computed.
 template <class F>
 cudaError_t dispatch_index(int64_t largest, F&& f) {
   return largest <= PYOPS_LARGEST_32_BIT_OFFSET ? f(int32_t{}) : f(int64_t{});
 }
 
-// Evaluates an expression that gives cudaError_t, and returns it from the function if it is an error.
+// Evaluates an expression of type cudaError_t and, if it is an error, returns it from the enclosing function.
 #define PYOPS_RETURN_ON_ERROR(expression)                                           \
   do {                                                                              \
     if (const cudaError_t error = (expression); error != cudaSuccess) return error; \
@@ -129,8 +131,9 @@ __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// The shared memory that a block can have from compute capability 8.0 on, if asked for. Whoever asks for more than what
-// is there without asking asks for all: a kernel has one limit, which a launch by another thread may rely on.
+// The dynamic shared memory that a block can have from compute capability 8.0 on, with and without opting in. A kernel
+// that needs more than the second opts in to all of the first: the limit belongs to the function, and a concurrent
+// launch of the same kernel may rely on it.
 constexpr size_t shared_bytes_at_most = 99 << 10, shared_bytes_without_asking = 48 << 10;
 
 template <class... Parameters, class... Arguments>
@@ -145,7 +148,7 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, dim3 threads, 
   return cudaGetLastError();
 }
 
-// One thread for each of `count` items.
+// Launches one thread for each of `count` items.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_for(void (*kernel)(Parameters...), int64_t count, cudaStream_t stream, Arguments... arguments) {
   return launch(kernel, ceil_div(count, block_threads), dim3(block_threads), 0, stream, arguments...);
@@ -166,7 +169,7 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
-// Neighbours in memory, read and written at once: up to 16 bytes.
+// Contiguous elements, which are read and written up to 16 bytes at a time.
 template <class T, int n>
 struct alignas(n * sizeof(T) < 16 ? n * sizeof(T) : 16) Vector {
   static constexpr int size = n;
@@ -191,8 +194,9 @@ __device__ __forceinline__ uint64_t high_product(uint64_t a, uint64_t b) {
   return __umul64hi(a, b);
 }
 
-// Divides by a number that is the same for all threads, by a multiplication that is exact for dividends from 0 and
-// divisors from 1 to the largest Index (Granlund and Montgomery 1994): a few instructions instead of twenty or a call.
+// Divides by a number that is the same for all threads. It multiplies instead, which is exact for dividends from 0 and
+// divisors from 1 up to the largest Index (Granlund and Montgomery, 1994) and takes a few instructions instead of
+// twenty or a call.
 template <class Index>
 struct Divider {
   using Unsigned = std::make_unsigned_t<Index>;
@@ -211,7 +215,7 @@ struct Divider {
   }
 };
 
-// Removes the last digit, whose base is the divisor, from n.
+// Removes the last digit of n in the given base, and returns it.
 template <class Index>
 __device__ __forceinline__ Index take_digit(Index& n, const Divider<Index>& base) {
   const Index rest = base.quotient(n), digit = n - rest * base.value();

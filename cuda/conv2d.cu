@@ -1,10 +1,14 @@
-// output[n, o, y, x] = bias[o] + sum over c, i, j of weight[o, c, i, j] input[n, c, y stride + i dilation - padding,
-// ..], rectified if asked for, of images in either layout; conv_way (conv2d.h) says how.
+// The forward of conv2d, with relu if requested, for images in either layout:
 //
-// Sums are taken in float (double for double) over the taps inside the image, in an order that depends on the shape
-// only, and rounded once.
-// Registers of the generic way (sm_80 and sm_90): 56 to 114, so that an SM holds two blocks of 256 threads; 148 at most
-// for double, one block. No shared memory.
+//   output[n, o, y, x] = bias[o] + sum over c, i, j of
+//     weight[o, c, i, j] input[n, c, y stride + i dilation - padding, ..]
+//
+// conv_way (conv2d.h) chooses the algorithm by the shape. The generic one, in this file, has one thread for each
+// output.
+//
+// Sums are taken in float (in double for double) over the taps inside the image, in an order that depends only on the
+// shape, and are rounded once. On sm_80 and sm_90 the generic kernel takes 56 to 114 registers, so that an SM holds two
+// blocks of 256 threads; for double at most 148, one block. It takes no shared memory.
 #include "conv2d_generic.h"
 #include "conv2d_product.h"
 

@@ -1,4 +1,4 @@
-// The shape of a convolution as kernels see it, and how its results are finished.
+// The shape of a convolution as the kernels see it, the choice of its algorithm, and the epilogue of a sum.
 #pragma once
 
 #include "conv2d_groups.h"
@@ -27,7 +27,7 @@ struct Conv {
         dilation_h(static_cast<Index>(s.dilation_h)),
         dilation_w(static_cast<Index>(s.dilation_w)) {}
 
-  // The row and column of the input that a tap of an output pixel meets, maybe outside.
+  // The row and column of the input that a tap of an output pixel reads; they may lie outside the image.
   __device__ __forceinline__ Index input_h(Index y, Index i) const {
     return y * stride_h.value() - padding_h + i * dilation_h;
   }
@@ -40,7 +40,7 @@ struct Conv {
   }
 };
 
-// A bound of every offset; windows may begin and end outside of their image.
+// An upper bound of all offsets. Receptive fields may begin and end outside their image.
 inline int64_t largest_conv_offset(const Conv2dShape& s) {
   const int64_t reach = s.kernel_h * s.dilation_h + s.kernel_w * s.dilation_w + s.padding_top + s.padding_left + s.H +
                         s.W + s.stride_h * s.OH + s.stride_w * s.OW;
@@ -48,13 +48,13 @@ inline int64_t largest_conv_offset(const Conv2dShape& s) {
   return s.N * (s.C * s.H * s.W + s.O * s.OH * s.OW) + weights + reach;
 }
 
-// The ways to compute a convolution and its gradients.
+// The algorithms for a convolution and its gradients.
 enum class ConvWay {
-  tiny,       // few channels, 3x3 and 5x5 kernels (conv2d_tiny.cu)
-  product,    // a product of matrices whose elements are found in the images (conv2d_product.h)
-  depthwise,  // a window for each channel (conv2d_depthwise.cu)
-  grouped,    // narrow groups (conv2d_grouped.cu); of the weight's gradient all groups (conv2d_grouped_weight.cu)
-  generic,    // a thread for each value (conv2d_generic.h): other groups, and images too large for offsets of 32 bits
+  tiny,       // direct, for few channels with 3x3 and 5x5 kernels (conv2d_tiny.cu)
+  product,    // implicit GEMM (conv2d_product.h)
+  depthwise,  // direct, for one kernel per channel (conv2d_depthwise.cu)
+  grouped,    // direct, for narrow groups (conv2d_grouped.cu); the wgrad of groups (conv2d_grouped_weight.cu)
+  generic,    // one thread for each value (conv2d_generic.h): other groups, and images that need 64-bit offsets
 };
 
 inline bool needs_wide_offsets(const Conv2dShape& s) {
@@ -78,7 +78,7 @@ inline ConvWay conv_backward_weight_way(const Conv2dShape& s) {
   return has_grouped_weight(s) ? ConvWay::grouped : ConvWay::generic;
 }
 
-// Bias and rounding of a sum, in the order of every path of conv2d.
+// Adds the bias to a sum and rounds it, in the order that every algorithm of conv2d uses.
 template <class T>
 __device__ __forceinline__ T finish_conv(Compute<T> sum, const T* bias, int64_t channel) {
   return narrow<T>(bias == nullptr ? sum : sum + widen(bias[channel]));

@@ -1,12 +1,14 @@
-// The gradients of conv2d, each if asked for: of the input (which output pixels met this element, through which tap?),
-// of the weight (a sum over all output pixels for each tap) and of the bias (a sum over all pixels of a channel).
-// Images in either layout, weight contiguous.
+// The gradients of conv2d, each if it is requested: of the input (a sum over the taps through which output pixels have
+// read an element), of the weight (a sum over all output pixels for each tap) and of the bias (a sum over all pixels of
+// a channel). Images are in either layout, and the weight is contiguous.
 //
-// The ways of conv2d.h say how. The generic way takes one thread for each element of grad_input, and one block for each
-// part of each sum of grad_weight (sums.h). Only taps inside the image take part, so that an infinite factor over the
-// border gives no NaN. Sums are taken in an order that depends on the shape only.
-// Registers of the generic way (sm_80 and sm_90): 72 to 90 for the input, 123 at most for double, so that an SM holds
-// two blocks of 256 threads, without shared memory; for weight and bias those of sums.h.
+// conv2d.h chooses the algorithms by the shape. The generic ones are in this file: they have one thread for each
+// element of grad_input, and one block for each part of each sum of grad_weight (sums.h).
+//
+// Only taps inside the image take part, so that an infinite factor over the border gives no NaN. Sums are taken in an
+// order that depends only on the shape. On sm_80 and sm_90 the generic kernel for the input takes 72 to 90 registers,
+// for double at most 123, so that an SM holds two blocks of 256 threads, and no shared memory; for weight and bias,
+// sums.h says what its kernels take.
 #include "conv2d_generic.h"
 #include "conv2d_product.h"
 #include "sums.h"
@@ -33,7 +35,7 @@ struct WeightTerms {
   }
 };
 
-// For the bias, of images whose planes are contiguous: an item is an output channel.
+// The terms of the bias gradient of images whose planes are contiguous; an item is an output channel.
 template <class T, class Index>
 struct BiasTerms {
   Divider<Index> plane;

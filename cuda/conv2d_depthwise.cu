@@ -1,20 +1,21 @@
-// Depthwise convolution, each channel by a window of its own, and the gradient of its input:
+// Depthwise convolution, in which each channel has a kernel of its own, and its input gradient:
 //
 //   output[n, c, y, x]     = bias[c] + sum over i, j  weight[c, i, j] input[n, c, y stride + i dilation - padding, ..]
 //   grad_input[n, c, h, w] = sum over i, j  weight[c, i, j] grad_output[n, c, (h + padding - i dilation) / stride, ..]
 //
-// Images in either layout; weight [C, 1, kernel_h, kernel_w] contiguous. There is nothing to multiply as matrices: a
-// value takes part in as many products as the window has taps, so reading is the limit. Neighbouring threads read
-// neighbours (conv2d_lanes.h): 16 bytes of channels each in N H W C where the channels allow it, columns side by side
-// in N C H W. Square windows of 3, 5 and 7 without dilation, by stride 1 (of 3, forward, also by 2), keep a column of
-// their taps in registers: each row that a strip of four pixels meets is read once, 18 reads for four 3x3 windows, not
-// 36. The gradient by stride 1 is the forward by the window turned around; other windows ask for the place of each tap.
+// Images are in either layout; the weight [C, 1, kernel_h, kernel_w] is contiguous. There are no matrices to multiply:
+// a value takes part in only as many products as the kernel has taps, so reads are the bottleneck. Neighbouring threads
+// read neighbouring elements (conv2d_lanes.h): in N H W C 16 bytes of channels each where the channels allow it, in N C
+// H W adjacent columns. For square kernels of 3, 5 and 7 without dilation, at stride 1 (for 3, forward, also at stride
+// 2), a thread reads each element that a strip of four pixels needs once: 18 reads for four 3x3 windows instead of 36.
+// At stride 1 the gradient is the forward with the kernel rotated by 180 degrees. Other kernels look up the position of
+// each tap.
 //
-// Sums run over j, i (other windows: i, j) in one chain, in float (double for double), and are rounded once. Only taps
-// inside the image count, also where a factor is infinite.
-// Registers (sm_80 and sm_90): 96 to 128, so that an SM holds two blocks of 256 threads with 6 to 18 reads each on the
-// way; 154 at most for double. Shared memory for 3x3: 36 bytes in N C H W, 4.6 KB in N H W C, 9.2 KB of 16-bit types;
-// 50 KB at most, for 7x7 of these.
+// Sums run over j, i (in other kernels over i, j) in one chain, in float (in double for double), and are rounded once.
+// Only taps inside the image count, even if a factor is infinite. On sm_80 and sm_90 the kernels take 96 to 128
+// registers, so that an SM holds two blocks of 256 threads with 6 to 18 reads in flight each; for double at most 154.
+// For 3x3 they take 36 bytes of shared memory in N C H W, 4.6 KB in N H W C, and 9.2 KB there for 16-bit types; at most
+// 50 KB, for 7x7 in these types.
 #include "conv2d_lanes.h"
 
 namespace pyops::cuda {
@@ -24,11 +25,11 @@ struct Depthwise {
   Correlation conv;
   Lanes lanes;
   Divider<int32_t> taps;
-  int32_t padding_h, padding_w;  // in front of the source
-  bool turned;                   // the window
+  int32_t padding_h, padding_w;  // before the first row and column of the source
+  bool turned;                   // the kernel is rotated by 180 degrees
 };
 
-// weights[tap][channel of the block].
+// Fills weights[tap][channel of the block].
 template <class T>
 __device__ __forceinline__ void load_weights(const Depthwise& d, const T* weight, int32_t first, int32_t width,
                                              Compute<T>* weights) {
@@ -55,13 +56,13 @@ __device__ __forceinline__ void load(const Depthwise& d, const T* source, bool i
   for (int e = 0; e < pack; ++e) values[e] = widen(loaded.values[e]);
 }
 
-// A window of kernel x kernel taps side by side.
+// A square kernel without dilation.
 template <class T, int pack, int kernel, int stride>
 struct SquareWindow {
   static __device__ __forceinline__ void sum(const Depthwise& d, const T* source, const Strip& strip, int32_t c,
                                              const Compute<T>* weights, int32_t width,
                                              Compute<T> (&sums)[strip_rows][pack]) {
-    // All columns at a time would take more registers than there are.
+    // The columns are unrolled only where that does not take more registers than there are.
     [[maybe_unused]] constexpr int columns = kernel == 3 && stride * pack <= 4 ? kernel : 1;
     const int32_t h0 = strip.y * stride - d.padding_h, w0 = strip.x * stride - d.padding_w;
 #pragma unroll columns
@@ -138,7 +139,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_least<T>)
   }
 }
 
-// f(Window()) for the window of a convolution.
+// Calls f(Window()) for the kernel of a convolution.
 template <class T, int pack, class F>
 cudaError_t dispatch_window(const Conv2dShape& s, bool gradient, F&& f) {
   const bool square = s.kernel_h == s.kernel_w && s.stride_h == s.stride_w && s.dilation_h == 1 && s.dilation_w == 1;
@@ -156,7 +157,7 @@ cudaError_t launch_depthwise(const CorrelationArgs& x, cudaStream_t stream) {
   const Conv2dShape& s = x.shape;
   return dispatch_window<T, pack>(s, x.gradient, [&](auto window) {
     using Window = decltype(window);
-    // Turning the window around is for those that ask for no places.
+    // AnyWindow looks up positions and needs no rotation.
     const bool turned = x.gradient && !std::is_same_v<Window, AnyWindow<T, pack>>;
     const auto padding = [&](int64_t kernel, int64_t before) {
       return static_cast<int32_t>(turned ? kernel - 1 - before : before);

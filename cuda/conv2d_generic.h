@@ -1,15 +1,15 @@
-// One value of a convolution or of its gradients, summed by one thread: the generic way, for any shape. The sums run
-// over the taps inside the image only, so that an infinite factor over the border gives no NaN.
+// One value of a convolution or of its gradients, summed by one thread: the generic algorithm, which takes any shape.
+// The sums run over the taps inside the image only, so that an infinite factor over the border gives no NaN.
 #pragma once
 
 #include "conv2d.h"
 
 namespace pyops::cuda {
 
-// Terms in one chain of additions; longer sums are taken in parts, lest they lose digits.
+// The most terms in one chain of additions; longer sums are taken in parts, so that they do not lose digits.
 constexpr int longest_conv_chain = 512;
 
-// The convolution at output position `at`, without bias: chains over c, i, j in this order.
+// The convolution at output position `at`, without bias. Its chains run over c, i, j in this order.
 template <class T, class Index>
 __device__ __noinline__ Compute<T> convolve(const Conv<Index>& conv, const T* input, const T* weight,
                                             const Position<Index>& at) {
@@ -38,7 +38,7 @@ __device__ __noinline__ Compute<T> convolve(const Conv<Index>& conv, const T* in
   return sum + chain;
 }
 
-// The gradient of the input at `at`: which output pixels met it, through which taps?
+// The input gradient at `at`: a sum over the taps through which output pixels have read this element.
 template <class T, class Index>
 __device__ __noinline__ Compute<T> gradient_of_input(const Conv<Index>& conv, const T* grad_output, const T* weight,
                                                      const Position<Index>& at) {
@@ -53,7 +53,7 @@ __device__ __noinline__ Compute<T> gradient_of_input(const Conv<Index>& conv, co
     for (Index j = 0; j < conv.kernel_w.value(); ++j) {
       Index x = at.w + conv.padding_w - j * conv.dilation_w;
       if (x < 0 || take_digit(x, conv.stride_w) != 0 || x >= conv.output.width()) continue;
-      C chain = 0;  // one for each tap, lest a long sum lose digits
+      C chain = 0;  // one for each tap, so that long sums do not lose digits
       for (Index o = first_output; o < first_output + outputs; ++o)
         chain = multiply_add(widen(grad_output[conv.output.offset(at.n, o, y, x)]),
                              widen(weight[conv.weight_offset(o, c, i, j)]), chain);
@@ -63,7 +63,7 @@ __device__ __noinline__ Compute<T> gradient_of_input(const Conv<Index>& conv, co
   return sum;
 }
 
-// The gradient of one weight: its terms are those of the output pixels first, first + step, ..., counted as n, y, x.
+// The gradient of one weight, summed over the output pixels first, first + step, ..., numbered in the order n, y, x.
 template <class T, class Index>
 __device__ __noinline__ Compute<T> gradient_of_weight(const Conv<Index>& conv, const T* grad_output, const T* input,
                                                       Index weight, Index first, Index step, Index pixels) {

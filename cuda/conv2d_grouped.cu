@@ -1,34 +1,37 @@
-// Convolutions of narrow groups, and the gradients of their inputs, in either layout; weight contiguous:
+// Convolutions with narrow groups, and their input gradients, in either layout; the weight is contiguous:
 //
 //   output[n, o, y, x] = bias[o] + sum over c of the group, i, j of weight[o, c, i, j] input[n, c, y stride + .., ..]
 //
-// and for the gradient the same with input and output exchanged. As products of matrices, groups of 4 to 32 channels
-// would fill tiles to a fraction. Here a lane (conv2d_lanes.h) is a few channels of the result, all of one group: each
-// of the four values that a strip meets by a tap is used for all of them, and each weight, which is in shared memory,
-// for the whole strip. In N C H W all threads of a warp read the same 8 weights for 32 multiply-adds and 4 reads of the
-// images; in N H W C a warp reads channels side by side, 4 at a time where groups allow it.
+// The gradient has this form with input and output exchanged. As matrix products, groups of 4 to 32 channels would fill
+// only a fraction of a tile, so they are convolved directly. A lane (conv2d_lanes.h) is a few channels of the result,
+// all of one group. Each of the four values that a strip reads for a tap is used for all of these channels, and each
+// weight, which is in shared memory, for the whole strip. In N C H W all threads of a warp read the same 8 weights for
+// 32 multiply-adds and 4 reads of the images; in N H W C a warp reads contiguous channels, 4 at a time where the groups
+// allow it.
 //
-// Sums run over i, j, c, in float (double for double), in one chain or, if that had more than 144 terms, one for each
-// tap, and are rounded once. Only taps inside the image count, also where a factor is infinite.
-// Registers (sm_80 and sm_90): 96 to 116, so that an SM holds two blocks of 256 threads; 168 at most for double. Shared
-// memory for groups of 4 channels and 3x3: 1.2 KB in N C H W, 18 KB in N H W C; 32 KB at most, 64 KB of double.
+// Sums run over i, j, c, in float (in double for double), in one chain or, if that had more than 144 terms, in one
+// chain for each tap, and are rounded once. Only taps inside the image count, even if a factor is infinite. On sm_80
+// and sm_90 the kernels take 96 to 116 registers, so that an SM holds two blocks of 256 threads; for double at most
+// 168. For groups of 4 channels and 3x3 kernels they take 1.2 KB of shared memory in N C H W and 18 KB in N H W C; at
+// most 32 KB, or 64 KB for double.
 #include "conv2d_lanes.h"
 
 namespace pyops::cuda {
 namespace {
 
-// Terms in one chain of additions: of 288 the error is 1.4 times that of stock's CPU kernels, which add up parts.
+// The most terms in one chain of additions: with 288 the error is 1.4 times that of stock's CPU kernels, which add up
+// parts.
 constexpr int64_t longest_grouped_chain = 144;
 
 struct Grouped {
   Correlation conv;
   Lanes lanes;
-  Divider<int32_t> lanes_per_group, channels, taps;  // channels: of a group of the source
+  Divider<int32_t> lanes_per_group, channels, taps;  // channels: those of a group of the source
   int32_t results;                                   // channels of a group of the result
-  int32_t result_stride, source_stride;              // of the weight, for channels of the same group
+  int32_t result_stride, source_stride;              // in the weight, between channels of a group
 };
 
-// The channels of the result that a lane has.
+// The channels of the result that belong to a lane.
 struct Channels {
   int32_t group, first, count;  // first: within the group
 };
@@ -42,13 +45,15 @@ __device__ __forceinline__ Channels channels_of(const Grouped& g, int32_t lane) 
   return c;
 }
 
-// The weight of a channel of the result, counted in its group, and of one of the source, tap 0.
+// The offset, for tap 0, of the weight between a channel of the result, counted within its group, and one of the
+// source.
 __device__ __forceinline__ int32_t weight_offset(const Grouped& g, int32_t group, int32_t result, int32_t source) {
   const int32_t of_group = group * g.results * g.channels.value() * g.taps.value();
   return of_group + result * g.result_stride + source * g.source_stride;
 }
 
-// weights[tap][channel of the source][lane of the block][output]; zeros where there is no such lane or output.
+// Fills weights[tap][channel of the source][lane of the block][output], with zeros where there is no such lane or
+// output.
 template <class T, int outputs>
 __device__ __forceinline__ void load_weights(const Grouped& g, const T* weight, int32_t first_lane,
                                              Compute<T>* weights) {
@@ -109,7 +114,7 @@ __device__ __forceinline__ void sum_strip(const Grouped& g, const T* source, con
   }
 }
 
-// With `pack` above 1 it divides the channels of a group of the source, and `outputs` those of the result.
+// If `pack` is above 1, it divides the channels of a group of the source, and `outputs` divides those of the result.
 template <class T, int outputs, int pack, bool long_sums>
 __global__ void __launch_bounds__(block_threads, blocks_at_least<T>)
     grouped(const __grid_constant__ Grouped g, const __grid_constant__ Operands<T> x) {

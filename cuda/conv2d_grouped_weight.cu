@@ -1,17 +1,18 @@
-// The gradient of the weight of convolutions in groups, depthwise ones among them, in either layout:
+// The weight gradient of grouped convolutions, including depthwise ones, in either layout:
 //
 //   grad_weight[o, c, i, j] = sum over n, y, x of grad_output[n, o, y, x] input[n, c, y stride - padding + i, ..]
 //
-// A thread has a channel o and a channel c of its group, and the sums of all taps in registers: of the inputs that the
-// taps of a strip of four pixels meet (conv2d_lanes.h) each is read once, 18 + 4 reads for 36 multiply-adds with 3x3
-// taps. A block adds up its threads and gives one partial sum for each weight, by shuffles in N C H W, where they have
-// the same channels, and through shared memory.
+// A thread takes an output channel o and an input channel c of its group, and keeps the sums of all taps in registers.
+// It reads each input that the taps of a strip of four pixels meet (conv2d_lanes.h) once: 18 + 4 reads for 36
+// multiply-adds with 3x3 taps at stride 1. A block adds up its threads and gives one partial sum for each weight,
+// through shared memory and, in N C H W, where the threads have the same channels, by shuffles before that.
 //
-// Deterministic: how many partial sums there are depends on the shape only, and they are added in their order, in
-// double. Only taps inside the image count, also where a factor is infinite.
-// Registers (sm_80 and sm_90): 55 to 80 for 3x3, so that an SM holds three blocks of 256 threads; 92 to 128 for 5x5,
-// two blocks; 146 to 201 for 7x7, one block; double takes 255 at most. Shared memory in N H W C: 1 KB for each tap, 2
-// KB of double; in N C H W: 32 bytes, 64 of double.
+// The result is deterministic: the number of partial sums depends only on the shape, and they are added in order, in
+// double. Only taps inside the image count, even if a factor is infinite.
+//
+// On sm_80 and sm_90 the kernels take 55 to 80 registers for 3x3, so that an SM holds three blocks of 256 threads; 92
+// to 128 for 5x5, two blocks; 146 to 201 for 7x7, one block; and at most 255 for double. For each tap they take 1 KB of
+// shared memory in N H W C (2 KB for double) and 32 bytes in N C H W (64 for double).
 #include "conv2d_lanes.h"
 #include "sums.h"
 
@@ -53,7 +54,7 @@ __device__ __forceinline__ void add_strip(const WeightGradient& g, const T* grad
   }
 }
 
-// partials[part][lane][tap].
+// Writes partials[part][lane][tap].
 template <class T, int kernel, int stride>
 __global__ void __launch_bounds__(block_threads, 1)
     partial_weight_gradients(const __grid_constant__ WeightGradient g, const T* grad_output, const T* input,
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(block_threads, 1)
     for (int32_t k = part * g.strips_per_part + slot; k < end; k += g.lanes.slots)
       add_strip<C, kernel, T, stride>(g, grad_output, input, g.lanes.strip(k), o, channel, sums);
   }
-  // sums_of[tap][slot][lane], where the threads of a warp are one slot if there is one lane.
+  // sums_of[tap][slot][lane]. If there is one lane, shuffles first make each warp a single slot.
   C* sums_of = shared_memory<C>();
   int32_t slots = g.lanes.slots, number = slot * lanes + lane;
   if (lanes == 1) {
@@ -97,7 +98,8 @@ __global__ void __launch_bounds__(block_threads, 1)
   }
 }
 
-// Taps outside counted as 0; a sum that is NaN, as an infinity times 0 is, is taken again over those inside.
+// Adds the partial sums. Taps outside the image counted as 0 in them, so a sum that is NaN, as infinity times 0 is, is
+// taken again over the taps inside.
 template <class T>
 __global__ void __launch_bounds__(block_threads, 1)
     finish_weight_gradients(const __grid_constant__ WeightGradient g, const T* grad_output, const T* input,

@@ -1,12 +1,13 @@
-// Convolutions in groups that have kernels of their own: depthwise ones (conv2d_depthwise.cu), those of narrow groups
-// (conv2d_grouped.cu), and the gradients of the weight of both (conv2d_grouped_weight.cu).
+// Grouped convolutions that have kernels of their own: depthwise ones (conv2d_depthwise.cu), those with narrow groups
+// (conv2d_grouped.cu), and the weight gradients of both (conv2d_grouped_weight.cu).
 #pragma once
 
 #include "common.h"
 
 namespace pyops::cuda {
 
-// A convolution or the gradient of its input: sums over what the taps of each pixel of the result meet in the source.
+// The arguments of a convolution or of its input gradient. In both, a pixel of the result sums what its taps meet in
+// the source, which is the input or grad_output.
 struct CorrelationArgs {
   DType dtype;
   const Conv2dShape& shape;  // of the convolution
@@ -37,21 +38,21 @@ struct CorrelationArgs {
   int64_t width() const { return gradient ? shape.W : shape.OW; }
 };
 
-// One channel in and one out for each group, and windows whose weights fit into shared memory.
+// One input and one output channel for each group, and kernels whose weights fit into shared memory.
 inline bool is_depthwise(const Conv2dShape& s) {
   return s.groups > 1 && s.C == s.groups && s.O == s.groups && s.kernel_h * s.kernel_w <= 49;
 }
 cudaError_t depthwise_correlation(const CorrelationArgs&, cudaStream_t);
 
-// Sums over `channels` in groups so narrow that one chain of additions for each tap loses few digits, and that their
-// weights fit into shared memory.
+// Groups so narrow that one chain of additions for each tap loses few digits and that their weights fit into shared
+// memory. `channels` is the number of channels, of all groups, that are summed over.
 inline bool is_narrow(const Conv2dShape& s, int64_t channels) {
   const int64_t of_group = channels / s.groups;
   return s.groups > 1 && of_group > 0 && of_group <= 256 && of_group * s.kernel_h * s.kernel_w <= 2048;
 }
 cudaError_t grouped_correlation(const CorrelationArgs&, cudaStream_t);
 
-// Windows whose sums fit into the registers of a thread, one for each tap.
+// Kernels whose sums, one for each tap, fit into the registers of a thread.
 inline bool has_grouped_weight(const Conv2dShape& s) {
   const bool kernel = s.kernel_h == s.kernel_w && (s.kernel_h == 3 || s.kernel_h == 5 || s.kernel_h == 7);
   const bool stride = s.stride_h == s.stride_w && s.stride_h <= 2;

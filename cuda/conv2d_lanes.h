@@ -1,9 +1,10 @@
-// How the direct kernels of convolutions in groups share out their work.
+// How the direct kernels of grouped convolutions divide their work.
 //
-// A thread computes a strip of `strip_rows` pixels one above the other. A block is `lanes` along the channels by
-// `slots` of strips, and goes on to further strips with the weights of its lanes, which it has in shared memory.
-// Neighbouring threads read neighbours in memory in either layout: N H W C has lanes side by side; N C H W has one
-// lane, and slots that follow each other along x, so that columns are read side by side without any need for alignment.
+// A thread computes a strip of `strip_rows` pixels, one above another. A block takes `lanes` lanes of channels by
+// `slots` strips, and continues with further strips of the same lanes, whose weights it has in shared memory.
+// Neighbouring threads read neighbouring elements in either layout: in N H W C the lanes are contiguous; in N C H W a
+// block has one lane, and its slots follow one another along x, so that columns are read contiguously without any need
+// for alignment.
 #pragma once
 
 #include <algorithm>
@@ -14,27 +15,27 @@ namespace pyops::cuda {
 
 constexpr int strip_rows = 4;
 
-// Blocks for which an SM has registers at least: two of 256 threads leave 128 to a thread.
+// The fewest blocks for which an SM must have registers: two of 256 threads leave 128 registers to a thread.
 template <class T>
 constexpr int blocks_at_least = std::is_same_v<T, double> ? 1 : 2;
 
-// Blocks of a launch: some times what a large GPU holds at a time (132 SMs with two or three each). More would only
-// load the same weights again. The tests set it low.
+// The number of blocks of a launch, several times what a large GPU holds at a time (132 SMs with two or three each).
+// More would only load the same weights again. The tests set it low.
 #ifndef PYOPS_MOST_BLOCKS
 #define PYOPS_MOST_BLOCKS 1024
 #endif
 
 struct Strip {
-  int32_t n, y, x;  // of the uppermost pixel
+  int32_t n, y, x;  // the uppermost pixel
 };
 
 struct Lanes {
-  Divider<int32_t> lanes, chunks;       // of a block; blocks that cover all lanes
-  Divider<int32_t> strips_w, strips_h;  // of an image
-  int32_t total, slots, strips, tiles;  // tiles of strips, of which each chunk has as many blocks
+  Divider<int32_t> lanes, chunks;       // lanes of a block; blocks that cover all lanes
+  Divider<int32_t> strips_w, strips_h;  // strips of an image
+  int32_t total, slots, strips, tiles;  // tiles: the blocks of each chunk, which share the strips
   unsigned threads = 32;
 
-  // `total` lanes, up to `most` of them in a block, for images [N, H, W].
+  // Divides images [N, H, W] with `total` lanes, at most `most` of them in a block.
   Lanes(int64_t total, int64_t most, int64_t N, int64_t H, int64_t W)
       : lanes(ceil_div(total, ceil_div(total, most))),
         chunks(ceil_div(total, most)),
@@ -49,13 +50,13 @@ struct Lanes {
 
   int64_t blocks() const { return int64_t{tiles} * chunks.value(); }
 
-  // The lane of this thread among those of its block, and the slot, which is none if not below `slots`.
+  // Returns the slot of this thread, which has work only if it is below `slots`, and sets its lane within the block.
   __device__ __forceinline__ int32_t slot(int32_t& lane) const {
     auto slot = static_cast<int32_t>(threadIdx.x);
     lane = take_digit(slot, lanes);
     return slot;
   }
-  // The first lane of this block among all.
+  // Returns the first lane of this block among all lanes, and sets its tile.
   __device__ __forceinline__ int32_t first_lane(int32_t& tile) const {
     tile = static_cast<int32_t>(blockIdx.x);
     return take_digit(tile, chunks) * lanes.value();
@@ -81,7 +82,7 @@ struct Operands {
         result(static_cast<T*>(x.result)) {}
 };
 
-// What of CorrelationArgs does not depend on the type of the elements.
+// The part of CorrelationArgs that does not depend on the type of the elements.
 struct Correlation {
   Conv<int32_t> conv;
   Images<int32_t> source, result;
@@ -94,7 +95,7 @@ struct Correlation {
         gradient(x.gradient),
         relu(x.relu) {}
 
-  // The row of the source that tap i of row y of the result meets; negative: none.
+  // The row of the source that tap i of row y of the result reads; negative if there is none.
   __device__ __forceinline__ int32_t source_row(int32_t y, int32_t i) const {
     return gradient ? position(y + conv.padding_h - i * conv.dilation_h, conv.stride_h, source.height())
                     : inside(conv.input_h(y, i), source.height());
@@ -110,8 +111,8 @@ struct Correlation {
     return relu ? narrow<T>(rectified(widen(value))) : value;
   }
 
-  // Taps outside counted as 0 in the sums of a strip, and that times an infinity is NaN: takes the sums of `count`
-  // channels that are NaN again, over the taps inside.
+  // In the sums of a strip, taps outside the image counted as 0, which gives NaN if the other factor is infinite. For
+  // `count` channels, this takes the sums that are NaN again, over the taps inside.
   template <class T>
   __device__ __forceinline__ void mend(const Operands<T>& x, const Strip& strip, int32_t first, int32_t count) const {
     const int32_t rows = min(strip_rows, result.height() - strip.y);
@@ -134,7 +135,7 @@ struct Correlation {
   }
 };
 
-// The elements at p, or zeros.
+// The elements at p if they are inside, else zeros.
 template <class T, int n>
 __device__ __forceinline__ Vector<T, n> load_or_zero(bool inside, const T* p) {
   return inside ? *reinterpret_cast<const Vector<T, n>*>(p) : Vector<T, n>{};

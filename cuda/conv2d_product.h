@@ -1,18 +1,18 @@
-// conv2d and its gradients as products of matrices (gemm.h) that are never in memory: their elements are found where
-// they lie in the images (conv2d_windows.h). Without groups:
+// conv2d without groups, and its gradients, as implicit GEMMs: matrix products (gemm.h) whose operands are never in
+// memory, because their elements are found in the images (conv2d_windows.h):
 //
-//   output[pixel, o]      = sum over taps        windows(pixel, tap) weight(o, tap)
-//   grad_input[pixel, c]  = sum over o and taps  windows of grad_output(pixel, (o, tap)) weight(c, (o, tap))
-//   grad_weight[o, tap]   = sum over pixels      grad_output(o, pixel) windows(pixel, tap)
+//   output[pixel, o]           = sum over c, i, j  windows(pixel, (c, i, j)) weight(o, (c, i, j))
+//   grad_input[pixel, c]       = sum over o, i, j  windows of grad_output(pixel, (o, i, j)) weight(c, (o, i, j))
+//   grad_weight[o, (c, i, j)]  = sum over pixels   grad_output(o, pixel) windows(pixel, (c, i, j))
 //
-// where a tap is c, i, j. The gradient of the input is computed by phases: pixels whose rows and columns leave the same
-// rests by the strides met the output through the same taps, every (stride / gcd(stride, dilation))th, and from pixel
-// to pixel of a phase the outputs they met lie side by side: so each phase is a convolution of grad_output with stride
-// 1 by its part of the weight, and no product is with a tap that no output has. A phase without taps is zeros.
+// The input gradient uses a polyphase decomposition. Pixels with equal coordinates modulo the stride were read through
+// the same taps, every (stride / gcd(stride, dilation))-th one, and neighbouring pixels of such a phase were read by
+// neighbouring outputs. So each phase is a stride-1 convolution of grad_output by a part of the kernel, and no product
+// involves a tap through which no output has read. A phase without taps is zero.
 //
-// Of images N H W C all three read 16 bytes at a time along the channels, if their number allows it. Of N C H W they
-// read elements one by one, neighbouring threads neighbours; but 16 bytes along the pixels where those lie side by
-// side, which are kernels of 1x1 with stride 1 and grad_output in the gradient of the weight.
+// In images N H W C, all three products read 16 bytes of channels at a time if the number of channels allows it. In
+// images N C H W, they read single elements, neighbouring threads neighbouring ones; where pixels are contiguous, that
+// is with 1x1 kernels at stride 1 and for grad_output in the weight gradient, they read 16 bytes of pixels.
 #pragma once
 
 #include <numeric>
@@ -22,19 +22,19 @@
 
 namespace pyops::cuda {
 
-// f(std::bool_constant<channels_last>).
+// Calls f(std::bool_constant<channels_last>()).
 template <class F>
 cudaError_t dispatch_layout(bool channels_last, F&& f) {
   return channels_last ? f(std::true_type()) : f(std::false_type());
 }
 
-// Whether some tap of some window lies outside the image.
+// Whether some tap of some receptive field lies outside the image.
 inline bool has_border(const Conv2dShape& s) {
   return s.padding_top > 0 || s.padding_left > 0 || (s.OH - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h >= s.H ||
          (s.OW - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w >= s.W;
 }
 
-// The product of pixels by channels, stored in whichever orientation writes neighbours by neighbouring threads.
+// The product of pixels by channels, in the orientation in which neighbouring threads write neighbouring elements.
 template <bool channels_last, class Mma, class Pixels, class Channels, class Store>
 cudaError_t pixel_product(int64_t pixels, int64_t channels, int64_t depth, const Pixels& pixel_matrix,
                           const Channels& channel_matrix, const Store& store, Workspace& workspace,
@@ -46,7 +46,7 @@ cudaError_t pixel_product(int64_t pixels, int64_t channels, int64_t depth, const
   }
 }
 
-// The windows of the output on the input.
+// The receptive fields of the output in the input.
 template <class T, class Index, bool channels_last>
 WindowMatrix<T, Index, channels_last> output_windows(const Conv<Index>& conv, const Conv2dShape& s, const T* input) {
   const Axis<Index> h{conv.stride_h.value(), -conv.padding_h, conv.dilation_h};
@@ -81,8 +81,9 @@ cudaError_t product_forward(const Conv2dArgs& x, Workspace& workspace, cudaStrea
   });
 }
 
-// In one dimension, the pixels number, number + stride, ... of the input, and the taps through which they met outputs:
-// first_tap, first_tap + tap_step, ...; tap t of these met, with the p'th of the pixels, output p + offset + t * step.
+// A phase in one dimension: the pixels number, number + stride, ... of the input, and the taps first_tap, first_tap +
+// tap_step, ... through which outputs have read them. Through tap t of these, pixel p of the phase was read by output p
+// + offset + t * step.
 struct Phase {
   int64_t pixels, first_tap, tap_step, taps, offset, step;
 

@@ -1,13 +1,14 @@
-// output = relu(max_pool2d(conv2d(input, weight, bias))) and the argmax of each window if wanted, by one of three ways:
-//   - few channels, windows of 2x2: in one kernel (conv2d_tiny.cu), without the convolution's result in memory;
-//   - where the convolution is generic: one thread for each window, which sums its pixels one after the other;
-//   - else the convolution's result goes to the workspace, and one kernel pools and rectifies it.
+// output = relu(max_pool2d(conv2d(input, weight, bias))) and, if requested, the argmax of each window, by one of three
+// algorithms:
+//   - Few channels with 2x2 windows take one kernel (conv2d_tiny.cu), without the convolution's result in memory.
+//   - If the convolution is generic, one thread for each window sums its pixels one after another.
+//   - Otherwise the convolution's result goes to the workspace, and one kernel pools and rectifies it.
 //
-// The maximum is taken before the rectification, with which it commutes; where it is not above 0 (nor NaN) no gradient
-// passes, and the argmax is dead_window. Each pixel is summed and rounded as conv2d does it, so that values and winners
-// have the bits of the three ops one after the other.
-// Registers of the second way (sm_80 and sm_90): 88 to 168, 206 at most for double, so that an SM holds one block of
-// 256 threads at the least. No shared memory.
+// The maximum is taken before the rectification, with which it commutes. If it is neither above 0 nor NaN, no gradient
+// passes, and the argmax is dead_window. Each pixel is summed and rounded as in conv2d, so that values and argmax have
+// the bits of the three ops called in turn. On sm_80 and sm_90 the kernel in this file, which is that of the second
+// algorithm, takes 88 to 168 registers, for double at most 206, so that an SM holds at least one block of 256 threads.
+// It takes no shared memory.
 #include "conv2d_generic.h"
 #include "max_pool2d.h"
 

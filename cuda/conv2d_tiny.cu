@@ -1,16 +1,17 @@
-// Convolutions of few channels by 3x3 and 5x5 kernels, in either layout: the output (plain, rectified, or rectified and
-// pooled by 2x2 windows), and the gradient of the input, which is a convolution of grad_output by the kernel turned
-// around.
+// Direct convolutions with few channels and 3x3 or 5x5 kernels, in either layout: the output (plain, rectified, or
+// rectified and pooled by non-overlapping 2x2 windows), and the input gradient, which is a convolution of grad_output
+// by the kernel rotated by 180 degrees.
 //
 // A thread computes 2x2 output pixels of up to 8 channels. For each input channel it holds the (kernel + 1)^2 inputs
-// that they need in registers; the weights are in shared memory, where all threads of a warp read the same ones, 8 at a
-// time, for 32 multiply-adds. As products of matrices the same would fill tiles to a fifth. The pooled results leave
-// the thread as one value and one byte for each window: a quarter of the writes, and nothing is read again.
+// that these pixels need in registers. The weights are in shared memory, where all threads of a warp read the same
+// ones, 8 at a time, for 32 multiply-adds. An implicit GEMM would fill only a fifth of its tiles here. Pooled results
+// leave the thread as one value and one byte for each window, which is a quarter of the writes, and nothing is read
+// again.
 //
-// Sums run over c, i, j in one chain, as in convolve(). Taps outside are read as 0; a sum that is NaN, as an infinity
-// times 0 is, is taken again over the taps inside alone.
-// Registers (sm_80 and sm_90): 88 to 128, so that an SM holds four blocks; 196 at most for double, two blocks. Shared
-// memory: 32 bytes for each input channel and tap, 64 for double; LeNet's 6 channels of 5x5 take 4.8 KB.
+// Sums run over c, i, j in one chain, as in convolve(). Taps outside the image are read as 0; a sum that is NaN, as
+// infinity times 0 is, is taken again over the taps inside alone. On sm_80 and sm_90 the kernels take 88 to 128
+// registers, so that an SM holds four blocks; for double at most 196, two blocks. They take 32 bytes of shared memory
+// for each input channel and tap, 64 for double: LeNet's 6 channels of 5x5 take 4.8 KB.
 #include <algorithm>
 
 #include "conv2d_generic.h"
@@ -21,13 +22,14 @@ namespace pyops::cuda {
 namespace {
 
 constexpr int tiny_threads = 128, weight_pitch = 8;
-// Blocks for which an SM has registers at least: four of 128 threads leave 128 to a thread.
+// The fewest blocks for which an SM must have registers: four of 128 threads leave 128 registers to a thread.
 template <class T>
 constexpr int tiny_blocks = std::is_same_v<T, double> ? 2 : 4;
 
 enum class Result { plain, pooled, gradient };
 
-// Of the convolution that is computed, which for the gradient is not conv.
+// The convolution that is computed. For the gradient, its input and output are grad_output and grad_input, while `conv`
+// remains the convolution of the forward.
 struct Tiny {
   Conv<int32_t> conv;
   Images<int32_t> input, output;
@@ -41,7 +43,7 @@ template <class T>
 struct TinyOperands {
   const T *input, *weight, *bias;
   T* output;
-  uint8_t* argmax;  // null: not wanted
+  uint8_t* argmax;  // null: not requested
   uint8_t dead;     // the argmax of a window that passes no gradient
 };
 
@@ -60,7 +62,7 @@ __device__ __forceinline__ void load_weights(const Tiny& tiny, const T* weight, 
   }
 }
 
-// The 2x2 outputs of one channel.
+// Stores the 2x2 outputs of one channel, or their maximum.
 template <class T, Result result>
 __device__ __forceinline__ void finish(const Tiny& tiny, const TinyOperands<T>& x, const Pixel<int32_t>& block,
                                        int32_t channel, const Compute<T> (&sums)[4]) {
@@ -151,7 +153,7 @@ cudaError_t launch_tiny(Tiny tiny, int64_t kernel, const TinyOperands<T>& x, cud
 Tiny make_tiny(const Conv2dShape& s, int64_t blocks_h, int64_t blocks_w) {
   const Conv<int32_t> conv(s);
   const auto taps = static_cast<int32_t>(s.kernel_h * s.kernel_w);
-  // Numbered by pixel, of which there is one for all channels.
+  // A number stands for a block of pixels in all channels.
   Images<int32_t> blocks(s.N, s.O, blocks_h, blocks_w, s.channels_last);
   blocks.count = s.N * blocks_h * blocks_w;
   return {conv,

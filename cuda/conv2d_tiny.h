@@ -1,11 +1,11 @@
-// Convolutions of few channels by 3x3 and 5x5 kernels, as those of LeNet (conv2d_tiny.cu).
+// Direct convolutions with few channels and 3x3 or 5x5 kernels, like those of LeNet (conv2d_tiny.cu).
 #pragma once
 
 #include "common.h"
 
 namespace pyops::cuda {
 
-// Whether a convolution of `in` to `out` channels of this window is one of them.
+// Whether these kernels take a convolution of this shape from `in` to `out` channels.
 inline bool is_tiny(const Conv2dShape& s, int64_t in, int64_t out) {
   const bool kernel = s.kernel_h == s.kernel_w && (s.kernel_h == 3 || s.kernel_h == 5);
   const bool unit = s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 && s.dilation_w == 1;
@@ -14,13 +14,13 @@ inline bool is_tiny(const Conv2dShape& s, int64_t in, int64_t out) {
 
 cudaError_t tiny_forward(const Conv2dArgs&, cudaStream_t);
 
-// The gradient of the input: a convolution of grad_output by the kernel turned around.
+// The input gradient is a convolution of grad_output by the kernel rotated by 180 degrees.
 inline bool is_tiny_backward(const Conv2dShape& s) {
   return is_tiny(s, s.O, s.C) && s.padding_top < s.kernel_h && s.padding_left < s.kernel_w;
 }
 cudaError_t tiny_backward_input(const Conv2dBackwardArgs&, cudaStream_t);
 
-// With windows of 2x2 side by side.
+// The fused op is taken if its pooling windows are 2x2 and do not overlap.
 inline bool is_tiny_pooled(const Conv2dReluMaxPool2dArgs& x) {
   const MaxPool2dShape& p = x.pool;
   return is_tiny(x.conv.shape, x.conv.shape.C, x.conv.shape.O) && p.kernel_h == 2 && p.kernel_w == 2 &&

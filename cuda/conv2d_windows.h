@@ -1,5 +1,5 @@
-// What the products of a convolution are made of: operands whose elements are found where they lie in the images
-// (gemm_copy.h), the weight in the order that they need, and where results go.
+// The parts of conv2d's implicit GEMMs: operands that find their elements in the images (gemm_copy.h), the weight in
+// the order that they need, and the epilogues.
 #pragma once
 
 #include <optional>
@@ -9,8 +9,8 @@
 
 namespace pyops::cuda {
 
-// What a sum runs over: a channel and the position of a tap, in the order in which images lie in memory, so that
-// neighbouring threads read neighbours: channels outermost for N C H W, innermost for N H W C.
+// The meaning of k: a channel and the position of a tap. The order is that of the images in memory, so that
+// neighbouring threads read neighbouring elements: channels are outermost for N C H W and innermost for N H W C.
 template <class Index, bool channels_last>
 struct Depth {
   Divider<Index> channels, kernel_h, kernel_w;
@@ -33,16 +33,17 @@ struct Depth {
   }
 };
 
-// In one dimension, tap t of the window of pixel p lies at p * stride + offset + t * step of the image.
+// In one dimension, tap t of the receptive field of pixel p lies at p * stride + offset + t * step of the image.
 template <class Index>
 struct Axis {
   Index stride, offset, step;
 };
 
-// Element (pixel, tap): what the window of the pixel has at the tap, or 0 outside of the image. The pixels are those of
-// a grid [N, height, width]. The output's windows on the input are these, and so are those of each phase of the
-// gradient of the input on the gradient of the output (conv2d_product.h). What lies side by side are the channels of
-// N H W C, and the pixels of N C H W where the only tap of each is the pixel itself.
+// Element (pixel, tap) is what the receptive field of the pixel has at the tap, or 0 outside the image, as im2col would
+// write it. The pixels are those of a grid [N, height, width]. This matrix holds the receptive fields of the output in
+// the input and, for each phase of the input gradient, those of its pixels in grad_output (conv2d_product.h).
+// Contiguous in memory are the channels of N H W C, and the pixels of N C H W if the only tap of each is the pixel
+// itself.
 template <class Element, class Index, bool channels_last>
 struct WindowMatrix {
   using T = Element;
@@ -69,7 +70,7 @@ struct WindowMatrix {
     }
   }
 
-  // The offset of an element is the sum of its row's and its term's, which wrap around where they lie far outside.
+  // The offset of an element is the sum of its row's and its term's. These wrap around where they lie far outside.
   struct Part {
     Unsigned offset;
     Index h, w;
@@ -86,7 +87,7 @@ struct WindowMatrix {
     return part(tap.channel * images.c_stride, tap.i * h.step, tap.j * w.step);
   }
   __device__ __forceinline__ const T* address(const Row& row, const Term& term) const {
-    const auto y = static_cast<Unsigned>(row.h + term.h), x = static_cast<Unsigned>(row.w + term.w);  // below 0: large
+    const auto y = static_cast<Unsigned>(row.h + term.h), x = static_cast<Unsigned>(row.w + term.w);  // large if < 0
     if (y >= images.H.divisor || x >= images.W.divisor) return nullptr;
     return data + (row.offset + term.offset);
   }
@@ -97,7 +98,7 @@ struct WindowMatrix {
   }
 };
 
-// Element (channel, pixel) of images N C H W; of images N H W C it is a Matrix.
+// Element (channel, pixel) of images N C H W. For images N H W C, it is a Matrix.
 template <class Element, class Index>
 struct ChannelMatrix {
   using T = Element;
@@ -131,7 +132,8 @@ struct Transposed {
   }
 };
 
-// The taps of the weight that a product takes: of each dimension `taps`, the first one and every `step`th from there.
+// The taps of the weight that a product uses: in each dimension, as many as `taps` says, the first one and every
+// `step`-th from there.
 template <class Index, bool channels_last>
 struct WeightOrder {
   Depth<Index, channels_last> taps;
@@ -145,7 +147,7 @@ struct WeightOrder {
   }
 };
 
-// ordered[row][k], each row of which begins a multiple of 16 bytes from the first.
+// Writes ordered[row][k], whose pitch makes each row begin a multiple of 16 bytes from the first.
 template <class T, class Index, bool channels_last>
 __global__ void __launch_bounds__(block_threads, 1)
     order_weight(const __grid_constant__ WeightOrder<Index, channels_last> order, Divider<Index> depth, Index pitch,
@@ -157,7 +159,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   ordered[int64_t{row} * pitch + k] = weight[order.offset(row, k)];
 }
 
-// Makes a copy of the weight in that order and returns it as the matrix [rows, depth] of a product.
+// Copies the weight in that order, and sets `result` to the copy as the matrix [rows, depth] of a product.
 template <class T, class Index, bool channels_last>
 cudaError_t ordered_weight(const WeightOrder<Index, channels_last>& order, int64_t rows, int64_t depth, const T* weight,
                            std::optional<Matrix<T, true>>& result, Workspace& workspace, cudaStream_t stream) {
@@ -169,8 +171,8 @@ cudaError_t ordered_weight(const WeightOrder<Index, channels_last>& order, int64
                     weight, rows * depth, ordered);
 }
 
-// Where sums go. Taps outside of the image are 0 in a product, and times an infinity NaN, where a sum over the taps
-// inside has no such term; so a NaN is summed again by the generic way, which asks for each tap.
+// The epilogues. In a product, taps outside the image are 0, and 0 times infinity is NaN, whereas a sum over the taps
+// inside has no such term. So a sum that is NaN is taken again by the generic algorithm, which checks each tap.
 
 template <class Element, class Index, bool channels_last>
 struct StoreOutput {
@@ -197,7 +199,7 @@ struct StoreOutput {
   }
 };
 
-// Of the pixels of a phase: every stride_h'th and stride_w'th one from (first_h, first_w) on.
+// Stores the pixels of a phase: every stride_h-th and stride_w-th one from (first_h, first_w) on.
 template <class Element, class Index, bool channels_last>
 struct StoreGradInput {
   using T = Element;

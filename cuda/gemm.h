@@ -1,17 +1,20 @@
-// product(row, column) = sum over k of a(row, k) b(column, k), on tensor cores, for operands that find their elements
-// themselves (gemm_copy.h) and each type of elements (mma.h).
+// product(row, column) = sum over k of a(row, k) b(column, k), on tensor cores. The operands compute the addresses of
+// their elements themselves (gemm_copy.h), so neither has to be a matrix in memory. The element type decides how
+// fragments are multiplied (mma.h).
 //
-// A block computes a tile of the product, each warp a part of it in registers, in steps of 64 bytes along k. Three
-// stages of shared memory hold the tiles of both operands for a step each: while one is multiplied, the next one has
-// arrived or is about to, and the one after it is on its way, so that nothing waits for memory but the first step. One
-// barrier a step is enough: it tells that the stage of this step has arrived for all threads, and that the stage of the
-// step before, which is filled next, has been read by all.
+// A block computes a tile of the product, each warp a part of it in registers, in steps of 64 bytes along k. Shared
+// memory has three stages, each of which holds the tiles of both operands for one step. While one stage is multiplied,
+// the next has arrived or is about to, and the one after that is in flight, so that only the first step waits for
+// memory. One barrier for each step is enough: it says that the stage of this step has arrived for all threads, and
+// that all threads have read the stage of the previous step, which is filled next.
 //
-// Where the tiles are too few for a GPU, or k is long, k is split into parts whose products go to the workspace and are
-// added in their order, in double. Tile and parts depend on the shape only, and so do the bits of the result. NaN and
-// infinities come out as of plain sums; of float, mma.h says how.
+// If the tiles are too few for a GPU, or k is long, k is split into parts (split-K). Their products go to the workspace
+// and are then added in order, in double.
 //
-// Registers of linear and conv2d on sm_80 and sm_90, none spilled, and shared memory:
+// Tiles and parts depend only on the shape, and so do the order of the sums and the bits of the result. NaN and
+// infinities come out as in plain sums; mma.h says how for float.
+//
+// On sm_80 and sm_90, linear and conv2d take these registers, none of them spilled, and this shared memory:
 //
 //            large (256 threads)   small (128)         flat (128)          narrow (128)
 //   16-bit   168 to 183, 60 KB     121 to 221, 30 KB   110 to 216, 34 KB   112 to 197, 34 KB
@@ -19,10 +22,10 @@
 //   float    198 to 250, 60 KB     138 to 183, 30 KB   120 to 172, 34 KB   132 to 173, 34 KB
 //   double   192 to 254, 72 KB     128 to 200, 36 KB   112 to 166, 41 KB   115 to 166, 41 KB
 //
-// The occupancy meant is 8 warps on a multiprocessor at the least, which leaves 255 registers to a thread: what hides
-// latencies are the stages and the many independent products of a warp rather than many warps. In the large tiles the
-// sums take 64 registers, of double 128; parts of 32x32, as in the small ones, would read a third more of shared memory
-// for a product.
+// The kernel is designed for at least 8 warps on a multiprocessor, which leaves 255 registers to a thread: latency is
+// hidden by the stages and the many independent products of a warp rather than by many warps. In the large tiles the
+// sums take 64 registers, 128 for double; parts of 32x32, as in the small tiles, would read a third more of shared
+// memory for each product.
 #pragma once
 
 #include <algorithm>
@@ -32,11 +35,13 @@
 
 namespace pyops::cuda {
 
-// What becomes of finished sums. A Store tells of each its
-//   address(row, column), and result(row, column, sum), which is what belongs there: with bias, rounded, rectified
-//   pairs    whether an even column and the next one lie side by side, aligned to both, and are stored at once
+// The epilogue. For each sum, a Store has
+//   address(row, column)      where its result is stored
+//   result(row, column, sum)  what is stored there: with bias, rounded, rectified
+//   pairs                     whether the results of an even column and the next one are adjacent and aligned, so that
+//                             both are stored at once
 
-// Whether that is so for lines of `length` elements one after the other.
+// Whether contiguous lines of `length` elements can be stored in pairs.
 template <class T>
 bool lie_in_pairs(const T* output, int64_t length) {
   return length % 2 == 0 && aligned_to(2 * sizeof(T), output);
@@ -58,7 +63,7 @@ struct StoreRows {
   }
 };
 
-// The sums of `column` and, if there are more columns, the next one.
+// Stores the sums of `column` and, if there is one, the next column.
 template <class Store, class Sum>
 __device__ __forceinline__ void store_two(const Store& store, int64_t row, int64_t column, int64_t columns, Sum first,
                                           Sum second) {
@@ -80,13 +85,13 @@ struct GemmShape {
   Divider<int64_t> row_tiles, column_tiles;
 };
 
-// Rows and columns of a block's tile and of a warp's part of it.
+// The rows and columns of a block's tile and of a warp's part of it.
 template <int block_rows, int block_columns, int of_warp_rows, int of_warp_columns>
 struct GemmTile {
   static constexpr int rows = block_rows, columns = block_columns;
   static constexpr int warp_rows = of_warp_rows, warp_columns = of_warp_columns;
   static constexpr int threads = rows / warp_rows * (columns / warp_columns) * 32;
-  static constexpr int blocks = 256 / threads;  // at a time on a multiprocessor: 8 warps with up to 255 registers
+  static constexpr int blocks = 256 / threads;  // on a multiprocessor: 8 warps with up to 255 registers
 };
 using LargeTile = GemmTile<128, 128, 64, 32>;
 using SmallTile = GemmTile<64, 64, 32, 32>;
@@ -103,8 +108,8 @@ struct GemmStage {
   static constexpr size_t all_bytes = gemm_stages * elements * sizeof(T);
 };
 
-// Four registers of 16 rows and a product's depth: of rows 0 and 8 the first half of k, then the second one; or, for
-// `k_first`, of row 0 both halves, then of row 8.
+// Loads the four registers of 16 rows by Mma::depth: for the first half of k, of rows 0 to 7 and of rows 8 to 15, then
+// for the second half; or, with `k_first`, for rows 0 to 7 both halves of k, then for rows 8 to 15.
 template <class Mma, class Layout, bool along_k, bool k_first>
 __device__ __forceinline__ typename Mma::Operand load_operand(const typename Mma::Element* tile, int row, int k) {
   using T = typename Mma::Element;
@@ -132,7 +137,7 @@ __device__ __forceinline__ typename Mma::Operand load_operand(const typename Mma
   return Mma::prepare(values);
 }
 
-// Partial sums go to partials[part][row][column]; without partials there is one part, which goes to `store`.
+// Partial sums go to partials[part][row][column]. If `partials` is null, there is one part, whose sums go to `store`.
 template <class Mma, class Tile, class A, class B, class Store>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
     gemm_kernel(const __grid_constant__ A a, const __grid_constant__ B b, const __grid_constant__ Store store,
@@ -161,7 +166,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks)
       copy_a.start(stage_of(step), first_k + int64_t{step} * depth, end_k);
       copy_b.start(stage_of(step) + Stage::of_a, first_k + int64_t{step} * depth, end_k);
     }
-    commit_copies();  // of an empty group too, so that there are as many groups as steps
+    commit_copies();  // an empty group too, so that there are as many groups as steps
   };
   const auto finish = [&](int step) {
     if (step >= steps) return;
@@ -236,14 +241,15 @@ __global__ void __launch_bounds__(block_threads, 1)
   *store.address(row, column) = store.result(row, column, static_cast<C>(sum));
 }
 
-// The product in tiles of one size.
+// Computes the product in tiles of one size.
 template <class Tile, class Mma, class A, class B, class Store>
 cudaError_t gemm_by_tiles(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const Store& store,
                           Workspace& workspace, cudaStream_t stream) {
   using Sum = typename Mma::Sum;
   constexpr int64_t step = TileLayout<typename Mma::Element, true, Tile::rows>::depth;
-  // Parts of k: so many that a large GPU has a block of 256 threads for each multiprocessor, but none so short that
-  // its first step and its partial sums cost more than its products, nor so long that its chains of sums lose digits.
+  // The number of parts of k: enough to give each multiprocessor of a large GPU a block of 256 threads, but no part so
+  // short that its first step and its partial sums cost more than its products, nor so long that its chains of sums
+  // lose digits.
   constexpr int64_t enough_blocks = 32768 / Tile::threads, shortest = 8 * step, longest = 32768;
   const int64_t row_tiles = ceil_div(rows, Tile::rows), column_tiles = ceil_div(columns, Tile::columns);
   const int64_t wanted = std::min(ceil_div(enough_blocks, row_tiles * column_tiles), ceil_div(depth, shortest));
@@ -260,14 +266,14 @@ cudaError_t gemm_by_tiles(int64_t rows, int64_t columns, int64_t depth, const A&
                     Divider<int64_t>(columns), rows * columns, store);
 }
 
-// The product, in tiles that its shape chooses:
-//   flat ones    few rows, which are a batch of 16 or less, or few channels of N C H W: such a product takes the time
-//                of reading the other operand, for which a tile of 128 of its rows has enough copies on their way.
-//   narrow ones  the same of columns: few channels of N H W C, or the last layer of a classifier.
-//   large ones   the larger the tile, the fewer reads of memory and shared memory for a product; but there must be a
-//                block for each multiprocessor of a large GPU, if need be by splitting k into parts of 1024, and they
-//                must be filled to three quarters where small ones would be full.
-//   small ones   in between.
+// Computes the product in the tiles that suit its shape:
+//   flat    for few rows: a batch of at most 16, or few channels in N C H W. The time is that of reading the other
+//           operand, and a tile of 128 of its rows keeps enough copies in flight.
+//   narrow  for few columns: few channels in N H W C, or the last layer of a classifier.
+//   large   for large products, because a larger tile takes fewer reads of memory and shared memory for each product.
+//           There must be a tile for each multiprocessor of a large GPU, if need be by splitting k into parts of 1024,
+//           and small tiles must cover at least three quarters of the area of the large ones.
+//   small   for the rest.
 template <class Mma, class A, class B, class Store>
 cudaError_t gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const Store& store,
                  Workspace& workspace, cudaStream_t stream) {

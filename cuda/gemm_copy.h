@@ -1,23 +1,26 @@
-// How the operands of a matrix product (gemm.h) come from memory to shared memory.
+// The copies that bring the operands of a matrix product (gemm.h) from memory to shared memory.
 //
-// An operand finds the address of its element (row, k) in two halves, so that what depends on the row alone is computed
-// once for many k: address(row(i), term(k)), which is null for an element that is 0 and not in memory. It gives
-//   T, Row, Term   the type of its elements, and what row() and term() return
-//   along_k        in which dimension neighbours lie side by side in memory: k, or the rows
-//   width          how many bytes may be read at once from every multiple of as many elements on; copy_width() tells
-//   data           any address that a copy of nothing may name
+// An operand computes the address of its element (row, k) from two halves, so that what depends on the row alone is
+// computed once for many k: address(row(i), term(k)). The address is null for an element that is 0 and not in memory.
+// An operand has these members:
+//   T, Row, Term   the type of its elements, and the types that row() and term() return
+//   along_k        whether k is the dimension that is contiguous in memory; otherwise the rows are
+//   width          the number of bytes that may be read at once, beginning at any multiple of as many elements;
+//                  copy_width() computes it
+//   data           any address, for copies that read nothing
 //
-// A tile lies in shared memory as it does in memory, along k or along the rows; `pad` sets lines apart, so that neither
-// the rows of ldmatrix nor the lanes of a fragment that is read without it meet in a bank. A step along k is 64 bytes
-// deep for every type. Copies are cp.async of 16 bytes where the operand allows it, else of 4 (8 for double); single
-// 16-bit elements, which are too small for it, wait in registers while the step before is multiplied.
+// A tile has the layout in shared memory that it has in memory, along k or along the rows. `pad` separates its lines,
+// so that neither the rows of ldmatrix nor the lanes of a fragment that is read without it meet in a bank. A step along
+// k is 64 bytes deep for every type. Copies are cp.async of 16 bytes where the operand allows it, else of 4 bytes (8
+// for double). Single 16-bit elements, which cp.async cannot copy, wait in registers while the current step is
+// multiplied.
 #pragma once
 
 #include "tensor_cores.h"
 
 namespace pyops::cuda {
 
-// The widest of 16, 8 or 4 bytes, or one element, to which an address and all strides are aligned.
+// The widest copy to which an address and all strides are aligned: 16 bytes, else 4 (8 for double), else one element.
 template <class T, class... Strides>
 int copy_width(const T* data, Strides... strides) {
   constexpr uint64_t single = sizeof(T), narrow = sizeof(T) == 8 ? 8 : 4;
@@ -25,7 +28,7 @@ int copy_width(const T* data, Strides... strides) {
   return static_cast<int>(bits % 16 == 0 ? 16 : bits % narrow == 0 ? narrow : single);
 }
 
-// A matrix, one of whose dimensions is contiguous.
+// A matrix in which one dimension is contiguous.
 template <class Element, bool contiguous_k>
 struct Matrix {
   using T = Element;
@@ -52,7 +55,7 @@ struct TileLayout {
   static __device__ __forceinline__ int at(int row, int k) { return along_k ? row * pitch + k : k * pitch + row; }
 };
 
-// The copies by which a thread of `threads` takes part in bringing an operand's tiles of `rows` rows.
+// The copies that one of `threads` threads makes to bring an operand's tiles of `rows` rows to shared memory.
 template <class Operand, int rows, int threads>
 class TileCopy {
   using T = typename Operand::T;
@@ -61,7 +64,7 @@ class TileCopy {
   static constexpr bool along_k = Operand::along_k;
   using Layout = TileLayout<T, along_k, rows>;
 
-  // A line of the tile is read by runs of so many bytes, one of which each thread reads of every `step`th line.
+  // A line of the tile is read in runs of `bytes` bytes; each thread reads one run of every `step`-th line.
   template <int bytes>
   struct Runs {
     static constexpr int elements = bytes / sizeof(T), in_line = Layout::length / elements, step = threads / in_line;
@@ -71,16 +74,16 @@ class TileCopy {
     static __device__ __forceinline__ int at() { return threadIdx.x % in_line * elements; }
   };
   static constexpr int narrow = sizeof(T) == 8 ? 8 : 4;
-  static constexpr bool single = sizeof(T) < 4;  // elements that cp.async does not copy
+  static constexpr bool single = sizeof(T) < 4;  // cp.async cannot copy single elements
 
   const Operand& operand_;
   int64_t first_row_;
-  int rows_;                                     // that exist, of the tile's
-  Row row_[along_k ? Runs<16>::count : 1] = {};  // of each run of 16 bytes; or the one of all of the thread's runs
+  int rows_;                                     // rows of the tile that exist
+  Row row_[along_k ? Runs<16>::count : 1] = {};  // one for each run of 16 bytes, or one for all runs
   T held_[single ? Runs<sizeof(T)>::count : 1];
 
  public:
-  // Of the operand's rows from first_row on, of which there are `end_row` in all.
+  // Copies the operand's rows from first_row on; it has `end_row` rows in all.
   __device__ __forceinline__ TileCopy(const Operand& operand, int64_t first_row, int64_t end_row)
       : operand_(operand), first_row_(first_row), rows_(static_cast<int>(min(end_row - first_row, int64_t{rows}))) {
     if constexpr (along_k) {
@@ -92,7 +95,7 @@ class TileCopy {
     }
   }
 
-  // Begins to copy the tile of k from first_k on, of which the elements from end_k on are 0, to `tile`.
+  // Starts to copy the tile that begins at first_k to `tile`; its elements from end_k on are 0.
   __device__ __forceinline__ void start(T* tile, int64_t first_k, int64_t end_k) {
     if (operand_.width == 16) {
       copy<16>(tile, first_k, end_k);
@@ -104,7 +107,7 @@ class TileCopy {
     }
   }
 
-  // Stores what is not on its own way.
+  // Stores the elements that cp.async cannot copy.
   __device__ __forceinline__ void finish(T* tile) const {
     if constexpr (single) {
       if (operand_.width != sizeof(T)) return;
@@ -122,7 +125,7 @@ class TileCopy {
     return number < rows_ ? operand_.row(first_row_ + number) : Row{};
   }
 
-  // move(i, offset in the tile, address, count of elements that exist) for each of the thread's runs.
+  // Calls move(i, offset in the tile, address, number of elements that exist) for each of the thread's runs.
   template <int bytes, class Move>
   __device__ __forceinline__ void each(int64_t first_k, int64_t end_k, Move&& move) const {
     using R = Runs<bytes>;

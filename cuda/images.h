@@ -1,4 +1,4 @@
-// Images [N, C, H, W], dense in one of two layouts, as kernels number and address their elements.
+// How kernels number and address the elements of images [N, C, H, W], which are dense in one of two layouts.
 #pragma once
 
 #include "common.h"
@@ -15,7 +15,7 @@ struct Pixel {
   Index n, h, w;
 };
 
-// Elements are numbered as they lie in memory: N C H W, or N H W C if channels_last.
+// Elements are numbered in memory order: N C H W, or N H W C if channels_last.
 template <class Index>
 struct Images {
   Divider<Index> C, H, W;
@@ -37,7 +37,7 @@ struct Images {
   __device__ __forceinline__ Index height() const { return H.value(); }
   __device__ __forceinline__ Index width() const { return W.value(); }
 
-  // Pixels are numbered N H W.
+  // Pixels are numbered in the order N H W.
   __device__ __forceinline__ Pixel<Index> pixel(Index number) const {
     Pixel<Index> p;
     p.w = take_digit(number, W);
@@ -66,14 +66,15 @@ struct Images {
   }
 };
 
-// The taps [begin, end) of a window, one every `dilation`, that lie in [0, size) if tap 0 lies at `start`.
+// Along one dimension, the taps [begin, end) of a window that lie in [0, size). Tap 0 lies at `start`, and the taps are
+// `dilation` apart.
 template <class Index>
 struct Taps {
   Index begin, end;
 
   __device__ __forceinline__ Taps(Index start, Index kernel, Index dilation, Index size) {
     begin = start >= 0 ? 0 : dilation == 1 ? -start : (dilation - 1 - start) / dilation;
-    const Index room = size - start;  // for taps at distances below that
+    const Index room = size - start;  // taps whose offset is below this are inside
     end = room <= 0 ? 0 : dilation == 1 ? room : (room + dilation - 1) / dilation;
     if (end > kernel) end = kernel;
   }

@@ -1,5 +1,5 @@
-// The launchers of the CUDA kernels, one for each entry of `Kernels`, and how they become that table. A C++ compiler
-// can read this as well as nvcc.
+// The launchers of the CUDA kernels, one for each entry of `Kernels`, and the template that turns them into that table.
+// A C++ compiler can read this header as well as nvcc.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,7 @@
 
 namespace pyops::cuda {
 
-// Memory for intermediate results of one launcher, in the order of its stream.
+// Memory for the intermediate results of one launcher, valid for the kernels that it launches on its stream.
 class Workspace {
  public:
   virtual ~Workspace() = default;
@@ -33,11 +33,11 @@ cudaError_t max_pool2d_gather(const MaxPool2dGatherArgs&, Workspace&, cudaStream
 cudaError_t max_pool2d_indices(const MaxPool2dIndicesArgs&, Workspace&, cudaStream_t);
 cudaError_t conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs&, Workspace&, cudaStream_t);
 
-// max_pool2d, then relu: windows whose maximum is not above 0 (nor NaN) give 0 and the argmax dead_window. A null
-// argmax is not written.
+// max_pool2d followed by relu. A window whose maximum is neither above 0 nor NaN gives 0 and the argmax dead_window. A
+// null argmax is not written.
 cudaError_t max_pool2d_rectified(const MaxPool2dArgs&, cudaStream_t);
 
-// Run<launcher>::run calls the launcher with a workspace and a stream, and deals with errors.
+// Run<launcher>::run calls the launcher with a workspace and a stream, and handles its errors.
 template <template <auto> class Run>
 constexpr Kernels kernel_table() {
   return {
@@ -53,8 +53,8 @@ constexpr Kernels kernel_table() {
       Run<&max_pool2d_gather>::run,
       Run<&max_pool2d_indices>::run,
       Run<&conv2d_relu_max_pool2d>::run,
-      nullptr,  // conv2d_relu_max_pool2d_backward: the two backward ops
-      false,    // reads_channels_last_weight: the product orders it by itself
+      nullptr,  // conv2d_relu_max_pool2d_backward: the two backward ops are called in turn
+      false,    // reads_channels_last_weight: the implicit GEMM reorders a contiguous weight
   };
 }
 

@@ -1,8 +1,14 @@
-// output[M, N] = input[M, K] weight[N, K]^T + bias, rectified if asked for; and the gradients
-// grad_input[M, K] = grad_output weight, grad_weight[N, K] = grad_output^T input, grad_bias[N] = column sums.
-// All row-major; three products of one kernel (gemm.h), whose operands differ in which dimension is contiguous.
+// linear with bias and relu, if requested, and its gradients:
 //
-// Each sum is taken in float (double for double) in an order that depends on the shape only. Registers and shared
+//   output[M, N]      = input[M, K] weight[N, K]^T + bias
+//   grad_input[M, K]  = grad_output weight
+//   grad_weight[N, K] = grad_output^T input
+//   grad_bias[N]      = column sums of grad_output
+//
+// All matrices are row-major. One kernel (gemm.h) computes the three products, whose operands differ in which dimension
+// is contiguous.
+//
+// Each sum is taken in float (in double for double), in an order that depends only on the shape. Registers and shared
 // memory are those of gemm.h and sums.h.
 #include "gemm.h"
 #include "sums.h"

@@ -1,18 +1,21 @@
-// output = the largest tap of each window, argmax = its number; and what is done by the argmax: grad_input = the sum of
-// grad_output over the windows that an element won, the gather that is its transpose, and torch's indices.
-// [N, C, H, W] in either layout, the same for all operands; argmax is a byte where 255 taps suffice, else int64.
+// output = the largest tap of each window, and argmax = its number. Three more kernels use the argmax: the backward
+// (grad_input = the sum of grad_output over the windows that an element won), the gather that is its transpose, and
+// torch's indices. Images are [N, C, H, W] in either layout, which is the same for all operands. The argmax is a byte
+// where 255 taps suffice, else int64.
 //
-// One thread for each element that is written, or for as many neighbours as are 16 bytes: channels in N H W C, and the
-// columns of 2x2 windows in N C H W, where sizes and pointers allow it (neighbours() decides). The backward gathers: an
-// element looks at the argmax of the few windows that it lies in, so there is nothing to clear, nothing atomic, and one
-// rounding. Windows side by side that cover the image need no search: a thread for each writes all its elements.
-// Against stock's int64 indices the argmax saves 2.1 to 2.4 of the traffic of the backward. It is written where nobody
-// wants a gradient too, for the op returns it: one byte of the 21 that a 2x2 window of float moves.
+// A thread writes one element or, where sizes and pointers allow it (neighbours() decides), up to 16 bytes of
+// contiguous ones: channels in N H W C, and the columns of 2x2 windows in N C H W. The backward gathers: a thread looks
+// at the argmax of the few windows that contain its element, so nothing is cleared, nothing is atomic, and each sum is
+// rounded once. Non-overlapping windows that cover the image need no search: each has a thread that writes all its
+// elements. Compared with stock's int64 indices, a byte argmax reduces the traffic of the backward by a factor of 2.1
+// to 2.4. It is written even if no gradient is needed, because the op returns it; it is one of the 21 bytes that a 2x2
+// window of float moves.
 //
-// A tap wins if (v > max) || isnan(v): ties keep the first, of several NaNs the last one wins, a window of -inf gives
-// its first tap in bounds. Taps out of bounds never win; an argmax that names no tap in bounds is of no element.
-// Registers (sm_80 and sm_90), with an argmax of bytes and offsets of 32 bits: at most 64, so that an SM holds four
-// blocks of 256 threads; of integers 96, two blocks; else 134 at most. No shared memory.
+// A tap wins if (v > max) || isnan(v): ties keep the first tap, the last of several NaNs wins, and a window of -inf
+// gives its first tap in bounds. Taps out of bounds never win, and an argmax that names no tap in bounds belongs to no
+// element. With a byte argmax and 32-bit offsets, the kernels take at most 64 registers on sm_80 and sm_90, so that an
+// SM holds four blocks of 256 threads; for integers 96, two blocks; in other cases at most 134. They take no shared
+// memory.
 #include "max_pool2d.h"
 
 namespace pyops::cuda {
@@ -51,7 +54,7 @@ __device__ __forceinline__ void store_winners(const Winner<T, Index> (&winners)[
   if (argmax != nullptr) *reinterpret_cast<Vector<A, count>*>(argmax + number) = taps;
 }
 
-// A thread takes `pack` channels of a window side by side, which divides their number; 1: any layout.
+// A thread takes `pack` contiguous channels of a window. `pack` divides C; if it is 1, any layout will do.
 template <class T, class A, class Index, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
     forward(Pool<Index> pool, const T* input, T* output, A* argmax, bool rectify, A dead) {
@@ -78,7 +81,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   store_winners(winners, number, output, argmax, rectify, dead);
 }
 
-// Windows of 2x2 side by side, N C H W: a thread takes `pack` columns of two rows, which divides their number.
+// Non-overlapping 2x2 windows in N C H W: a thread takes `pack` columns of two rows, where `pack` divides W.
 template <class T, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
     forward_2x2(Pool<int32_t> pool, const T* input, T* output, uint8_t* argmax, bool rectify, uint8_t dead) {
@@ -97,7 +100,8 @@ __global__ void __launch_bounds__(block_threads, 1)
   store_winners(winners, number, output, argmax, rectify, dead);
 }
 
-// The windows [begin, end) along one dimension that can hold the element at `position`, counted from the padding's.
+// Along one dimension, the windows [begin, end) that can contain the element at `position`, counted from the padding
+// on.
 template <class Index>
 struct Windows {
   Index begin, end;
@@ -108,7 +112,7 @@ struct Windows {
   }
 };
 
-// A thread takes `pack` channels of an element side by side, which divides their number; 1: any layout.
+// A thread takes `pack` contiguous channels of an element. `pack` divides C; if it is 1, any layout will do.
 template <class T, class A, class Index, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
     backward(Pool<Index> pool, const T* grad_output, const A* argmax, T* grad_input) {
@@ -141,14 +145,14 @@ __global__ void __launch_bounds__(block_threads, 1)
   *reinterpret_cast<Vector<T, pack>*>(grad_input + number) = results;
 }
 
-// A sum of one term, which begins with zero as the others do: -0.0 becomes 0.0.
+// A sum of one term. Like the longer ones it begins with zero, so that -0.0 becomes 0.0.
 template <class T>
 __device__ __forceinline__ T sum_of_one(T term) {
   return narrow<T>(widen(term) + Compute<T>(0));
 }
 
-// The backward of windows side by side that cover the image: a thread for each window, or `pack` channels of it, writes
-// all its elements.
+// The backward of non-overlapping windows that cover the image: a thread takes a window, or `pack` channels of it, and
+// writes all its elements.
 template <class T, class A, class Index, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
     backward_side_by_side(Pool<Index> pool, const T* grad_output, const A* argmax, T* grad_input) {
@@ -171,7 +175,8 @@ __global__ void __launch_bounds__(block_threads, 1)
   }
 }
 
-// The same of 2x2, N C H W: a thread writes `pack` columns of two rows.
+// The backward of non-overlapping 2x2 windows in N C H W that cover the image: a thread writes `pack` columns of two
+// rows.
 template <class T, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
     backward_2x2(Pool<int32_t> pool, const T* grad_output, const uint8_t* argmax, T* grad_input) {
@@ -192,7 +197,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   }
 }
 
-// The element of a window, h W + w in its plane; -1 if the argmax names no tap in bounds.
+// The element that the argmax of a window names, h W + w in its plane; -1 if it names no tap in bounds.
 template <class A, class Index>
 __device__ int64_t plane_index(const Pool<Index>& pool, const Position<Index>& window, A argmax) {
   const auto tap = static_cast<int64_t>(argmax);
@@ -220,7 +225,7 @@ __global__ void __launch_bounds__(block_threads, 1) indices(Pool<Index> pool, co
   const int64_t number = thread_number();
   if (number >= pool.output.count) return;
   const int64_t element = plane_index(pool, pool.output.position(static_cast<Index>(number)), argmax[number]);
-  result[number] = element < 0 ? 0 : element;  // one that may be used
+  result[number] = element < 0 ? 0 : element;  // 0 is a valid index
 }
 
 bool side_by_side(const MaxPool2dShape& s) {
@@ -231,7 +236,8 @@ bool side_by_side(const MaxPool2dShape& s) {
 template <class A, class Index>
 constexpr bool is_narrow = std::is_same_v<A, uint8_t> && std::is_same_v<Index, int32_t>;
 
-// f(A{}, Index{}) for the type of the argmax and that of offsets. A window may begin and end outside of its image.
+// Calls f(A{}, Index{}) for the type of the argmax and the type of offsets. Windows may begin and end outside their
+// image, and offsets have room for that.
 template <class F>
 cudaError_t dispatch(const MaxPool2dShape& s, F&& f) {
   const int64_t window = (s.kernel_h - 1) * s.dilation_h + s.stride_h + (s.kernel_w - 1) * s.dilation_w + s.stride_w;
@@ -241,13 +247,14 @@ cudaError_t dispatch(const MaxPool2dShape& s, F&& f) {
   });
 }
 
-// How threads take neighbours, with an argmax of bytes and offsets of 32 bits.
+// The contiguous elements that a thread takes together. They need a byte argmax and 32-bit offsets.
 struct Neighbours {
   enum Along { none, channels, columns } along;
   int count;
 };
 
-// By 16 bytes of channels or, of 2x2 windows, of columns, or by two columns; or not.
+// Chooses 16 bytes of channels in N H W C, and 16 bytes of columns or two columns of 2x2 windows in N C H W. Other
+// shapes and pointers are taken element by element.
 template <class T>
 Neighbours neighbours(const MaxPool2dShape& s, const void* images, const void* pooled, const void* argmax) {
   constexpr int pack = Pack<T>::size;

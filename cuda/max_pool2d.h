@@ -1,12 +1,12 @@
-// Which tap of a window wins, in max_pool2d alone and together with the ops before it.
+// The running maximum of a window, for max_pool2d alone and fused with the ops before it.
 #pragma once
 
 #include "images.h"
 
 namespace pyops::cuda {
 
-// The largest tap so far and its number. A tap wins if (v > max) || isnan(v): ties keep the first, of several NaNs the
-// last one wins.
+// The largest tap so far and its number. A tap wins if (v > max) || isnan(v): ties keep the first tap, and the last of
+// several NaNs wins.
 template <class T, class Index>
 struct Winner {
   Compute<T> max = lowest<T>;
@@ -19,8 +19,8 @@ struct Winner {
     }
   }
 
-  // The maximum is taken before the rectification, with which it commutes; of a window that is not above 0 (nor NaN) no
-  // gradient passes: its argmax is `dead`.
+  // With `rectify`, relu is applied to the maximum, with which it commutes. If the maximum is neither above 0 nor NaN,
+  // the window passes no gradient, and its argmax is `dead`.
   __device__ __forceinline__ T value(bool rectify) const { return narrow<T>(rectify ? over_zero() : max); }
   template <class A>
   __device__ __forceinline__ A argmax(bool rectify, A dead) const {

@@ -1,6 +1,7 @@
-// The CUDA kernels as the Python module pyops._cuda with one attribute, `kernels`: a capsule of the table. Each call
-// runs on the current stream of the current device, which csrc/device.h made that of the tensors, and raises torch's
-// error if CUDA gives one. Workspaces are torch's: freed at once, they are reused in the order of the stream.
+// The Python module pyops._cuda. Its one attribute, `kernels`, is a capsule of the table of CUDA kernels. Each call
+// runs on the current stream of the current device (csrc/device.h has made the tensors' device the current one) and
+// raises torch's error if CUDA returns one. Workspaces are torch tensors: they are freed as soon as the launcher
+// returns, and their memory is reused in stream order.
 #include <ATen/ops/empty.h>
 #include <Python.h>
 #include <c10/cuda/CUDAException.h>
@@ -40,7 +41,7 @@ PyMODINIT_FUNC PyInit__cuda() {
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   PyObject* table = PyCapsule_New(const_cast<pyops::Kernels*>(&kernels), nullptr, nullptr);
-  const int failed = PyModule_AddObjectRef(module, "kernels", table);  // fails on a null table too
+  const int failed = PyModule_AddObjectRef(module, "kernels", table);  // this fails for a null table too
   Py_XDECREF(table);
   if (failed) Py_CLEAR(module);
   return module;

@@ -1,12 +1,12 @@
-// output = max(input, 0), and grad_input = grad_output where the output, or a bit kept of it, lets it pass; of any
-// dense layout, element after element.
+// output = max(input, 0), and grad_input = grad_output where the output, or the bit that the forward kept of it, lets
+// the gradient pass, else 0. The kernels work element by element on any dense layout.
 //
-// A thread reads and writes 16 bytes at once where the tensors are aligned to that, which slices often are not. The
-// bits of a warp's elements are gathered by shuffles and written as 32-bit words, so that the mask, one bit for each
-// element, costs 1/32 of the traffic of float.
+// A thread reads and writes 16 bytes at once if the tensors are aligned to that, which slices often are not. The mask
+// has one bit for each element and so costs 1/32 of the traffic of float: shuffles gather the bits of a warp's
+// elements, which are written as 32-bit words.
 //
-// NaN and -0.0 are kept; a NaN output passes its gradient. Bits of no element are 0.
-// Registers (sm_80 and sm_90): at most 40, so that an SM holds six blocks of 256 threads. No shared memory.
+// NaN and -0.0 are kept, and a NaN output passes its gradient. The bits past the last element are 0. The kernels take
+// at most 40 registers on sm_80 and sm_90, so that an SM holds six blocks of 256 threads, and no shared memory.
 #include "common.h"
 
 namespace pyops::cuda {
@@ -15,7 +15,7 @@ namespace {
 template <class T>
 constexpr int pack = Pack<T>::size;
 
-// Elements [first, first + pack) of p, or zeros where there are none.
+// Elements [first, first + pack) of p; those past the end are zeros.
 template <class T>
 __device__ Pack<T> load(const T* p, int64_t first, int64_t count, bool aligned) {
   if (aligned && first + pack<T> <= count) return *reinterpret_cast<const Pack<T>*>(p + first);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(block_threads, 1) forward(const T* input, T* o
   store(output, values, first, count, aligned);
 }
 
-// Bits [first, first + pack) of the mask.
+// The word of the mask in which bit i is that of element first + i, for i < pack.
 template <class T>
 __device__ unsigned mask_bits(const uint32_t* mask, int64_t first) {
   return mask[first / 32] >> (first % 32);
@@ -51,9 +51,9 @@ __device__ unsigned mask_bits(const uint32_t* mask, int64_t first) {
 template <class T>
 __global__ void __launch_bounds__(block_threads, 1)
     forward_with_mask(const T* input, T* output, uint32_t* mask, int64_t count, int64_t words, bool aligned) {
-  constexpr int lanes = 32 / pack<T>;  // that share a word
+  constexpr int lanes = 32 / pack<T>;  // lanes that share a word
   const int64_t first = thread_number() * pack<T>;
-  Pack<T> values = load(input, first, count, aligned);  // zeros, which pass nothing, behind the end
+  Pack<T> values = load(input, first, count, aligned);  // zeros past the end, which pass nothing
   unsigned bits = 0;
   for (int i = 0; i < pack<T>; ++i) {
     T& value = values.values[i];
@@ -100,7 +100,7 @@ cudaError_t relu(const ReluArgs& x, Workspace&, cudaStream_t stream) {
     const bool aligned = aligned_to_packs(input, output);
     if constexpr (std::is_same_v<Compute<T>, float> || std::is_same_v<T, double>) {
       if (x.mask != nullptr) {
-        const int64_t words = ceil_div(x.numel, 64) * 2;  // of 32 bits, the halves of the mask's in their order
+        const int64_t words = ceil_div(x.numel, 64) * 2;  // 32-bit halves of the mask's words, low ones first
         return launch_for(forward_with_mask<T>, words * (32 / pack<T>), stream, input, output,
                           reinterpret_cast<uint32_t*>(x.mask), x.numel, words, aligned);
       }

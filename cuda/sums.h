@@ -1,10 +1,13 @@
-// Long sums, in parts: partials[part][item] is the sum over one part of the terms; the parts are then added in their
-// order, in double, and rounded once. How many parts there are depends on the shape only. Of the n threads of a part
-// each adds up every n-th term, and a tree adds up the threads, so that no chain of float additions is longer than
-// about a thousand.
+// Long sums in two passes: partials[part][item] is the sum over one part of an item's terms, and a second kernel adds
+// the parts in order, in double, and rounds once.
 //
-// Registers (sm_80 and sm_90): 40 for columns, 56 of double; else those of the terms, at most 80. Shared memory: 4
-// bytes for each thread, 8 of double. So an SM holds three blocks of 256 threads at the least.
+// Each of the n threads of a part adds up every n-th term, and the block adds up its threads (in a tree; for columns,
+// warp by warp), so that no chain of float additions is longer than about a thousand. The number of parts depends only
+// on the shape, and so does the order of the additions.
+//
+// On sm_80 and sm_90 the kernels for columns take 40 registers, 56 for double; the others take those of their terms, at
+// most 80. Shared memory is 4 bytes for each thread, 8 for double. An SM therefore holds at least three blocks of 256
+// threads.
 #pragma once
 
 #include <algorithm>
@@ -13,15 +16,15 @@
 
 namespace pyops::cuda {
 
-// Parts of a sum of `length` terms for each of `items` results: enough blocks to fill a large GPU, but a part not so
-// small that starting its block costs more than its terms, nor so large that its chains lose digits.
+// The number of parts of a sum of `length` terms for each of `items` results: enough blocks to fill a large GPU, but no
+// part so short that starting its block costs more than its terms, nor so long that its chains lose digits.
 inline int64_t sum_parts(int64_t items, int64_t length) {
   constexpr int64_t blocks = 2048, smallest = 4 * block_threads, largest = 1024 * block_threads;
   const int64_t wanted = std::min(ceil_div(blocks, items), ceil_div(length, smallest));
   return std::max({wanted, ceil_div(length, largest), int64_t{1}});
 }
 
-// The sum of `value` over the block's threads, in thread 0; every thread must call it.
+// Returns the sum of `value` over the block's threads in thread 0; every thread must call it.
 template <class C>
 __device__ C sum_of_block(C value) {
   C* values = shared_memory<C>();
@@ -33,7 +36,7 @@ __device__ C sum_of_block(C value) {
   return values[0];
 }
 
-// term(item, first, step, end) is the sum of the terms first, first + step, ... of an item, before end.
+// term(item, first, step, end) is the sum of the terms first, first + step, ... of an item, below end.
 template <class C, class Term>
 __global__ void __launch_bounds__(block_threads, 1)
     partial_sums(const __grid_constant__ Term term, Divider<int32_t> items, int64_t length, int64_t per_part,
@@ -45,7 +48,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   if (threadIdx.x == 0) partials[blockIdx.x] = sum;
 }
 
-// The same for the columns of a matrix [rows, columns], 32 at a time, so that a warp reads what lies side by side.
+// Sums the columns of a matrix [rows, columns], 32 of them in a block, so that a warp reads contiguous elements.
 template <class T>
 __global__ void __launch_bounds__(block_threads, 1)
     partial_column_sums(const T* matrix, Divider<int32_t> groups, int64_t rows, int64_t columns, int64_t per_part,
@@ -83,7 +86,7 @@ cudaError_t sum(const Term& term, int64_t items, int64_t length, T* output, Work
   using C = Compute<T>;
   const int64_t parts = sum_parts(items, length), per_part = ceil_div(length, parts);
   C* partials = workspace.array<C>(parts * items);
-  unsigned threads = 32;  // each of them with a few terms
+  unsigned threads = 32;  // doubled while each thread has more than four terms
   while (threads < block_threads && threads * 4 < per_part) threads *= 2;
   PYOPS_RETURN_ON_ERROR(launch(partial_sums<C, Term>, parts * items, threads, threads * sizeof(C), stream, term,
                                Divider<int32_t>(items), length, per_part, partials));

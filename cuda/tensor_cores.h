@@ -1,5 +1,5 @@
-// The instructions of Ampere and later that the matrix product uses, on a GPU in PTX, in the tests as the emulator has
-// them: copies to shared memory that run beside the computing, loads of fragments, and products on tensor cores.
+// The instructions of Ampere and later that the matrix product uses: asynchronous copies to shared memory, loads of
+// fragments, and products on tensor cores. On a GPU they are PTX; in the tests the emulator provides them.
 #pragma once
 
 #include "common.h"
@@ -10,8 +10,8 @@
 
 namespace pyops::cuda {
 
-// Copies the first `count` of `bytes` (4, 8 or 16, to which both addresses are aligned) to shared memory, and zeros to
-// the rest; if count is 0, nothing is read. Copies of 16 bytes go past the L1 cache.
+// Starts a copy of the first `count` of `bytes` bytes (4, 8 or 16, to which both addresses are aligned) to shared
+// memory, and of zeros to the rest. If count is 0, nothing is read. Copies of 16 bytes bypass the L1 cache.
 template <int bytes>
 __device__ __forceinline__ void copy_async(void* shared, const void* source, int count) {
   static_assert(bytes == 4 || bytes == 8 || bytes == 16);
@@ -29,7 +29,7 @@ __device__ __forceinline__ void copy_async(void* shared, const void* source, int
 #endif
 }
 
-// Ends a group of this thread's copies.
+// Closes a group of this thread's copies.
 __device__ __forceinline__ void commit_copies() {
 #ifdef PYOPS_EMULATED
   emulator::commit_copies();
@@ -38,7 +38,7 @@ __device__ __forceinline__ void commit_copies() {
 #endif
 }
 
-// Waits until all but the `pending` latest groups of this thread have arrived.
+// Waits until all but the latest `pending` groups of this thread have arrived.
 template <int pending>
 __device__ __forceinline__ void wait_copies() {
 #ifdef PYOPS_EMULATED
@@ -48,8 +48,9 @@ __device__ __forceinline__ void wait_copies() {
 #endif
 }
 
-// Four matrices of 8 rows of 16 bytes from shared memory: lane l gives the address of row l % 8 of matrix l / 8, and
-// gets of row l / 4 of each matrix the 4 bytes number l % 4; or, of 16-bit elements, the same of the transposed matrix.
+// Loads four matrices of 8 rows of 16 bytes from shared memory. Lane l gives the address of row l % 8 of matrix l / 8,
+// and receives the (l % 4)-th 4 bytes of row l / 4 of each matrix. With `transposed`, the elements have 16 bits, and
+// the lane receives that part of the transposed matrices.
 template <bool transposed>
 __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void* row) {
 #ifdef PYOPS_EMULATED
@@ -70,7 +71,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&result)[4], const void*
 #endif
 }
 
-// The bits of a float rounded to TF32: to 10 bits after the point, the 13 below them 0.
+// The bits of a float rounded to TF32, which has 10 bits after the point; the 13 bits below them are 0. Ties round away
+// from zero.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
 #ifdef PYOPS_EMULATED
   return emulator::to_tf32(value);
@@ -81,11 +83,12 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 #endif
 }
 
-// sums[16, 8] += a[16, K] b[K, 8] of a warp. Lane l holds of sums rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
-// next; of a the blocks (rows 0, first half of K), (8, first), (0, second), (8, second); of b those of the first and
-// second half of K. Of each block of 8 by K / 2 it holds row (or column) l / 4, and of that the (l % 4)th 4 bytes.
+// sums[16, 8] += a[16, K] b[K, 8], computed by a warp. Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of rows l / 4
+// and l / 4 + 8 of the sums. Its registers of a belong to the blocks (rows 0 to 7, first half of K), (8 to 15, first),
+// (0 to 7, second), (8 to 15, second), and those of b to the first and second half of K. Within each block, which is 8
+// by K / 2, the lane holds the (l % 4)-th 4 bytes of row l / 4, or for b of column l / 4.
 
-// K = 16, of 16-bit elements.
+// K = 16, with 16-bit elements.
 template <class T>
 __device__ __forceinline__ void multiply_16_bit(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef PYOPS_EMULATED
@@ -105,7 +108,7 @@ __device__ __forceinline__ void multiply_16_bit(float (&sums)[4], const uint32_t
 #endif
 }
 
-// K = 8, of TF32.
+// K = 8, with TF32 elements.
 __device__ __forceinline__ void multiply_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifdef PYOPS_EMULATED
   emulator::multiply_tf32(sums, a, b);
@@ -117,8 +120,8 @@ __device__ __forceinline__ void multiply_tf32(float (&sums)[4], const uint32_t (
 #endif
 }
 
-// sums[8, 8] += a[8, 4] b[4, 8] of doubles: lane l holds of sums row l / 4, columns 2 (l % 4) and the next, of a row
-// l / 4, of b column l / 4, and of both k = l % 4.
+// sums[8, 8] += a[8, 4] b[4, 8] of doubles, computed by a warp. Lane l holds columns 2 (l % 4) and 2 (l % 4) + 1 of row
+// l / 4 of the sums, a[l / 4, l % 4] and b[l % 4, l / 4].
 __device__ __forceinline__ void multiply_double(double& sum0, double& sum1, double a, double b) {
 #ifdef PYOPS_EMULATED
   double sums[2] = {sum0, sum1};

@@ -1,12 +1,12 @@
-// Preloaded by a test: takes the place of the C library's allocation functions and counts the calls that come from one
-// range of addresses, the code of the kernels.
+// Replaces the C library's allocation functions when a test preloads it, and counts the calls that come from one range
+// of addresses, the code of the kernels.
 #include <atomic>
 #include <cerrno>
 #include <cstddef>
 #include <new>
 
 extern "C" {
-// The C library's own, by the names under which they stay reachable.
+// The C library's own functions, under the names by which they remain reachable.
 void* __libc_malloc(size_t);
 void* __libc_calloc(size_t, size_t);
 void* __libc_realloc(void*, size_t);
@@ -52,7 +52,7 @@ int posix_memalign(void** memory, size_t alignment, size_t size) {
 }
 }
 
-// What std::vector and the like call; the standard library's operator delete, which calls free, fits these.
+// std::vector and the like call these. The standard library's operator delete, which calls free, matches them.
 void* operator new(size_t size) {
   if (void* memory = NOTED(__libc_malloc(size))) return memory;
   throw std::bad_alloc();

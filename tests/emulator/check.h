@@ -1,5 +1,6 @@
-// What the emulator's own tests share. `check_NAME CASE` runs one case; without CASE it lists them. A case whose name
-// begins with "refuses" is of a misuse that must abort; test_emulator.py looks for the message that stands beside it.
+// What the emulator's own tests share. `check_NAME CASE` runs one case; without CASE it lists all cases. A case whose
+// name begins with "refuses" contains a misuse that must abort; test_emulator.py expects the message that is listed
+// with it.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,4 +1,4 @@
-// The emulator's own tests of threads, barriers and warps (check.h).
+// The emulator's own tests of threads, barriers and warps. See check.h for how they are run.
 #include "check.h"
 
 namespace {
@@ -39,7 +39,7 @@ std::vector<float> sums(Order order) {
 }
 
 void barriers_make_sums_right_in_every_order() {
-  const std::vector<float> expected{762, 771, 766};  // of i % 7 for i from 0, 256 and 512
+  const std::vector<float> expected{762, 771, 766};  // sums of 256 values i % 7, from i = 0, 256 and 512 on
   for (const Order order : {Order::forward, Order::reverse, Order::shuffled, Order::alternating})
     EXPECT(sums<true>(order) == expected);
 }

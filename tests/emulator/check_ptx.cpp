@@ -1,11 +1,12 @@
-// The emulator's own tests of the PTX instructions (check.h): fragments by the tables of the PTX manual, and copies.
+// The emulator's own tests of the PTX instructions: fragments against the tables of the PTX manual, and copies. See
+// check.h for how they are run.
 #include "check.h"
 
 namespace {
 
 using emulator::Order;
 
-// One lane and element at a time.
+// Each lane writes one row of the four matrices; then the warp loads them, plain and transposed.
 __global__ void load_rows(const uint16_t* matrices, uint32_t* plain, uint32_t* transposed) {
   uint16_t* tile = shared<uint16_t>();
   const int lane = threadIdx.x;
@@ -23,13 +24,13 @@ void matrices_load_as_fragments() {
   std::iota(matrices.begin(), matrices.end(), 0);
   std::vector<uint32_t> plain(128), transposed(128);
   EXPECT(launch(load_rows, 1, 32, 512, matrices.data(), plain.data(), transposed.data()) == cudaSuccess);
-  // Lane 5 holds row 1, columns 2 and 3; transposed: column 1, rows 2 and 3.
+  // Lane 5 holds columns 2 and 3 of row 1 or, transposed, rows 2 and 3 of column 1.
   EXPECT(plain[5 * 4] == (10u | 11u << 16) && transposed[5 * 4] == (17u | 25u << 16));
   EXPECT(plain[0] == (0u | 1u << 16) && transposed[0] == (0u | 8u << 16));
   EXPECT(plain[31 * 4 + 3] == (254u | 255u << 16) && transposed[31 * 4 + 3] == (247u | 255u << 16));
 }
 
-// ---- products: a[16, depth] b[depth, 8], of small integers, which no type rounds ----
+// ---- products: a[16, depth] b[depth, 8], of small integers, which are exact in every type ----
 
 int of_a(int row, int k) {
   return (row * 16 + k) * 7 % 11 - 5;
@@ -38,7 +39,7 @@ int of_b(int k, int column) {
   return (k * 8 + column) * 5 % 13 - 6;
 }
 
-// sums[rows, 8] == 1 + the product.
+// Expects that sums[rows, 8] is 1 + the product.
 template <class Sum>
 void expect_products(const std::vector<Sum>& sums, int rows, int depth) {
   for (int row = 0; row < rows; ++row) {
@@ -119,7 +120,8 @@ void products_of_doubles() {
   expect_products(c, 8, 4);
 }
 
-// a[row, k] = 1 where k is 0 and 4, and b[k, column] a value too small to change the sum, which is 1, by itself.
+// Adds `value` twice to sums that begin with 1, by products at k = 0 and at k = 4, after each of which the sums are
+// truncated.
 __global__ void add_small_products(float value, float* c) {
   const int k = threadIdx.x % 4;
   const uint32_t one = k == 0 ? emulator::to_tf32(1) : 0, a[4] = {one, one, one, one};
@@ -137,8 +139,8 @@ void sums_are_truncated() {
     return c[0];
   };
   EXPECT(sum_with(0x1p-22f) == 1 + 0x1p-21f);
-  EXPECT(sum_with(0x1.8p-24f) == 1);            // rounded, both would be 2^-23
-  EXPECT(sum_with(-0x1p-25f) == 1 - 0x1p-23f);  // each is truncated to 2^-24
+  EXPECT(sum_with(0x1.8p-24f) == 1);            // if it were rounded, each would add 2^-23
+  EXPECT(sum_with(-0x1p-25f) == 1 - 0x1p-23f);  // each subtracts 2^-24, as it is truncated
 }
 
 float from_bits(uint32_t bits) {
@@ -150,20 +152,20 @@ float from_bits(uint32_t bits) {
 void floats_round_to_tf32() {
   const auto rounded = [](float value) { return from_bits(emulator::to_tf32(value)); };
   const float infinity = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
-  EXPECT(rounded(1 + 0x1p-10f) == 1 + 0x1p-10f && rounded(1 + 0x1p-11f) == 1 + 0x1p-10f);  // a tie: away from 0
+  EXPECT(rounded(1 + 0x1p-10f) == 1 + 0x1p-10f && rounded(1 + 0x1p-11f) == 1 + 0x1p-10f);  // ties away from 0
   EXPECT(rounded(-1 - 0x1p-11f) == -1 - 0x1p-10f && rounded(1 + 0x1.ffcp-12f) == 1);
   EXPECT(rounded(0x1.ffcp-5f) == 0x1.ffcp-5f && rounded(0x1.ffep-5f) == 0x1p-4f);
   EXPECT(rounded(std::numeric_limits<float>::max()) == infinity && rounded(-infinity) == -infinity);
   EXPECT(rounded(nan) != rounded(nan) && rounded(0x1p-149f) == 0);
 }
 
-// ---- cp.async: each thread brings 16 bytes, and reads what its neighbour has brought ----
+// ---- cp.async: each thread copies 16 bytes, and reads those that its neighbour copied ----
 
 enum class Wait { for_all, for_first_group, not_at_all };
 
 template <Wait wait, bool with_barrier = true>
 __global__ void copy_groups(const float* input, float* output) {
-  float* stages = shared<float>();  // two of 4 floats for each thread
+  float* stages = shared<float>();  // two stages of 4 floats for each thread
   const int t = threadIdx.x, threads = blockDim.x;
   for (int stage = 0; stage < 2; ++stage) {
     emulator::copy_async(stages + (stage * threads + t) * 4, input + (stage * threads + t) * 4, 16,

@@ -1,4 +1,4 @@
-// __nv_bfloat16 on the emulator, with the conversions alone: the kernels compute in float.
+// __nv_bfloat16 for the emulator. It has conversions only, because the kernels compute in float.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ inline float __bfloat162float(__nv_bfloat16 value) {
   return result;
 }
 
-// To the nearest, of two as near to the even one; every NaN becomes the same, as on the GPU.
+// Rounds to nearest, with ties to even. Every NaN becomes the same NaN, as on the GPU.
 inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));

@@ -1,4 +1,4 @@
-// __half on the emulator, with the conversions alone: the kernels compute in float.
+// __half for the emulator. It has conversions only, because the kernels compute in float.
 #pragma once
 
 #include <cstdint>

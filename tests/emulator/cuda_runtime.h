@@ -1,4 +1,4 @@
-// The part of the CUDA runtime that the kernels use, on the emulator.
+// The part of the CUDA runtime that the kernels use, for the emulator.
 #pragma once
 
 #include <cmath>

@@ -1,18 +1,18 @@
-// CUDA kernels on a CPU, for tests: the same .cu files that nvcc compiles for a GPU are compiled by g++ with this
-// folder first on the include path, where cuda_runtime.h leads here. x86-64 only.
+// Runs CUDA kernels on a CPU, for tests: g++ compiles the .cu files that nvcc compiles for a GPU, with this folder
+// first on the include path, where cuda_runtime.h leads here. It works on x86-64 only.
 //
-// A launch runs its blocks one after the other, and each thread of a block as a fiber that runs until it waits, for the
-// block or for its warp, or ends. Launches take turns in three orders of threads and blocks: forward, reverse,
-// shuffled; so a result that needs a barrier that is not there, or one block to run before another, differs between
-// launches.
+// A launch runs its blocks one after another, and each thread of a block as a fiber, which runs until it ends or waits
+// for its block or its warp. By default, launches alternate between three orders of threads and blocks: forward,
+// reverse and shuffled. So a result that needs a missing barrier, or needs one block to run before another, differs
+// between launches.
 //
-// Found and reported by abort(), with block and thread:
-//   - a barrier that some thread of the block never reaches, and threads that meet at different barriers;
+// These mistakes are reported, with block and thread, by abort():
+//   - a barrier that some thread of the block, unless it has ended, never reaches, and threads at different barriers;
 //   - lanes of a warp that wait for each other at different operations, with different masks, or for an ended lane;
-//   - reads of shared memory that nobody wrote, as they are NaN (0xff bytes);
-//   - a kernel's limit of shared memory that is not always the same;
-//   - misuse of the PTX instructions of ptx.h (vector accesses of C++ that are misaligned: UndefinedBehaviorSanitizer).
-// Not modelled: time, bank conflicts and caches.
+//   - a kernel whose limit of shared memory changes;
+//   - misuse of the PTX instructions of ptx.h.
+// Shared memory that was never written reads as NaN (0xff bytes). Misaligned vector accesses of C++ are left to
+// UndefinedBehaviorSanitizer. Time, bank conflicts and caches are not modelled.
 #pragma once
 
 #if !defined(__x86_64__)
@@ -44,7 +44,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// The device's variables.
+// CUDA's built-in variables.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
@@ -56,12 +56,12 @@ constexpr size_t stack_bytes = 128 << 10;
 enum class Order { forward, reverse, shuffled, alternating };
 inline Order order = Order::alternating;
 
-inline int64_t largest_32_bit_offset = 20000;  // of the kernels' offsets
+inline int64_t largest_32_bit_offset = 20000;  // PYOPS_LARGEST_32_BIT_OFFSET of the kernels
 
-// What a thread is doing; `site` tells barriers and warp operations in the source apart.
+// What a thread is doing. Its `site` tells barriers and warp operations in the source apart.
 enum class State { fresh, ready, at_barrier, in_warp, done };
 
-// A cp.async on its way: `bytes` from `source`, then zeros.
+// A cp.async in flight: `bytes` from `source`, then zeros.
 struct Copy {
   unsigned char* target;
   const void* source;
@@ -71,10 +71,10 @@ struct Copy {
 struct Thread {
   State state = State::fresh;
   const char* site = nullptr;
-  unsigned mask = 0;           // of the warp operation
-  std::vector<Copy> copies;    // not arrived, in their order
-  std::vector<size_t> groups;  // of committed copies: how many there are in each
-  size_t open_copies = 0;      // not committed yet
+  unsigned mask = 0;           // of the warp operation it waits at
+  std::vector<Copy> copies;    // in flight, in order
+  std::vector<size_t> groups;  // the number of copies in each committed group
+  size_t open_copies = 0;      // copies that are not committed yet
   uint3 index;
   int number, parity;
   void* stack_pointer;
@@ -82,7 +82,7 @@ struct Thread {
 };
 
 struct Warp {
-  alignas(16) unsigned char slots[2][warp_size][64];  // of one operation and the next
+  alignas(16) unsigned char slots[2][warp_size][64];  // for one operation and the next
 };
 
 struct Block {
@@ -103,7 +103,7 @@ inline Block block;
   std::abort();
 }
 
-// Saves the registers that a called function must keep and the stack pointer, and goes on from another one.
+// Saves the callee-saved registers and the stack pointer, and continues on another stack.
 extern "C" void pyops_emulator_switch(void** save, void* load);
 __asm__(
     ".text\n.weak pyops_emulator_switch\n.hidden pyops_emulator_switch\npyops_emulator_switch:\n"
@@ -120,7 +120,7 @@ inline void run_thread() {
   if (!block.current->copies.empty()) fail("a thread ends with copies of cp.async that it has not waited for");
   block.current->state = State::done;
   leave();
-  std::abort();  // nobody resumes it
+  std::abort();  // a thread that has ended is never resumed
 }
 
 inline void resume(Thread& thread) {
@@ -129,7 +129,7 @@ inline void resume(Thread& thread) {
     thread.stack = std::move(block.stacks.back());
     block.stacks.pop_back();
 #ifdef __SANITIZE_ADDRESS__
-    __asan_unpoison_memory_region(thread.stack.get(), stack_bytes);  // of a frame of run_thread, which never returned
+    __asan_unpoison_memory_region(thread.stack.get(), stack_bytes);  // the frame of run_thread, which never returned
 #endif
     const auto top = reinterpret_cast<uintptr_t>(thread.stack.get() + stack_bytes) & ~uintptr_t{15};
     void** stack = reinterpret_cast<void**>(top);
@@ -145,7 +145,7 @@ inline void resume(Thread& thread) {
   if (thread.state == State::done) block.stacks.push_back(std::move(thread.stack));
 }
 
-// Lets the threads that wait at the block's barrier go on if that is all that have not ended.
+// Lets the threads that wait at the block's barrier continue if no others are left that have not ended.
 inline bool release_barrier() {
   const char* site = nullptr;
   for (const Thread& thread : block.threads) {
@@ -231,8 +231,8 @@ inline void barrier(const char* site) {
   leave();
 }
 
-// Waits for the lanes of the mask, which must come to the same operation with the same mask. The last one calls `last`,
-// while the others wait.
+// Waits for the lanes of the mask, which must arrive at the same operation with the same mask. The last lane to arrive
+// calls `last` while the others wait.
 template <class Last>
 void meet(unsigned mask, const char* site, const Last& last) {
   Thread& self = *block.current;
@@ -255,7 +255,7 @@ inline void meet(unsigned mask, const char* site) {
   meet(mask, site, [] {});
 }
 
-// What the lanes of the mask gave to the same call, by lane. Its memory is good until the warp's next call but one.
+// What the lanes of the mask passed to one call, by lane. Its memory stays valid until the warp's next call but one.
 template <class T>
 class Exchange {
  public:
@@ -299,7 +299,7 @@ inline unsigned ballot(unsigned mask, bool vote, const char* site) {
 
 }  // namespace emulator
 
-// A string that tells two places in the source apart.
+// A string that identifies a place in the source.
 #define EMULATOR_TEXT(line) #line
 #define EMULATOR_LINE(line) EMULATOR_TEXT(line)
 #define EMULATOR_SITE __FILE__ ":" EMULATOR_LINE(__LINE__)

@@ -1,6 +1,6 @@
-// The CUDA kernels on the emulator as a Python module with the attribute `kernels`, a capsule of the table that
-// pyops._C takes in place of the CPU's: pointers of CPU tensors are what the emulated device can read. Workspaces are
-// filled with NaN, lest a kernel read what it has not written.
+// A Python module of the CUDA kernels on the emulator. Its attribute `kernels` is a capsule of the table that pyops._C
+// takes in place of the CPU's, because the emulated device can read pointers of CPU tensors. Workspaces are filled with
+// NaN, so that a kernel that reads what it has not written is noticed.
 #include <Python.h>
 
 #include "../../cuda/launchers.h"
@@ -16,7 +16,7 @@ struct PoisonedWorkspace final : pyops::cuda::Workspace {
   }
 };
 
-// What torch's flags would say of CUDA tensors.
+// What torch's TF32 flags would say for CUDA tensors.
 bool tf32 = false;
 template <class Args>
 void allow_tf32(Args&) {}

@@ -1,10 +1,11 @@
 // The PTX instructions that the kernels use besides CUDA C++: cp.async, ldmatrix, cvt.rna.tf32 and mma.sync, with the
-// layouts of fragments of the PTX manual. PTX cannot be told apart by its place in the source, so each is its own site.
+// fragment layouts of the PTX manual. Two uses of a PTX instruction cannot be told apart by their place in the source,
+// so each instruction is one site.
 //
-// Found and reported: copies and rows that are misaligned, of a size that there is not, or outside of shared memory;
-// copies that a thread ends without having waited for; TF32 operands that were not rounded. What a cp.async will write
-// is NaN from its start until its thread has waited for it: so a missing wait shows, and a stage that others still read
-// when it is filled again.
+// These mistakes are reported: copies and rows that are misaligned, of an invalid size, or outside shared memory;
+// copies that a thread has not waited for when it ends; and TF32 operands that were not rounded. The target of a
+// cp.async is NaN from its start until its thread has waited for it, so a missing wait shows, and so does a stage that
+// is filled again while other threads still read it.
 #pragma once
 
 namespace emulator {
@@ -18,7 +19,7 @@ inline void check_shared(const void* memory, size_t bytes, const char* message) 
 
 // ---- cp.async ----
 
-// Copies `bytes` from memory to shared memory, and zeros to the rest of `size`, some time before wait() says so.
+// Copies `bytes` bytes to shared memory, and zeros to the rest of `size`. They arrive in wait_copies().
 inline void copy_async(void* target, const void* source, size_t size, size_t bytes) {
   if (size != 4 && size != 8 && size != 16) fail("cp.async: not of 4, 8 or 16 bytes");
   if (bytes > size) fail("cp.async: reads more than it writes");
@@ -37,7 +38,7 @@ inline void commit_copies() {
   self.open_copies = 0;
 }
 
-// Until at most `pending` of the latest groups are on their way.
+// Lets the oldest groups of copies arrive until at most `pending` are in flight.
 inline void wait_copies(size_t pending) {
   Thread& self = *block.current;
   size_t arrived = 0;
@@ -75,7 +76,7 @@ inline void load_matrices(uint32_t (&result)[4], const void* row, bool transpose
   }
 }
 
-// ---- mma.sync: sums[M, N] += a[M, K] b[K, N] of a warp, by the lane that comes last ----
+// ---- mma.sync: sums[M, N] += a[M, K] b[K, N] of a warp, computed by the last lane to arrive ----
 
 template <class Sum, class Register>
 struct Fragments {
@@ -83,7 +84,7 @@ struct Fragments {
   const Register *a, *b;
 };
 
-// compute(lanes) with the fragments of each lane.
+// Calls compute(lanes) with the fragments of each lane.
 template <class Sum, class Register, class Compute>
 void multiply(Sum* sums, const Register* a, const Register* b, const char* site, const Compute& compute) {
   using Mine = Fragments<Sum, Register>;
@@ -108,8 +109,8 @@ inline float truncated(double sum) {
   return result;
 }
 
-// sums[16, 8] of floats. As measured on GPUs of compute capability 8.0 (Fasi, Higham, Mikaitis, Pranesh 2021), `chunk`
-// products at a time are added to the sum exactly, and the result is truncated.
+// Adds products to sums[16, 8] of floats: `chunk` of them at a time are added in double, and the result is truncated,
+// as was measured on GPUs of compute capability 8.0 (Fasi, Higham, Mikaitis and Pranesh, 2021), which add them exactly.
 template <int depth, int chunk>
 void add_products(const Fragments<float, uint32_t>* lanes, const float (&a)[16][depth], const float (&b)[depth][8]) {
   for (int row = 0; row < 16; ++row) {
@@ -127,7 +128,7 @@ void add_products(const Fragments<float, uint32_t>* lanes, const float (&a)[16][
   }
 }
 
-// m16n8k16 of 16-bit elements.
+// m16n8k16 with 16-bit elements.
 template <class T, class Widen>
 void multiply_16_bit(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Widen& widen) {
   multiply(&sums[0], &a[0], &b[0], "mma.m16n8k16", [&](const Fragments<float, uint32_t>* lanes) {
@@ -147,7 +148,7 @@ void multiply_16_bit(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&
   });
 }
 
-// m16n8k8 of TF32.
+// m16n8k8 with TF32 elements.
 inline void multiply_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   multiply(&sums[0], &a[0], &b[0], "mma.m16n8k8.tf32", [&](const Fragments<float, uint32_t>* lanes) {
     const auto element = [](uint32_t bits) {
@@ -165,7 +166,7 @@ inline void multiply_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32
   });
 }
 
-// m8n8k4 of double.
+// m8n8k4 with double elements.
 inline void multiply_double(double (&sums)[2], double a, double b) {
   multiply(&sums[0], &a, &b, "mma.m8n8k4.f64", [&](const Fragments<double, double>* lanes) {
     for (int l = 0; l < warp_size; ++l)
@@ -175,7 +176,7 @@ inline void multiply_double(double (&sums)[2], double a, double b) {
   });
 }
 
-// cvt.rna.tf32.f32: to the nearest, of two as near to the one away from 0.
+// cvt.rna.tf32.f32 rounds to nearest, with ties away from 0.
 inline uint32_t to_tf32(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));
