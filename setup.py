@@ -1,10 +1,12 @@
-"""Builds pyops against the torch that the user has: the tensor side `pyops._C`, the CPU kernels once per instruction
-set as `pyops._cpu_*`, of which pyops/_load.py loads one, and, if torch is a build with CUDA and there is a toolkit, the
-CUDA kernels as `pyops._cuda`. Everything else is said in pyproject.toml.
+"""Builds pyops against the torch that the user has.
 
-Environment: CXX, MAX_JOBS (compilers at a time), PYOPS_CUDA=1 (without CUDA the build fails) or 0 (without CUDA in any
-case), CUDA_HOME, TORCH_CUDA_ARCH_LIST, PYOPS_WERROR=1 (a warning fails the build), PYOPS_SANITIZE=1 (what
-tests/sanitize.py builds).
+`pyops._C` holds the tensor side. The CPU kernels are built once per instruction set as `pyops._cpu_*`, of which
+pyops/_load.py loads one. The CUDA kernels are built as `pyops._cuda` if torch is a build with CUDA and there is a
+toolkit. Everything else is in pyproject.toml.
+
+These environment variables have an effect: CXX, MAX_JOBS (the number of compilers that run at a time), PYOPS_CUDA=1
+(the build fails if CUDA is missing) or 0 (CUDA is never used), CUDA_HOME, TORCH_CUDA_ARCH_LIST, PYOPS_WERROR=1 (a
+warning fails the build), PYOPS_SANITIZE=1 (tests/sanitize.py sets it).
 """
 
 import os
@@ -20,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 import setuptools
-from packaging.requirements import Requirement  # setuptools brings it
+from packaging.requirements import Requirement  # comes with setuptools
 from setuptools.errors import PlatformError
 
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
@@ -35,13 +37,13 @@ def torch_version() -> str | None:
 
 
 # pip's build isolation hides the user's site-packages, but the interpreter is the user's and knows where they are.
-# Appended, so that they provide torch and nothing that the isolated environment has itself.
+# They are appended, so that they provide torch and nothing that the isolated environment has itself.
 if torch_version() is None:
     sys.path += {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
 
 
 def toolkit_of_nvcc() -> str | None:
-    """The folder of the CUDA toolkit whose nvcc is on PATH, which may be a script that lies elsewhere."""
+    """The folder of the CUDA toolkit whose nvcc is on PATH. That nvcc may be a script outside of the toolkit."""
     if shutil.which("nvcc") is None:
         return None
     said = subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
@@ -49,12 +51,12 @@ def toolkit_of_nvcc() -> str | None:
     return str(Path(folders[0]).resolve()) if folders else None
 
 
-# torch takes the folder above that of nvcc, where there is no toolkit if nvcc is such a script.
+# torch would take the folder above that of nvcc, which is wrong if nvcc is such a script.
 if not {"CUDA_HOME", "CUDA_PATH"} & os.environ.keys() and (toolkit := toolkit_of_nvcc()):
     os.environ["CUDA_HOME"] = toolkit
-os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # binaries for Ampere and Hopper, PTX for what follows
+os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")  # binaries for Ampere and Hopper, PTX for later GPUs
 
-# Without a torch that fits, the commands that only ask for metadata still work.
+# Without a suitable torch, the commands that only need metadata still work.
 torch_fits = torch_version() is not None and TORCH.specifier.contains(torch_version(), prereleases=True)
 if torch_fits:
     import torch
@@ -62,12 +64,12 @@ if torch_fits:
 else:
     from setuptools.command.build_ext import build_ext as BuildExtension
 
-# What ATen guarantees for each capability, by its own names and flags.
+# The instruction sets that ATen guarantees for each of its capabilities, with ATen's names and compiler flags.
 CPU_CAPABILITIES = {"DEFAULT": []}
 if platform.machine() == "x86_64":
     CPU_CAPABILITIES["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
     CPU_CAPABILITIES["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
-    # False alarms in gcc's own headers (gcc bug 105593).
+    # gcc's own headers cause false alarms (gcc bug 105593).
     CPU_CAPABILITIES["AVX512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 
 SANITIZE = os.environ.get("PYOPS_SANITIZE") == "1"
@@ -92,7 +94,7 @@ for capability, flags in CPU_CAPABILITIES.items():
 
 
 def reason_against_cuda() -> str | None:
-    """Why the CUDA kernels are not built; None: they are."""
+    """Why the CUDA kernels are not built, or None if they are."""
     if os.environ.get("PYOPS_CUDA") == "0":
         return "PYOPS_CUDA=0"
     if torch.version.cuda is None:
@@ -123,13 +125,15 @@ class build_ext(BuildExtension):
             raise PlatformError(
                 f"building pyops needs a C++ compiler, but found no {compiler[0]}; install g++ or set CXX"
             )
-        # Kept from build to build, one per torch: ninja does not see that system headers, such as torch's, change.
+        # Objects are kept from build to build, in a folder for each torch: ninja does not notice changes of system
+        # headers, such as torch's.
         self.build_temp = f"build/{sys.implementation.cache_tag}-torch-{torch.__version__}{'-sanitized' * SANITIZE}"
         super().run()
         self.write_build_info(compiler)
 
     def build_extension(self, ext: setuptools.Extension) -> None:
-        # OpenMP at compile time only, for at::parallel_for is serial without; its runtime must be the one torch brings.
+        # OpenMP is enabled for the compiler only, because at::parallel_for is serial without it. The runtime must be
+        # the one that torch ships, so the linker is not given one.
         ext.extra_compile_args[:0] = ["-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
         ext.extra_compile_args += [flag for path in include_paths() for flag in ("-isystem", path)]
         if os.environ.get("PYOPS_WERROR") == "1":
@@ -141,7 +145,7 @@ class build_ext(BuildExtension):
         ext.libraries = ["c10", "torch_cpu", "torch_python"]
         if any(source.endswith(".cu") for source in ext.sources):
             self.add_cuda(ext)
-        # The capabilities share their sources: each extension needs a folder of its own for the objects.
+        # The capabilities share their sources, so each extension needs a folder of its own for the objects.
         build_temp = self.build_temp
         self.build_temp = f"{build_temp}/{ext.name}"
         super().build_extension(ext)
@@ -149,7 +153,7 @@ class build_ext(BuildExtension):
 
     @staticmethod
     def add_cuda(ext: setuptools.Extension) -> None:
-        # Of the compilers for the GPU too, where registers that go to memory are a warning.
+        # Warnings of the compilers for the GPU are errors too; ptxas warns of registers that are spilled to memory.
         strict = ["-Werror", "all-warnings", "-Xptxas", "-v,-warn-spills,-Werror"]
         strict = strict if os.environ.get("PYOPS_WERROR") == "1" else []
         host = "-fvisibility=hidden,-Wall,-Wextra" + ",-Werror" * bool(strict)
@@ -177,5 +181,5 @@ class build_ext(BuildExtension):
 setuptools.setup(
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": build_ext},
-    setup_requires=[] if torch_fits else [str(TORCH)],  # pip installs it for the build; the user's will be the same
+    setup_requires=[] if torch_fits else [str(TORCH)],  # pip installs it for the build; the user gets the same
 )

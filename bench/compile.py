@@ -16,7 +16,7 @@ SCALE, BATCH = 8, 16
 
 @dataclass(frozen=True)
 class Compiled:
-    """A network of `networks`, run by stock torch as it is (rival None) or compiled, and compiled by pyops."""
+    """A network of `networks`, compiled by pyops, and run by stock torch eagerly (rival None) or compiled."""
 
     network: str
     rival: str | None
@@ -32,7 +32,7 @@ class Compiled:
     def prepare(self) -> Work:
         torch._dynamo.reset()
         torch.manual_seed(0)
-        model = NETWORKS[self.network](SCALE).eval()  # without dropout, for results that can be compared
+        model = NETWORKS[self.network](SCALE).eval()  # without dropout, so that results can be compared
         input = torch.randn(BATCH, *model.shape)
         stock, ours = (self._program(copy.deepcopy(model), backend, input) for backend in (self.rival, "pyops"))
         with FlopCounterMode(display=False) as counter:
@@ -43,7 +43,7 @@ class Compiled:
         if backend is not None:
             model.compile(backend=backend)
         if self.training:
-            torch.manual_seed(1)  # the same gradients of the output for all
+            torch.manual_seed(1)  # so that all have equal gradients of the output
             return training_pass(model, input)
         return torch.no_grad()(lambda: model(input))
 

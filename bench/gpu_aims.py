@@ -1,4 +1,5 @@
-"""What the CUDA kernels are to reach against stock torch, and whether the results of bench/gpu_times.py do."""
+"""The speed and accuracy that the CUDA kernels aim for, relative to stock torch, and whether bench/gpu_times.py's
+results meet these aims."""
 
 import math
 import re
@@ -9,14 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from gpu_times import Result
 
-# An error is allowed to be this many times stock's, the largest and the root mean square; differences of a few ulps of
-# float32 are no error, as whichever order a sum is taken in may be the luckier (the CPU's tests allow the same).
+# The largest and the root mean square error may be this many times stock's. Differences of a few ulps of float32 do not
+# count as errors, because any order of summation may happen to be more accurate (the tests of the CPU allow as much).
 ALLOWED_ERROR = 1.5
 NO_ERROR = 4 * 2.0**-23
 
 
 class Aim(NamedTuple):
-    """`ratio` times as fast as that way of stock's, in all the cases whose name and dtype match."""
+    """pyops should be `ratio` times as fast as stock run as `way`, in all cases whose name and dtype match."""
 
     what: str
     cases: str
@@ -47,7 +48,7 @@ class Verdict:
 
 
 def judge(results: Sequence["Result"]) -> list[Verdict]:
-    """A verdict for each aim and case that it is about, and for the error of each case. What failed has not passed."""
+    """A verdict for each aim and each of its cases, and one for the error of each case. A failed run has not passed."""
     judged = []
     for aim in AIMS:
         for result in results:
@@ -72,7 +73,7 @@ def judge(results: Sequence["Result"]) -> list[Verdict]:
 
 
 def verdicts(judged: Sequence[Verdict]) -> str:
-    """Markdown: what is about speed, and of the errors those that are too large."""
+    """A Markdown table of all verdicts on speed, and of the errors that are too large."""
     lines = ["| aim | case | dtype | wanted | found | |", "|---|---|---|--:|--:|---|"]
     for v in judged:
         if "error" not in v.aim or not v.passed:

@@ -1,11 +1,11 @@
-"""Everything that a machine with a GPU can tell about the CUDA kernels, in one command.
+"""Runs every check of the CUDA kernels that needs a GPU, in one command.
 
-``python bench/gpu_check.py`` builds pyops with CUDA, runs all tests, those of the ops on the GPU, the programs of
-gpu_programs.py (graphs, streams, threads, large batches, more than 2^31 elements), then the timings of gpu_times.py,
-which are written to bench/results/<gpu>.json and .md with the aims that they meet or miss, and last the programs that
-are small enough under the four tools of compute-sanitizer. A step that fails or hangs does not keep the following ones
-from running; the exit status tells. ``--only`` chooses steps, ``--list`` shows their commands. Nothing is downloaded:
-setuptools, ninja and what the extras test and bench name must be there.
+``python bench/gpu_check.py`` builds pyops with CUDA. It then runs all tests (those of the ops on the GPU), the programs
+of gpu_programs.py (graphs, streams, threads, large batches, more than 2^31 elements) and the timings of gpu_times.py,
+which are written to bench/results/<gpu>.json and .md with the aims that they meet or miss. Last it runs the program
+that is small enough under each of the four tools of compute-sanitizer. If a step fails or hangs, the following steps
+still run, and the exit status reports the failure. ``--only`` chooses steps, ``--list`` shows their commands. Nothing
+is downloaded: setuptools, ninja and the packages of the extras test and bench must be installed.
 """
 
 import argparse
@@ -27,16 +27,16 @@ class Step(NamedTuple):
 
 def steps() -> list[Step]:
     python, pip = [sys.executable], [sys.executable, "-m", "pip", "install"]
-    pytest = [sys.executable, "-P", "-m", "pytest"]  # -P: of pyops, this folder has the sources alone
+    pytest = [sys.executable, "-P", "-m", "pytest"]  # -P because pyops is not built in this folder
     sanitizer = ["compute-sanitizer", "--error-exitcode=1", "--require-cuda-init=no"]
     return [
         Step("build", [*pip, "--no-build-isolation", "--no-deps", "--force-reinstall", "."], {"PYOPS_CUDA": "1"}),
-        # A package that is missing costs its own tests only.
+        # If a package is missing, only the tests that need it fail.
         Step("tests", [*pytest, "-q", "--continue-on-collection-errors", "--device=cuda"], {}),
         Step("programs", [*python, "bench/gpu_programs.py"], {}),
         Step("times", [*python, "bench/gpu_times.py"], {}),
         *(
-            # Torch's allocator would hide what is read or written beyond a tensor.
+            # torch's allocator would hide reads and writes beyond a tensor.
             Step(
                 tool,
                 [*sanitizer, f"--tool={tool}", *python, "bench/gpu_programs.py", "every_op"],
@@ -48,7 +48,7 @@ def steps() -> list[Step]:
 
 
 def run(chosen: list[Step], minutes: float) -> dict[str, bool]:
-    """Runs each step, no longer than that; whether it succeeded."""
+    """Runs each step for at most that many minutes, and returns whether it succeeded."""
     succeeded = {}
     for step in chosen:
         print(f"\n=== {step.name}: {' '.join(step.command)}", flush=True)

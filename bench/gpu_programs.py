@@ -1,7 +1,7 @@
-"""What must be true on a GPU and the emulator of the tests cannot see: ``python bench/gpu_programs.py [NAME...]``.
+"""Checks on a GPU what the emulator of the tests cannot show: ``python bench/gpu_programs.py [NAME...]``.
 
-Results are held against stock torch's on the CPU in float64. Each program takes the device, so that those without
-streams and graphs run on "cpu" too, which is how they are tested where there is no GPU.
+Results are compared with stock torch's on the CPU in float64. Each program takes the device, so that those without
+streams and graphs run on "cpu" too; this is how they are tested on a machine without a GPU.
 """
 
 import argparse
@@ -22,7 +22,7 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 2e-2, to
 
 
 def assert_close(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Within the tolerance of the dtype, relative to the largest value."""
+    """Asserts that the values agree within the tolerance of the dtype, relative to the largest value."""
     error = (actual.cpu().double() - expected.cpu().double()).abs().max() if actual.numel() else torch.tensor(0.0)
     size = expected.double().abs().max().item() if expected.numel() else 0.0
     assert error.item() <= TOLERANCE[actual.dtype] * max(size, 1.0), f"{what}: off by {error.item():.3g} of {size:.3g}"
@@ -40,7 +40,7 @@ def results(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) 
 
 
 def calls(module) -> dict[str, tuple[Callable[..., torch.Tensor], list[Sequence[int]]]]:
-    """Each op with sizes that fill no tile and no warp, for stock's functional or ours."""
+    """A call of each op, of stock's functional or ours, with sizes that fill no tile and no warp."""
     image, weight, bias = (3, 5, 13, 11), (7, 5, 3, 3), (7,)
     channels = (2, 16, 12, 9)
     tiny = [(3, 6, 14, 14), (16, 6, 5, 5), (16,)]
@@ -66,7 +66,7 @@ def calls(module) -> dict[str, tuple[Callable[..., torch.Tensor], list[Sequence[
 
 
 def every_op(device: str) -> None:
-    """Every op, forward, without a gradient and with it, and backward, in each dtype and layout."""
+    """Every op runs forward, with and without a gradient, and backward, in each dtype and layout."""
     ours, stock = calls(functional), calls(torch.nn.functional)
     for name, (function, sizes) in ours.items():
         for dtype in TOLERANCE:
@@ -80,7 +80,7 @@ def every_op(device: str) -> None:
                 actual = results(function, tensors)
                 assert torch.equal(function(*tensors), actual[0]), f"{name}, {dtype}: another output without gradient"
                 if dtype in (torch.bfloat16, torch.float16) and ("pool" in name or "relu" in name):
-                    actual, expected = actual[:1], expected[:1]  # rounding decides the winners, and with them gradients
+                    actual, expected = actual[:1], expected[:1]  # rounding decides the winners, and so the gradients
                 for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
                     assert_close(f"{name}, {dtype}, result {i}", a, e)
 
@@ -117,11 +117,11 @@ def same_bits(device: str) -> None:
 
 @dataclass
 class Replay:
-    """A call as a graph, which gives what its results are in."""
+    """A call that was captured as a graph. A replay returns the tensors that hold its results."""
 
     graph: torch.cuda.CUDAGraph
     result: Any
-    call: Callable[[], Any]  # it alone keeps alive the tensors that the graph reads and writes
+    call: Callable[[], Any]  # keeps the tensors alive that the graph reads and writes
 
     def __call__(self) -> Any:
         self.graph.replay()
@@ -129,9 +129,10 @@ class Replay:
 
 
 def captured(prepare: Callable[[], Callable[[], Any]]) -> Replay:
-    """A graph of the call that is prepared, which has been run three times before.
+    """A graph of the call that `prepare` gives, captured after the call has been run three times.
 
-    All on one stream: autograd runs a backward on the stream of its forward, which must be the one that is captured.
+    All of this happens on one stream, because autograd runs a backward on the stream of its forward, and this must be
+    the stream that is captured.
     """
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
@@ -149,14 +150,14 @@ def graph(device: str) -> None:
     """A captured training step, replayed, gives the bits of the step itself."""
     net, x, y = lenet(device, 64)
     step = training_step(net, x, y)
-    expected = [step().item() for _ in range(8)][3:]  # three before the capture, which computes nothing
+    expected = [step().item() for _ in range(8)][3:]  # three steps precede the capture, which itself computes nothing
     replay = captured(lambda: training_step(*lenet(device, 64)))
     actual = [replay().item() for _ in expected]
     assert actual == expected, (actual, expected)
 
 
 def stream(device: str) -> None:
-    """The ops run on the current stream: a result is right although its input is late there, and early elsewhere."""
+    """The ops run on the current stream: a result is right although its input is ready only late on that stream."""
     x = torch.randn(1 << 20, device=device)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -169,7 +170,7 @@ def stream(device: str) -> None:
 
 
 def threads(device: str) -> None:
-    """Two threads at a time."""
+    """Two threads run every op at the same time."""
     failures = []
 
     def work() -> None:
@@ -187,13 +188,13 @@ def threads(device: str) -> None:
 
 
 def batches(device: str) -> None:
-    """Around the limit of a grid's second and third dimension, and far beyond."""
+    """Batches around the limit of a grid's second and third dimension, and far beyond it, give right results."""
     for batch in BATCHES:
         torch.manual_seed(0)
         for name in ("conv2d_relu_max_pool2d", "conv2d, many", "conv2d, depthwise", "linear", "max_pool2d"):
             image, weight, options = (batch, 2, 6, 6), (2, 2, 3, 3), {}
             match name:
-                case "conv2d, many":  # as a product of matrices
+                case "conv2d, many":  # computed as a matrix product
                     image, weight = (batch, 17, 3, 3), (3, 17, 3, 3)
                 case "conv2d, depthwise":
                     weight, options = (2, 1, 3, 3), {"groups": 2}
@@ -210,13 +211,13 @@ def batches(device: str) -> None:
             tensors = operands(image, weight, weight[:1], dtype=torch.float32)
             expected = results(lambda *t: compute(torch.nn.functional, *t), [t.double() for t in tensors])
             actual = results(lambda *t: compute(functional, *t), [t.to(device) for t in tensors])
-            compared = 1 if "relu" in name else None  # rounding decides some of a million winners
+            compared = 1 if "relu" in name else None  # rounding decides some of the million winners
             for i, (a, e) in enumerate(zip(actual[:compared], expected[:compared], strict=True)):
                 assert_close(f"{name}, batch {batch}, result {i}", a, e)
 
 
 def large(device: str) -> None:
-    """More than 2^31 elements: 2 GB of bytes for relu, 4.3 GB of bfloat16 for the others."""
+    """Results are right for more than 2^31 elements: 2 GB of int8 for relu, 4.3 GB of bfloat16 for the others."""
     x = torch.full((2**31 + 77,), -1, dtype=torch.int8, device=device)
     x[-1] = 5
     y = functional.relu(x)
@@ -238,7 +239,7 @@ def large(device: str) -> None:
 
 
 def tf32(device: str) -> None:
-    """Products of float32 are those of TF32 where torch's flag for the op allows them, and nowhere else."""
+    """Products of float32 use TF32 if torch's flag for the op allows it, and only then."""
     backends = {"linear": torch.backends.cuda.matmul, "conv2d": torch.backends.cudnn}
     before = {name: backend.allow_tf32 for name, backend in backends.items()}
     sizes = {"linear": [(70, 300), (80, 300)], "conv2d": [(2, 40, 9, 9), (70, 40, 3, 3)]}
@@ -269,13 +270,13 @@ def main() -> None:
     names = parser.parse_args().name or list(PROGRAMS)
     if not torch.cuda.is_available():
         sys.exit("there is no GPU")
-    torch.backends.cudnn.allow_tf32 = False  # the tolerances are those of float32
+    torch.backends.cudnn.allow_tf32 = False  # because the tolerances are those of float32
     if len(names) == 1:
         PROGRAMS[names[0]]("cuda")
         torch.cuda.synchronize()
         print(f"{names[0]}: passed")
         return
-    # Each in a process of its own: after an error in a kernel nothing more runs on the GPU.
+    # Each program runs in a process of its own, because after an error in a kernel nothing else runs on the GPU.
     failed = [name for name in names if subprocess.run([sys.executable, __file__, name]).returncode]
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 

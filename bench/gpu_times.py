@@ -1,11 +1,11 @@
-"""Times and errors of the CUDA kernels against stock torch: ``python bench/gpu_times.py``, of bench/gpu_check.py the
-last step.
+"""Measures times and errors of the CUDA kernels against stock torch: ``python bench/gpu_times.py``.
 
-Each case is timed as stock runs it, with cudnn.benchmark, and in a CUDA graph, and as pyops does, in a graph or not.
-The inputs of successive calls are different ones, together larger than any cache. A time is the median of five runs of
-a twentieth of a second at least, between two events on the GPU. What each gives is also held against float64. All that,
-and whether the aims of gpu_aims.py are met, goes to bench/results/<gpu>.json and .md, anew after each case.
-``--device cpu`` is for trying the script where there is no GPU: the same, without graphs.
+bench/gpu_check.py runs this script as one of its steps. Each case is timed for stock torch, eagerly, with
+cudnn.benchmark and in a CUDA graph, and for pyops, with and without a graph. Successive calls have different inputs,
+which together are larger than any cache. A time is the median of five runs of at least a twentieth of a second, between
+two events on the GPU. Results are also compared with float64. Times, errors, and whether they meet the aims of
+gpu_aims.py, are written to bench/results/<gpu>.json and .md after each case. With ``--device cpu`` the script can be
+tried on a machine without a GPU; it then does without graphs.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import pyops
 from pyops.lenet import StockLeNet
 
 RESULTS = Path(__file__).parent / "results"
-CACHE_BYTES = 100e6  # inputs of a case add up to this at least
+CACHE_BYTES = 100e6  # the inputs of a case add up to at least this
 MOST_INPUTS = 16
 WAYS = ("stock", "stock, tuned", "stock, graph", "pyops", "pyops, graph")
 
@@ -40,11 +40,11 @@ Call = Callable[[], Any]
 
 
 class Setting(NamedTuple):
-    """What a case is prepared with."""
+    """The settings that a case is prepared for."""
 
     ours: bool
     device: str
-    dtype: torch.dtype  # computed in; the values are always those that the dtype of the case can hold
+    dtype: torch.dtype  # of the computation; the values are always ones that the dtype of the case can represent
     seed: int = 0
 
 
@@ -53,19 +53,19 @@ class Case(NamedTuple):
     dtype: torch.dtype
     prepare: Callable[[Setting], Call]
     bytes: int  # of the inputs
-    exact: bool = True  # the call gives what can be held against float64
+    exact: bool = True  # whether the results can be compared with float64
 
 
 @dataclass(frozen=True)
 class Result:
     name: str
     dtype: str
-    seconds: dict[str, float]  # by way; without those that failed
-    errors: dict[str, tuple[float, float]]  # of "stock" and "pyops": the largest, and the root mean square
-    failed: dict[str, str]  # the message by way
+    seconds: dict[str, float]  # for each of WAYS that did not fail
+    errors: dict[str, tuple[float, float]]  # for "stock" and "pyops": the largest and the root mean square error
+    failed: dict[str, str]  # the message for each of WAYS that failed
 
     def ratio(self, way: str, ours: str) -> float:
-        """How many times as fast as that way of stock's ours is."""
+        """How many times as fast as `way` of stock `ours` is; NaN if either failed."""
         both = self.seconds.get(way), self.seconds.get(ours)
         return both[0] / both[1] if all(both) else math.nan
 
@@ -81,7 +81,7 @@ def gradients(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor]
 
 
 def op(name: str, dtype: torch.dtype, sizes: list[tuple[int, ...]], format=torch.contiguous_format, **options) -> list:
-    """An op's forward and backward as two cases. Weights are such that outputs are about 1."""
+    """An op's forward and backward as two cases. The weights are scaled so that outputs are about 1."""
 
     def prepare(setting: Setting, backward: bool) -> Call:
         torch.manual_seed(setting.seed)
@@ -103,7 +103,7 @@ def op(name: str, dtype: torch.dtype, sizes: list[tuple[int, ...]], format=torch
     size = math.prod(sizes[0]) * dtype.itemsize
     made = []
     for way, backward in (("forward", False), ("backward", True)):
-        exact = not (backward and "_relu" in name)  # there rounding decides what is rectified and passes no gradient
+        exact = not (backward and "_relu" in name)  # here rounding decides which elements pass no gradient
         made.append(Case(f"{name} {shape}, {way}", dtype, lambda setting, b=backward: prepare(setting, b), size, exact))
     return made
 
@@ -153,7 +153,7 @@ def cases() -> Iterator[Case]:
 
 
 def timed(device: str, run: Callable[[], None]) -> float:
-    """Seconds until all is done that it starts."""
+    """The seconds until all work that `run` starts is done."""
     if device != "cuda":
         started = time.perf_counter()
         run()
@@ -168,7 +168,7 @@ def timed(device: str, run: Callable[[], None]) -> float:
 
 
 def seconds_per_call(calls: list[Call], device: str, least: float) -> float:
-    """The calls take turns; a run takes `least` seconds."""
+    """The median time of a call. The calls take turns, in runs that take at least `least` seconds."""
 
     def run(count: int) -> float:
         return timed(device, lambda: [calls[i % len(calls)]() for i in range(count)] and None)
@@ -196,7 +196,7 @@ def tensors_of(call: Call) -> list[torch.Tensor]:
 
 
 def error(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float, float]:
-    """The largest difference and their root mean square, relative to the exact values' own; of the worst tensor."""
+    """The largest and the root mean square difference, relative to those of the exact values, for the worst tensor."""
     largest, rms = 0.0, 0.0
     for a, e in zip(actual, exact, strict=True):
         difference = a.double() - e
@@ -206,19 +206,19 @@ def error(actual: list[torch.Tensor], exact: list[torch.Tensor]) -> tuple[float,
 
 
 def cudnn_benchmark(wanted: bool) -> AbstractContextManager[None]:
-    """Whether cuDNN times its algorithms and takes the fastest; its other flags stay what they are."""
+    """Sets whether cuDNN times its algorithms and takes the fastest; its other flags keep their values."""
     cudnn = torch.backends.cudnn
     return cudnn.flags(cudnn.enabled, wanted, cudnn.benchmark_limit, cudnn.deterministic, cudnn.allow_tf32)
 
 
 def measure(case: Case, device: str = "cuda", least: float = 0.05) -> Result:
-    """A way that fails is named with its message; the others are measured all the same."""
+    """Measures a case in each of WAYS. If one fails, its message is recorded, and the others are still measured."""
     seconds, errors, failed = {}, {}, {}
     for way in WAYS:
         try:
             with cudnn_benchmark(way == "stock, tuned"):
                 seconds[way] = seconds_per_call(calls_of(case, way, device), device, least)
-        except Exception as problem:  # whatever it is, it is the finding
+        except Exception as problem:  # any exception is a finding
             failed[way] = f"{type(problem).__name__}: {problem}".splitlines()[0]
     try:
         if case.exact:
@@ -234,7 +234,7 @@ def measure(case: Case, device: str = "cuda", least: float = 0.05) -> Result:
 
 
 def table(results: list[Result]) -> str:
-    """Markdown: the times in us, how many times as fast as eager stock and as stock's best way ours is, and errors."""
+    """A Markdown table of times in us, of speed-ups over stock run eagerly and at its best, and of errors."""
     columns = [*(f"{way}, us" for way in WAYS), "eager ratio", "best ratio", "stock's rms error", "pyops' rms error"]
     lines = ["| case | dtype | " + " | ".join(columns) + " |", "|---|---|" + "--:|" * len(columns)]
     for result in results:
@@ -263,7 +263,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def write(folder: Path, report: dict[str, Any], results: list[Result]) -> str:
-    """Writes both files; gives what the one for people says."""
+    """Writes both files and returns the text of the Markdown file."""
     gpu = report.get("gpu", {"name": report["machine"]["cpu"], "driver": None, "cuda": None})
     judged = judge(results)
     head = (

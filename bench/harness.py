@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: the command line, the tables, the gates, and the files they write."""
+"""The parts that the benchmark scripts share: the command line, the tables, the gates, and the files they write."""
 
 import argparse
 import datetime
@@ -22,20 +22,20 @@ from rich.table import Table
 
 import pyops
 
-FLOOR = 0.9  # the gate of a case that has no other: nothing may be slower than this
-# Of a result as a whole, relative to its size. Where a ReLU is fused, rounding decides the sign of some outputs, and
-# with it whether their gradients pass.
+FLOOR = 0.9  # the gate of a case that has no other one: nothing may be slower than this
+# The largest allowed error of a result as a whole, as a norm relative to that of the result. If a ReLU is fused,
+# rounding decides the sign of some outputs, and with it whether their gradients pass.
 LARGEST_ERROR = {torch.float64: 1e-10, torch.float32: 5e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
 class Work:
-    """The same work on both libraries, and how much of it there is."""
+    """A computation on both libraries, and how much work it is."""
 
-    stock: Callable[[], Any]  # each returns a tensor or a tuple of tensors, to be compared
+    stock: Callable[[], Any]  # stock and ours return a tensor or a tuple of tensors, which are compared
     ours: Callable[[], Any]
     flops: int
-    bytes: int  # to read and to write at the least
+    bytes: int  # the least that must be read and written
 
 
 class Case(Protocol):
@@ -44,14 +44,14 @@ class Case(Protocol):
     name: str
     dtype: torch.dtype
     gate: float  # the smallest ratio allowed
-    limit_gate: float  # the smallest share of the machine's limit allowed
+    limit_gate: float  # the smallest allowed share of the machine's limit
 
     def prepare(self) -> Work: ...
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cases that belong together, and the gate of the geometric mean of their ratios if there is one."""
+    """Cases that belong together, and the gate for the geometric mean of their ratios, if there is one."""
 
     title: str
     cases: Sequence[Case]
@@ -60,7 +60,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Result:
-    """One case on one number of threads. Times are seconds per call."""
+    """The result of one case for one number of threads. Times are in seconds per call."""
 
     group: str
     name: str
@@ -70,19 +70,19 @@ class Result:
     stock_median: float
     ours_min: float
     ours_median: float
-    ratio: float  # stock_median / ours_median: above 1 where pyops is the faster
+    ratio: float  # stock_median / ours_median, above 1 if pyops is faster
     gate: float
     flops: int
     bytes: int
     limit: str  # what bounds such work on this machine: "FMA" or "copy"
-    of_limit: float  # the least time within that limit / ours_min; above 1 where the data stays in a cache
+    of_limit: float  # the shortest time that the limit allows / ours_min; above 1 if the data stays in a cache
     limit_gate: float
     passed: bool
 
 
 @dataclass(frozen=True)
 class Mean:
-    """The geometric mean of a group's ratios on one number of threads."""
+    """The geometric mean of a group's ratios for one number of threads."""
 
     group: str
     name: str
@@ -93,7 +93,7 @@ class Mean:
 
 
 def main(description: str, groups: Sequence[Group]) -> None:
-    """The command line of a script whose benchmarks are `groups`."""
+    """Runs the command line of a script whose benchmarks are `groups`."""
     args = _parser(description).parse_args()
     chosen = [
         Group(group.title, cases, group.mean_gate)
@@ -144,7 +144,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
 
 
 def run(group: str, case: Case, threads: Sequence[int]) -> list[Result]:
-    """Check that both sides compute the same, then time them on each number of threads."""
+    """Checks that both sides compute the same results, then times them with each number of threads."""
     work = case.prepare()
     _check_equal(case, work.stock(), work.ours())
     results = []
@@ -188,7 +188,7 @@ def _check_equal(case: Case, stock: Any, ours: Any) -> None:
 
 
 def geometric_means(group: Group, results: Sequence[Result]) -> list[Mean]:
-    """The group's mean on each number of threads, if the group has a gate for it."""
+    """The group's mean for each number of threads, if the group has a gate for it."""
     if group.mean_gate is None:
         return []
     means = []
@@ -200,7 +200,7 @@ def geometric_means(group: Group, results: Sequence[Result]) -> list[Mean]:
 
 
 def environment() -> dict[str, Any]:
-    """What runs on what: kept with the results."""
+    """The machine, the versions, the commit and the date, which are kept with the results."""
     cpuinfo = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
@@ -208,7 +208,7 @@ def environment() -> dict[str, Any]:
             "cpu": model[1] if model else platform.machine(),
             "cores": len(os.sched_getaffinity(0)),
             "capability": torch.backends.cpu.get_cpu_capability(),
-            "load": os.getloadavg()[0],  # processes that wanted a core in the last minute: above 0, times are disturbed
+            "load": os.getloadavg()[0],  # runnable processes in the last minute; above 0, the times are disturbed
         },
         "versions": {"torch": torch.__version__, "pyops": pyops.__version__, "python": platform.python_version()},
         "commit": _git_commit(),
@@ -217,7 +217,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit, and whether there are changes to it besides results, which a run of several scripts writes itself."""
+    """The commit, with "-dirty" if files other than results have changed; the scripts write the results themselves."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
@@ -233,13 +233,13 @@ def _git_commit() -> str | None:
 
 
 def limits(dtypes: set[torch.dtype], threads: int) -> dict[str, float]:
-    """The machine's limits as measured now, in 1e9 floating point operations or bytes per second."""
+    """The machine's limits, measured now, in 1e9 floating point operations or bytes per second."""
     giga = {f"{dtype} GFLOP/s": round(measure.peak_flops(dtype, threads) / 1e9, 1) for dtype in dtypes}
     return giga | {"copy GB/s": round(measure.copy_bandwidth(threads) / 1e9, 1)}
 
 
 def table(title: str, rows: Sequence[Result | Mean]) -> Table:
-    """Times in microseconds."""
+    """A table of the results, with times in microseconds."""
     result = Table(title=title, title_justify="left")
     result.add_column("case, times in us", no_wrap=True)
     for name in ("threads", "stock min", "median", "ours min", "median", "stock/ours", "gate", "", "of limit"):
@@ -258,7 +258,7 @@ def table(title: str, rows: Sequence[Result | Mean]) -> Table:
 
 
 def plot(path: Path, results: Sequence[Result]) -> None:
-    """A band for each group: its cases from top to bottom, a colour for each number of threads, and the gates."""
+    """Plots a band for each group: its cases from top to bottom, a colour for each number of threads, and the gates."""
     groups = list(dict.fromkeys(result.group for result in results))
     figure = Figure(figsize=(11, 1.5 + 0.7 * len(groups)), layout="constrained")
     axes = figure.subplots()

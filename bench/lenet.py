@@ -1,4 +1,4 @@
-"""Whole networks on pyops' layers against the same on stock torch's: `python bench/lenet.py --help`."""
+"""Whole networks on pyops' layers against the same networks on stock torch's: `python bench/lenet.py --help`."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from pyops.lenet import StockLeNet
 
 
 class Library(NamedTuple):
-    """Where the layers come from."""
+    """The library that the layers come from."""
 
     nn: ModuleType
     LeNet: Callable[[], torch.nn.Module]
@@ -25,19 +25,19 @@ class Library(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """One computation: the function that `build` makes of either library's layers."""
+    """One computation: the function that `build` makes from the layers of either library."""
 
     name: str
     build: Callable[[Library], Callable[[], Tensor | tuple[Tensor, ...]]]
     gate: float = FLOOR
     dtype: torch.dtype = torch.float32
     limit_gate: float = 0
-    fused: bool = False  # ours, by LeNet(fused=True)
+    fused: bool = False  # whether ours is LeNet(fused=True)
 
     def prepare(self) -> Work:
         steps = []
         for library in (Library(torch.nn, StockLeNet), Library(pyops.nn, partial(pyops.LeNet, fused=self.fused))):
-            torch.manual_seed(0)  # the same parameters and data for both
+            torch.manual_seed(0)  # so that both have equal parameters and data
             steps.append(self.build(library))
         stock, ours = steps
         with FlopCounterMode(display=False) as counter:
@@ -121,7 +121,7 @@ def tutorial_sgd_step(library: Library) -> Callable[[], Tensor]:
     return step
 
 
-# A kernel for narrower vectors gains less over stock.
+# Kernels with narrower vectors gain less over stock.
 CAPABILITY_FACTOR = 0.8 if torch.backends.cpu.get_cpu_capability() == "AVX2" else 1
 
 GROUPS = [
@@ -169,8 +169,8 @@ GROUPS = [
             for fused in (False, True)
         ],
     ),
-    # Whatever number of threads stands in their lines, each thread of Python computes on itself alone. How they scale
-    # is the time of the first line divided by that of the others.
+    # Each Python thread computes on itself alone, whatever number of threads the lines of this group state. The time of
+    # the first line divided by that of another line tells how the threads scale.
     Group(
         "forward of LeNet 5x5 by several threads of Python at once",
         [

@@ -1,9 +1,9 @@
-"""Times the same work on stock torch and on pyops, and the machine's own limits, all in one process.
+"""Times a computation on stock torch and on pyops, and measures the machine's own limits, all in one process.
 
 Other programs, the clock frequency and the memory all change while a benchmark runs. So the two sides take turns, in
-short blocks of calls: what disturbs the one disturbs the other too. The blocks are `timeit.Timer`'s, which is also
-what torch.utils.benchmark.Timer times with; the latter repeats at least two untimed calls in front of every block,
-though, and where one call is a block that would make the run three times as long.
+short blocks of calls: what disturbs one side disturbs the other too. `timeit.Timer` times the blocks.
+torch.utils.benchmark.Timer uses it too, but makes at least two untimed calls before every block; if a single call fills
+a block, this would make the run three times as long.
 """
 
 import concurrent.futures
@@ -20,27 +20,27 @@ from pathlib import Path
 
 import torch
 
-BLOCK_SECONDS = 20e-3  # long against what the other side left behind: in the caches, and freed memory to be faulted in
+BLOCK_SECONDS = 20e-3  # long enough to outweigh the other side's effects on the caches and on freed memory
 CASE_SECONDS = 0.4  # what one comparison may take ...
 MIN_ROUNDS, MAX_ROUNDS = 5, 20  # ... within this many turns
-FMA_REPETITIONS = 1_000_000  # some 10 ms
+FMA_REPETITIONS = 1_000_000  # they take some 10 ms
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of both sides, one number for each block."""
+    """The seconds per call of both sides, one number for each block."""
 
     stock: list[float]
     ours: list[float]
 
     @property
     def ratio(self) -> float:
-        """Stock's median time divided by ours: above 1 where pyops is the faster."""
+        """Stock's median time divided by ours, which is above 1 if pyops is faster."""
         return statistics.median(self.stock) / statistics.median(self.ours)
 
 
 def compare(stock: Callable[[], object], ours: Callable[[], object], threads: int) -> Timing:
-    """Time the two calls in turns, on `threads` threads of torch. Both have been called before."""
+    """Times the two calls in turns with `threads` threads of torch. Both must have been called before."""
     torch.set_num_threads(threads)
     timers = [timeit.Timer(call) for call in (stock, ours)]
     numbers = [_calls_per_block(timer) for timer in timers]
@@ -56,7 +56,7 @@ def compare(stock: Callable[[], object], ours: Callable[[], object], threads: in
 
 def _calls_per_block(timer: timeit.Timer) -> int:
     number = 1
-    # The best of three: the first call may pay ten times its own time for memory that the other side gave back.
+    # The best of three counts: the first call may take much longer, because it maps memory that the other side freed.
     while (seconds := min(timer.repeat(3, number))) < BLOCK_SECONDS / 2:
         number *= 2
     return max(1, round(number * BLOCK_SECONDS / seconds))
@@ -64,10 +64,11 @@ def _calls_per_block(timer: timeit.Timer) -> int:
 
 @functools.cache
 def peak_flops(dtype: torch.dtype, threads: int) -> float:
-    """Floating point operations per second that the machine is seen to reach, a fused multiply-add counting as two.
+    """The floating point operations per second that the machine reaches, where a fused multiply-add counts as two.
 
-    For float32 and float64 those of a loop of nothing else (fma_peak.cpp), on every thread at once; for the 16-bit
-    types the best of stock's matrix product on matrices that fit into a core's cache, on matrix units if there are any.
+    For float32 and float64 this is measured with a loop of nothing else (fma_peak.cpp), on every thread at once. For
+    the 16-bit types it is the best rate of stock's matrix product on matrices that fit into a core's cache; that uses
+    matrix units if there are any.
     """
     if dtype in (torch.float32, torch.float64):
         count = getattr(_fma_library(), f"fma_peak_{dtype}".replace("torch.", ""))
@@ -89,7 +90,7 @@ def _fma_library() -> ctypes.CDLL:
 
 @functools.cache
 def copy_bandwidth(threads: int) -> float:
-    """Bytes read and written per second in copying 256 MB that are in no cache."""
+    """The bytes read and written per second while copying 256 MB that are in no cache."""
     source = torch.ones(64 * 1024**2)
     return 2 * source.nbytes / _best_seconds(torch.Tensor.copy_, source, threads)
 

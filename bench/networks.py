@@ -1,5 +1,5 @@
-"""Networks of well-known shapes on stock torch alone: narrow ones, small enough to train in a test, or `scale` times as
-wide."""
+"""Networks of well-known architectures on stock torch alone. They are narrow, small enough to train in a test, or
+`scale` times as wide."""
 
 import torch
 from torch import nn
@@ -86,7 +86,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Residual blocks: a value that is used twice, and added to in place."""
+    """Residual blocks, in which a value is used twice and added to in place."""
 
     shape = (3, 24, 24)
 
@@ -127,7 +127,7 @@ class MobileNet(nn.Module):
 
 
 class LeNet(StockLeNet):
-    """The one of the tutorials, of one width."""
+    """The LeNet of the tutorials, which has only one width."""
 
     shape = (1, 32, 32)
 

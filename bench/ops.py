@@ -1,7 +1,7 @@
 """Each op of pyops, forward and each gradient, against the stock op: `python bench/ops.py --help`.
 
-`GROUPS` is the table of all that is measured and of how much faster than stock it has to be. All goes through the
-public Python functions, so that a gradient's time includes some 15 us that torch.autograd.grad itself takes.
+`GROUPS` is the table of all cases that are measured and of how much faster than stock they have to be. All calls go
+through the public Python functions, so the time of a gradient includes that of torch.autograd.grad itself.
 """
 
 import math
@@ -20,7 +20,7 @@ NCHW, NHWC = torch.contiguous_format, torch.channels_last
 
 
 def function(functional: ModuleType, op: str) -> Callable[..., torch.Tensor]:
-    """The op of a library; stock's fused ones are the single ops one after the other."""
+    """The op of a library; stock has no fused ops, so there they are the single ops in turn."""
     pooling = {"pool_kernel_size": 2} if op == "conv2d_relu_max_pool2d" else {}
     if hasattr(functional, op):
         return partial(getattr(functional, op), **pooling)
@@ -32,13 +32,13 @@ def function(functional: ModuleType, op: str) -> Callable[..., torch.Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """One function of `functional` on one shape, and what of it is timed."""
+    """One function of `functional` on one shape, and the part of it that is timed."""
 
     op: str
     input: tuple[int, ...]
     weight: tuple[int, ...] | None = None
     options: tuple[int, ...] = ()  # the arguments after the tensors
-    timed: str = "forward"  # or "forward with grad", "grad_input", "grad_weight" (with the bias', if there is a bias)
+    timed: str = "forward"  # or "forward with grad", "grad_input", "grad_weight" (with the bias's, if there is a bias)
     bias: bool = True
     dtype: torch.dtype = torch.float32
     layout: torch.memory_format = NCHW
@@ -57,7 +57,7 @@ class Case:
         torch.manual_seed(0)
         operands: list[torch.Tensor | None] = [self._random(self.input)]
         if self.weight:
-            weight = self._random(self.weight).mul_(math.prod(self.weight[1:]) ** -0.5)  # outputs of about 1
+            weight = self._random(self.weight).mul_(math.prod(self.weight[1:]) ** -0.5)  # makes outputs of about 1
             operands += [weight, self._random(self.weight[:1]) if self.bias else None]
         arguments = (*operands, *self.options)
         output = function(torch.nn.functional, self.op)(*arguments)
@@ -93,7 +93,7 @@ class Case:
 
 
 def cases(op: str, shapes: Iterable[tuple[Any, ...]], *timed: str, **rest: Any) -> list[Case]:
-    """A case for each shape (input, weight, options as far as there are any) and each thing to time."""
+    """A case for each shape (input, weight and options, as far as the op has them) and each part to time."""
     return [Case(op, *shape, timed=what, **rest) for shape in shapes for what in timed]
 
 
@@ -116,7 +116,7 @@ LENET_CONVS = {  # 5x5 and 3x3
     ]
     for n in BATCHES
 }
-LARGE_CONVS = [  # the planes of residual networks; options are stride and padding
+LARGE_CONVS = [  # the planes of residual networks; the options are stride and padding
     ((8, channels, side, side), *weight_and_options)
     for channels, side in ((64, 56), (128, 28), (256, 14), (512, 7))
     for stride in (1, 2)
@@ -125,13 +125,13 @@ LARGE_CONVS = [  # the planes of residual networks; options are stride and paddi
         ((4 * channels, channels, 1, 1), (stride, 0)),
     )
 ]
-NARROW_CONVS = [((8, 16, 32, 32), (16, 16, 3, 3), (1, 1))]  # of residual networks for CIFAR
-SMALL_CONVS = [  # of networks for MNIST and CIFAR: with padding, without, and in place of a linear layer
+NARROW_CONVS = [((8, 16, 32, 32), (16, 16, 3, 3), (1, 1))]  # from residual networks for CIFAR
+SMALL_CONVS = [  # from networks for MNIST and CIFAR: with padding, without, and in place of a linear layer
     *[((64, 1, 28, 28), (32, 1, 3, 3), (1, 1)), ((64, 1, 28, 28), (32, 1, 5, 5), (1, 2))],
     *[((64, 32, 14, 14), (64, 32, 3, 3), (1, 1)), ((64, 32, 12, 12), (64, 32, 5, 5))],
     *[((64, 3, 32, 32), (32, 3, 3, 3), (1, 1)), ((16, 64, 7, 7), (128, 64, 7, 7))],
 ]
-SPECIAL_CONVS = [  # stride, padding, dilation, groups
+SPECIAL_CONVS = [  # the options are stride, padding, dilation, groups
     ((8, 3, 224, 224), (64, 3, 7, 7), (2, 3)),
     ((8, 64, 28, 28), (64, 1, 3, 3), (1, 1, 1, 64)),
     ((8, 128, 28, 28), (128, 4, 3, 3), (1, 1, 1, 32)),

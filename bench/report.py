@@ -1,8 +1,9 @@
-"""The whole benchmark, and the Markdown tables of docs/benchmarks.md and the README made of it.
+"""Runs the whole benchmark, and makes the Markdown tables of docs/benchmarks.md and the README from its results.
 
 `python bench/report.py --run NAME` times everything and writes bench/results/NAME-lenet.json, NAME-ops.json and
-NAME-compile.json, with a plot of the ratios of each and a roofline of the ops; `python bench/report.py FILE.json ...`
-prints the tables of such files, and `python bench/report.py --headline` the table of the README, of all of them.
+NAME-compile.json, with a plot of the ratios of each and a roofline of the ops. `python bench/report.py FILE.json ...`
+prints the tables of such files. `python bench/report.py --headline` prints the table of the README, made from all of
+them.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 HERE = Path(__file__).parent
 SCRIPTS = ("lenet", "ops", "compile")
 
-# The rows of the README's table: a case, and what it is called there.
+# The rows of the README's table: each case, and its name in that table.
 HEADLINE = {
     "LeNet(fused=True) training, batch 64": "LeNet with fused blocks, training step, batch 64",
     "LeNet training, batch 64": "LeNet with drop-in layers, training step, batch 64",
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def run(name: str) -> list[Path]:
-    """Time everything, each script in a process of its own."""
+    """Times everything, each script in a process of its own."""
     files = []
     (HERE / "results").mkdir(exist_ok=True)
     for script in SCRIPTS:
@@ -61,7 +62,7 @@ def run(name: str) -> list[Path]:
 
 
 def roofline(report: dict[str, Any], path: Path) -> None:
-    """float32, one thread: operations per second over operations per byte, and what the machine was seen to reach."""
+    """Plots operations per second over operations per byte, for float32 on one thread, and the machine's limits."""
     limits = report["limits"]["1"]
     flops, bandwidth = limits["torch.float32 GFLOP/s"], limits["copy GB/s"]
     drawn = [r for r in report["results"] if r["threads"] == 1 and r["dtype"] == "torch.float32" and r["flops"]]
@@ -78,7 +79,7 @@ def roofline(report: dict[str, Any], path: Path) -> None:
 
 
 def table(name: str, report: dict[str, Any]) -> list[str]:
-    """How many times faster than stock each group is: geometric mean (worst to best), by number of threads."""
+    """A table of the speed-up of each group over stock: geometric mean (worst to best), by number of threads."""
     machine, versions = report["machine"], report["versions"]
     threads = list(dict.fromkeys(result["threads"] for result in report["results"]))
     lines = [
@@ -99,7 +100,7 @@ def table(name: str, report: dict[str, Any]) -> list[str]:
 
 
 def headline(files: list[Path]) -> list[str]:
-    """The median times on one thread and their ratio, three columns for each run that has files."""
+    """A table of the median times on one thread and their ratio, with three columns for each run that has files."""
     runs: dict[str, dict[str, Any]] = {}
     for file in files:
         results = json.loads(file.read_text())["results"]
@@ -119,7 +120,7 @@ def headline(files: list[Path]) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Three digits of it, in milliseconds or microseconds."""
+    """The duration to three digits, in milliseconds or microseconds."""
     unit, value = ("ms", seconds * 1e3) if seconds >= 1e-3 else ("µs", seconds * 1e6)
     return f"{float(f'{value:.3g}'):g} {unit}"
 

@@ -1,7 +1,8 @@
 """Custom autograd ops for PyTorch with hand-written C++ and CUDA kernels.
 
-`pyops.functional` and `pyops.nn` hold the replacements of torch's relu, linear, conv2d and max_pool2d, `pyops.autograd`
-the `torch.autograd.Function`s that they are made of, and `torch.ops.pyops` the operators beneath.
+`pyops.functional` and `pyops.nn` hold the replacements for torch's relu, linear, conv2d and max_pool2d.
+`pyops.autograd` holds the `torch.autograd.Function`s that they are made of, and `torch.ops.pyops` the operators
+beneath.
 
 >>> import torch, pyops
 >>> pyops.functional.relu(torch.tensor([-1.0, 2.0]))

@@ -1,4 +1,4 @@
-"""Loads the compiled half of pyops, after making sure that it was built with the torch that runs now."""
+"""Loads the compiled part of pyops, after checking that it was built with the torch that is running."""
 
 import importlib
 
@@ -20,7 +20,7 @@ if torch.__version__ != build_info.torch:
 
 from pyops import _C
 
-# ATen's name of the instruction set it uses itself; the environment variable ATEN_CPU_CAPABILITY selects a lower one.
+# ATen's name for the instruction set that it uses; the environment variable ATEN_CPU_CAPABILITY selects a lower one.
 cpu_capability = torch.backends.cpu.get_cpu_capability()
 if cpu_capability not in build_info.cpu_capabilities:
     cpu_capability = "DEFAULT"

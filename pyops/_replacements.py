@@ -1,5 +1,4 @@
-"""Which of torch's functions pyops can take the place of, and on which tensors: what `patch` and the Dynamo backend
-share."""
+"""Which of torch's functions pyops can replace, and for which tensors. `patch` and the Dynamo backend share this."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -28,13 +27,13 @@ def max_pool2d_with_indices(
     padding: functional.Ints = 0,
     dilation: functional.Ints = 1,
     ceil_mode: bool = False,
-    return_indices: bool = True,  # ignored, as by stock
+    return_indices: bool = True,  # ignored, as in stock torch
 ) -> Any:
     return functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices=True)
 
 
 F = torch.nn.functional
-# Stock function -> ours, which takes the same arguments, and the dtypes it has kernels for.
+# Maps each stock function to ours, which takes the same arguments, and to the dtypes that ours has kernels for.
 _REPLACEMENTS: dict[Callable[..., Any], tuple[Callable[..., Any], frozenset[torch.dtype]]] = {
     F.relu: (functional.relu, REAL),
     torch.relu: (functional.relu, REAL),
@@ -50,13 +49,13 @@ _REPLACEMENTS: dict[Callable[..., Any], tuple[Callable[..., Any], frozenset[torc
 
 
 def replacement(stock: Callable[..., Any], arguments: Iterable[Any]) -> Callable[..., Any] | None:
-    """Our function for a call of `stock` on these arguments; None where there is none, or it has no kernel for them."""
+    """Our function for a call of `stock` with these arguments; None if we have none, or no kernel for the arguments."""
     ours, dtypes = _REPLACEMENTS.get(stock, (None, frozenset()))
     return ours if ours is not None and takes(arguments, dtypes) else None
 
 
 def takes(arguments: Iterable[Any], dtypes: frozenset[torch.dtype]) -> bool:
-    """Whether all tensors among the arguments are plain and dense, and of a device and a dtype with kernels."""
+    """Whether every tensor among the arguments is plain and dense, and has a device and a dtype with kernels."""
     return all(
         type(each) in (Tensor, torch.nn.Parameter, FakeTensor)
         and each.device.type in DEVICES

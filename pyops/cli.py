@@ -19,7 +19,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line ``argv`` (that of the process if None); bad arguments or data exit with status 2."""
+    """Run the command line ``argv`` (the process's own if None); bad arguments or data exit with status 2."""
     args = _parser().parse_args(argv)
     try:
         args.command(args)
@@ -73,7 +73,7 @@ def _train(args: argparse.Namespace) -> None:
     networks = {"stock": StockLeNet, "pyops": LeNet} if args.compare else {"pyops": LeNet}
     models = {}
     for name, network in networks.items():
-        torch.manual_seed(args.seed)  # the same initial parameters for both
+        torch.manual_seed(args.seed)  # so that both start from equal parameters
         models[name] = network(args.kernel_size)
 
     threads = torch.get_num_threads()

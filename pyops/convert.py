@@ -1,11 +1,11 @@
-"""Switch the layers of a model between torch's classes and ours.
+"""Switches the layers of a model between torch's classes and ours.
 
-Our layers differ from torch's in ``forward`` alone, so switching one is assigning its ``__class__``: the object, its
-parameters, buffers, hooks, flags, name and place in the model (or several places) stay what they are. Nothing is
-copied, so nothing can be forgotten, and optimizers and tied weights keep working.
+Our layers differ from torch's in ``forward`` alone, so a layer is switched by assigning its ``__class__``. The object,
+its parameters, buffers, hooks, flags, name and place (or places) in the model stay what they are. Nothing is copied, so
+nothing can be forgotten, and optimizers and tied weights keep working.
 
-Fusing is the same: a convolution followed by a ReLU and a max-pool becomes a fused layer in its own place, under its
-own name, and the ReLU and the pool become layers that hand on what they are given.
+Fusing works in the same manner: a convolution followed by a ReLU and a max-pool becomes a fused layer in its own place,
+under its own name, and the ReLU and the pool become layers that return their input.
 """
 
 from collections.abc import Iterator, Mapping
@@ -33,14 +33,14 @@ _TO_STOCK = {ours: stock for stock, ours in _TO_PYOPS.items()}
 
 
 class _FusedReLU(nn.ReLU):
-    """A ReLU that the layer before it does."""
+    """A ReLU that the layer before it computes."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input
 
 
 class _FusedMaxPool2d(nn.MaxPool2d):
-    """A max-pool that the layer before it does."""
+    """A max-pool that the layer before it computes."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input
@@ -52,28 +52,29 @@ _UNFUSED_LAYER: dict[type, type] = {
     nn.ConvReLU2d: nn.Conv2d,
     nn.ConvReLUMaxPool2d: nn.Conv2d,
 }
-_FUSED_FLAG = "_fused_by_convert"  # on a layer that was not built as a fused one
+_FUSED_FLAG = "_fused_by_convert"  # marks a layer that was not built as a fused one
 
 
 def convert(module: Module, fuse: bool = False) -> Module:
-    """Make every stock layer of ``module`` that pyops has a pyops layer, in place.
+    """Turn the stock layers of ``module`` that pyops has kernels for into pyops layers, in place.
 
     ``torch.nn.ReLU``, ``Linear``, ``Conv2d`` and ``MaxPool2d`` become their :mod:`pyops.nn` namesakes, ``module``
-    itself included. Only these exact classes: a subclass may rely on a ``forward`` of its own, and stays; so do
-    functional calls in a ``forward`` method and scripted modules. Parameters, buffers, hooks, parametrizations and
-    the training flag are kept. For a converted copy write ``convert(copy.deepcopy(module))``.
+    itself included. Only these exact classes are switched: a subclass stays, because it may rely on a ``forward`` of
+    its own, and so do functional calls in a ``forward`` method and scripted modules. Parameters, buffers, hooks,
+    parametrizations and the training flag are kept. For a converted copy write ``convert(copy.deepcopy(module))``.
 
     With ``fuse``, a Linear followed by a ReLU, and a Conv2d followed by a ReLU and perhaps a MaxPool2d, in either
-    order, become one layer: :class:`pyops.nn.LinearReLU`, :class:`~pyops.nn.ConvReLU2d`,
-    :class:`~pyops.nn.ConvReLUMaxPool2d`. It takes the place of the first; the others stay where they are and hand on
-    what they are given, so the ``state_dict`` keys remain. Results are the same. Only what is known to be alone is
-    fused: by tracing ``module.forward`` with :mod:`torch.fx`, in training and in evaluation mode, where that can be
-    done, and else inside each :class:`torch.nn.Sequential`, which is taken to be called as a whole. A layer that is
-    called or registered twice, whose result is used elsewhere too, or that has hooks or parametrizations, and
-    functional calls, are left alone; :class:`pyops.LeNet` is fused as a whole.
+    order, become one layer: :class:`pyops.nn.LinearReLU`, :class:`~pyops.nn.ConvReLU2d` or
+    :class:`~pyops.nn.ConvReLUMaxPool2d`. It takes the place of the first layer; the others stay where they are and
+    return their input, so the ``state_dict`` keys remain. Results are the same. Layers are fused only if nothing else
+    uses the results between them. To find out, ``module.forward`` is traced with :mod:`torch.fx`, in training and in
+    evaluation mode; if it cannot be traced, each :class:`torch.nn.Sequential` is taken to be called as a whole, and
+    layers are fused inside of it. Functional calls are left alone, and so is a layer that is called or registered
+    twice, whose result is used elsewhere too, or that has hooks or parametrizations. :class:`pyops.LeNet` is fused as
+    a whole.
 
     Args:
-        module: the model; converting it twice is the same as once.
+        module: the model; converting it twice has the effect of converting it once.
         fuse: also replace sequences of layers by fused layers.
 
     Returns:
@@ -97,10 +98,10 @@ def convert(module: Module, fuse: bool = False) -> Module:
 
 
 def revert(module: Module) -> Module:
-    """Make every pyops layer of ``module`` its torch namesake, in place: the inverse of :func:`convert`.
+    """Turn every pyops layer of ``module`` into its torch namesake, in place. This is the inverse of :func:`convert`.
 
-    Arguments, return value and errors are :func:`convert`'s. Layers that were built as pyops layers are switched too,
-    so a model without pyops is what remains.
+    Argument, return value and errors are :func:`convert`'s. Layers that were built as pyops layers are switched too,
+    so the model no longer uses pyops.
 
     >>> type(revert(nn.Linear(4, 3)))
     <class 'torch.nn.modules.linear.Linear'>
@@ -124,8 +125,8 @@ def _switch_layer(layer: torch.nn.Module, classes: Mapping[type, type]) -> None:
     if cls in classes:
         layer.__class__ = classes[cls]
     elif is_parametrized(layer) and (base := cls.__bases__[0]) in classes:
-        # torch gave this layer a class of its own, holding the parametrized tensors as properties. Copies of the layer
-        # share that class, so it is made anew over the other base instead of being changed.
+        # torch gave this layer a class of its own, which holds the parametrized tensors as properties. Copies of the
+        # layer share that class, so it is not changed: a new one is made over the other base.
         layer.__class__ = type(f"Parametrized{classes[base].__name__}", (classes[base],), dict(vars(cls)))
 
 
@@ -138,13 +139,13 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
-        # The graph holds calls only, not the contexts that they are made in.
+        # The graph records calls, but not the contexts in which they are made.
         node.meta["grad_modes"] = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         return node
 
 
 def _sequences(root: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
-    """Layers that are called one after the other, each once, and whose results only the next one sees."""
+    """Runs of two or three layers that are called in turn, each once, and whose results only the next layer sees."""
     names = [id(layer) for _, layer in root.named_modules(remove_duplicate=False)]
     once = {identity for identity in names if names.count(identity) == 1}
     try:
@@ -157,7 +158,7 @@ def _sequences(root: torch.nn.Module) -> Iterator[list[torch.nn.Module]]:
         for i in range(len(chain)):
             for length in (3, 2):
                 layers = chain[i : i + length]
-                # The hooks of a module that has all of the layers inside see none of what is between them.
+                # The hooks of a module that contains all of the layers see no value that passes between them.
                 seen = any(module & {*layers} and not module >= {*layers} for module in hooked)
                 if len(layers) == length and not seen and all(id(layer) in once for layer in layers):
                     yield layers
@@ -168,7 +169,7 @@ def _traced(root: torch.nn.Module, training: bool) -> list[list[torch.nn.Module]
     modes = {layer: layer.training for layer in root.modules()}
     try:
         for layer in modes:
-            layer.training = training  # not by train(), which a model may have made do more
+            layer.training = training  # not by train(), which a model may have overridden
         graph = _Tracer().trace(root)
     finally:
         for layer, mode in modes.items():
@@ -191,13 +192,13 @@ def _traced(root: torch.nn.Module, training: bool) -> list[list[torch.nn.Module]
 
 
 def _is_plain(layer: torch.nn.Module) -> bool:
-    """Whether nobody could notice that a layer is not called, or not with what it was called with."""
+    """Whether a layer has no hooks, which would notice if it were not called or if its input were another tensor."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return not any(getattr(layer, name) for name in hooks)
 
 
 def _fuse(layers: list[torch.nn.Module]) -> None:
-    """Fuses the layers if they are one of the patterns."""
+    """Fuses the layers if they match one of the patterns."""
     kinds = tuple(type(layer) for layer in layers)
     first = layers[0]
     if kinds == (nn.Linear, nn.ReLU):

@@ -1,7 +1,7 @@
 """Handwritten digits as LeNet takes them: standardised float32 images of 32x32 pixels.
 
-Two sources: the 1,797 real 8x8 digits that scikit-learn carries (nothing to download), and MNIST's IDX files in a
-directory of the user's.
+There are two sources: the 1,797 real 8x8 digits that scikit-learn carries (nothing has to be downloaded), and MNIST's
+IDX files in a directory that the user names.
 """
 
 import gzip
@@ -23,7 +23,7 @@ _GZIP_MAGIC = b"\x1f\x8b"
 
 
 class DataError(Exception):
-    """Data that is missing or corrupt; the message is one sentence for the user."""
+    """The data is missing or corrupt; the message is one sentence for the user."""
 
 
 class Split(NamedTuple):
@@ -34,24 +34,24 @@ class Split(NamedTuple):
 
 
 class Digits(NamedTuple):
-    """A data set, cut in two."""
+    """A data set, split into training and test images."""
 
     train: Split
     test: Split
 
 
 def load_digits(seed: int = 0) -> Digits:
-    """scikit-learn's 8x8 digits with a margin, up-sampled to 32x32; ``seed`` draws the fifth that is the test set.
+    """scikit-learn's 8x8 digits with a margin, up-sampled to 32x32; ``seed`` draws the fifth that becomes the test set.
 
     >>> digits = load_digits()
     >>> digits.train.images.shape, digits.test.labels.shape
     (torch.Size([1438, 1, 32, 32]), torch.Size([359]))
     """
-    from sklearn.datasets import load_digits as load  # here, for it takes a second to import
+    from sklearn.datasets import load_digits as load  # here because the import is slow
 
     bunch = load()
-    # The strokes touch the border, where LeNet's convolutions see them with half their taps at most. The margin of one
-    # pixel, which MNIST has drawn in, raises the test accuracy by half a point.
+    # The strokes touch the border, where LeNet's convolutions see them with at most half of their taps. A margin of one
+    # pixel, as MNIST's images have it, raises the test accuracy by half a point.
     images = torch.nn.functional.pad(torch.from_numpy(bunch.images), (1, 1, 1, 1))
     labels = torch.from_numpy(bunch.target)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
@@ -64,11 +64,11 @@ def load_mnist(directory: str | Path) -> Digits:
     """MNIST, or any data set in its format, from the four IDX files in ``directory``, resized to 32x32.
 
     The files are ``train-images-idx3-ubyte``, ``train-labels-idx1-ubyte``, ``t10k-images-idx3-ubyte`` and
-    ``t10k-labels-idx1-ubyte``, each as it is or with ``.gz``.
+    ``t10k-labels-idx1-ubyte``, each uncompressed or gzipped with the suffix ``.gz``.
 
     Raises:
-        DataError: a file is missing or unreadable, is no IDX file, is cut short, holds another number of labels than
-            images, or a label above 9.
+        DataError: a file is missing or unreadable, is no IDX file, is cut short, holds a label above 9, or the numbers
+            of labels and images differ.
     """
     directory = Path(directory)
     return _digits(*_read_pair(directory, "train"), *_read_pair(directory, "t10k"))
@@ -77,11 +77,11 @@ def load_mnist(directory: str | Path) -> Digits:
 def read_idx(path: Path, dims: int) -> Tensor:
     """The unsigned bytes of an IDX file, gzipped or not, as a uint8 tensor of ``dims`` dimensions.
 
-    The format: two zero bytes, the type (8: unsigned byte), the number of dimensions, each size as a big-endian 32-bit
-    number, the elements in row-major order.
+    The file consists of two zero bytes, the type (8: unsigned byte), the number of dimensions, each size as a
+    big-endian 32-bit number, and the elements in row-major order.
 
     Raises:
-        DataError: the file cannot be read, or is not such a file.
+        DataError: the file cannot be read or does not have this format.
     """
     try:
         content = path.read_bytes()
@@ -129,5 +129,5 @@ def _digits(train_images: Tensor, train_labels: Tensor, test_images: Tensor, tes
 
 
 def _resize(images: Tensor) -> Tensor:
-    """``[N, H, W]`` of any dtype to ``[N, 1, 32, 32]`` float32."""
+    """Resizes ``[N, H, W]`` of any dtype to ``[N, 1, 32, 32]`` float32."""
     return torch.nn.functional.interpolate(images.float().unsqueeze(1), (_SIDE, _SIDE), mode="bilinear")

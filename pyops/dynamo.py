@@ -1,10 +1,10 @@
 """The backend of ``torch.compile(model, backend="pyops")``: any stock model, on pyops' kernels.
 
-Dynamo hands over what it traced as a graph of calls of torch's functions, into which layers and methods are resolved
-already. Those that pyops has become ours, sequences of them one fused call, and the graph runs as it is: eagerly, by
-autograd, so that training, hooks and autocast are what they are without compilation.
+Dynamo hands over what it traced as a graph of calls of torch's functions, in which layers and methods are already
+resolved. Calls that pyops has a kernel for become calls of ours, and sequences of them become one fused call. The graph
+then runs eagerly, under autograd, so that training, hooks and autocast behave as they do without compilation.
 
-torch finds the backend by an entry point, so that ``import pyops`` is not needed.
+torch finds the backend through an entry point, so ``import pyops`` is not needed.
 """
 
 import inspect
@@ -19,7 +19,7 @@ from pyops._replacements import relu_, replacement
 
 __all__ = ["backend"]
 
-# Calls of which each is the only one to use the result of the one before, and the function that does them at once.
+# Sequences of calls, each the only user of the result before it, and the function that computes them in one call.
 _PATTERNS: list[tuple[tuple[Callable[..., Any], ...], Callable[..., Any]]] = [
     ((functional.linear, functional.relu), functional.linear_relu),
     ((functional.conv2d, functional.relu, functional.max_pool2d), functional.conv2d_relu_max_pool2d),
@@ -31,11 +31,12 @@ _POOL_OPTIONS |= {"dilation": "pool_dilation", "ceil_mode": "ceil_mode"}
 
 
 def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-    """What ``torch.compile`` calls, once for each graph that it traced.
+    """Compile one graph; ``torch.compile`` calls this once for each graph that it traced.
 
-    Calls of relu, linear, conv2d and max_pool2d, as layers, functions or methods, are made on pyops' kernels where
-    these have the device and the dtype; relu after linear or conv2d, and max_pool2d before or after it, in the same
-    call as these, where nothing else uses what lies between. Everything else is called as in the model.
+    Calls of relu, linear, conv2d and max_pool2d, as layers, functions or methods, run on pyops' kernels if these
+    support the device and the dtype. A relu after linear or conv2d, and after conv2d also a max_pool2d before or after
+    that relu, become part of one fused call if nothing else uses the results between them. Everything else is called as
+    in the model.
 
     Args:
         graph_module: the traced graph; its nodes carry example values.
@@ -50,7 +51,7 @@ def backend(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> Call
     'pyops::linear_relu_backward'
     """
     for module in graph_module.modules():
-        if isinstance(module, fx.GraphModule):  # itself, and the bodies of checkpoints and the like
+        if isinstance(module, fx.GraphModule):  # graph_module itself, and the bodies of checkpoints and the like
             for node in module.graph.nodes:
                 _replace(node)
             for node in module.graph.nodes:
@@ -64,7 +65,7 @@ def _example(node: fx.Node) -> Any:
 
 
 def _replace(node: fx.Node) -> None:
-    """Makes a call of one of torch's functions a call of ours, if it is one that we have."""
+    """Turns a call of one of torch's functions into a call of ours, if we have that function."""
     if node.op not in ("call_function", "call_method"):
         return
     stock = getattr(torch.Tensor, node.target, None) if node.op == "call_method" else node.target
@@ -77,7 +78,7 @@ def _replace(node: fx.Node) -> None:
 
 
 def _fuse(first: fx.Node) -> None:
-    """Makes the sequence of calls that begins with a node, if it is one of the patterns, one call in its place."""
+    """Replaces the sequence of calls that begins with `first` by one fused call, if it matches one of the patterns."""
     for functions, fused in _PATTERNS:
         nodes = _sequence(first, functions)
         if nodes is None:
@@ -96,7 +97,7 @@ def _fuse(first: fx.Node) -> None:
 
 
 def _sequence(first: fx.Node, functions: Sequence[Callable[..., Any]]) -> list[fx.Node] | None:
-    """The calls of `functions`, each the only user of the one before, if they can as well be made one after another."""
+    """The calls of `functions` in turn, each the only user of the one before, or None if they cannot be fused."""
     if first.target is not functions[0]:
         return None
     nodes = [first]
@@ -104,12 +105,12 @@ def _sequence(first: fx.Node, functions: Sequence[Callable[..., Any]]) -> list[f
         user = next(iter(nodes[-1].users), None)
         if user is None or len(nodes[-1].users) > 1 or _out_of_place(user.target) is not function:
             return None
-        # Options must be known where the first is called, and of a pooling only the values be wanted.
+        # The options must be known where the first function is called, and a pooling must not return indices.
         if user.all_input_nodes != nodes[-1:] or _arguments(user).get("return_indices"):
             return None
         between = nodes[-1].next
         while between is not user:
-            if _example(between) is None:  # a call without a value: it may change a mode, of autograd or of autocast
+            if _example(between) is None:  # a call without a value may change a mode of autograd or of autocast
                 return None
             between = between.next
         nodes.append(user)

@@ -1,7 +1,7 @@
-"""The functions of `torch.nn.functional` of the same names and signatures, with pyops' kernels underneath.
+"""Functions with the names and signatures of those of `torch.nn.functional`, with pyops' kernels underneath.
 
-Results, gradients and errors are stock torch's. Dtypes: float32, float64, bfloat16, float16 (the 16-bit types
-accumulate in float32 and round once); relu and max_pool2d also take uint8, int8, int16, int32, int64.
+Results, gradients and errors are stock torch's. All functions take float32, float64, bfloat16 and float16 (the 16-bit
+types accumulate in float32 and round once); relu and max_pool2d also take uint8, int8, int16, int32 and int64.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ _bound = SimpleNamespace(**{name: _C.bind_operator(getattr(torch.ops.pyops, name
 
 
 def _ops() -> Any:
-    """The operators: those of torch, which Dynamo knows, in a call that it traces, else a shorter way to them."""
+    """The operators: torch's own objects while Dynamo traces, because it knows them; otherwise our faster callables."""
     return torch.ops.pyops if is_compiling() else _bound
 
 
 def _known(*options: Ints) -> Sequence[Ints]:
-    """The options of a call, in one that is traced their values: they may be symbols, and operators take numbers."""
+    """The options of a call as numbers. While a call is traced they may be symbols, which operators do not take."""
     if not is_compiling():
         return options
     return [
@@ -67,11 +67,11 @@ def relu(input: Tensor, inplace: bool = False) -> Tensor:
 
 
 def _overwrite(tensor: Tensor, values: Tensor) -> Tensor:
-    """`tensor.copy_(values)`, which every transform of torch can take but a derivative of `functionalize`."""
+    """Does `tensor.copy_(values)`, which works in every transform of torch except a derivative of `functionalize`."""
     if not is_compiling():
         levels = torch._C._functorch.get_interpreter_stack() or ()
         if any(level.key() == torch._C._functorch.TransformType.Functionalize for level in levels):
-            return tensor.fill_(-0.0).add_(values)  # -0.0 + x is x, if it is a zero too
+            return tensor.fill_(-0.0).add_(values)  # -0.0 + x is x, also for zeros of either sign
     return tensor.copy_(values)
 
 
@@ -166,14 +166,14 @@ def _padding_by_name(padding: str, input: Tensor, weight: Tensor, stride: Ints, 
     if any(s > 1 for s in strides):
         raise RuntimeError(f"conv2d: padding='same' is not supported for strided convolutions, got stride={strides}")
     if not isinstance(weight, Tensor) or weight.dim() != 4 or min(dilations, default=0) < 1:
-        return 0  # the op will say what is wrong
+        return 0  # the op raises the error
     totals = dilations[0] * (weight.shape[2] - 1), dilations[-1] * (weight.shape[3] - 1)
     before = [total // 2 for total in totals]
     return [*before, *(total - b for total, b in zip(totals, before, strict=True))]
 
 
 def _numbers(values: Ints) -> list[int]:
-    """The value or the values as a list; none where they are not all integers, which the op will refuse."""
+    """The value or values as a list, which is empty if they are not all integers (the op will refuse them)."""
     values = values if isinstance(values, list | tuple) else [values]
     return list(values) if all(isinstance(v, int | torch.SymInt) for v in values) else []
 
@@ -189,12 +189,12 @@ def max_pool2d(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The largest value of each window, as :func:`torch.nn.functional.max_pool2d`.
 
-    Of equal values the first of a window wins, and a NaN over everything. Padding never wins.
+    Among equal values the first one of a window wins, and a NaN wins over everything. Padding never wins.
 
     Args:
         input: ``[N, C, H, W]`` or ``[C, H, W]``, floating or integer dtype.
         kernel_size, stride, padding, dilation: one integer or two; `stride` is `kernel_size` by default.
-        ceil_mode: also take the windows that only partly fit.
+        ceil_mode: also use the windows that fit only partly.
         return_indices: return the pair of the values and their positions, int64, in the flattened ``H x W`` plane.
 
     Returns:
@@ -281,9 +281,9 @@ def conv2d_relu_max_pool2d(
 ) -> Tensor:
     """``max_pool2d(relu(conv2d(input, weight, bias, ...)), pool_kernel_size, ...)`` in one pass.
 
-    What the convolution gives is pooled while it is in cache and never stored; kept for the backward are input, weight
-    and one byte for each pooled value. Values and gradients equal the three functions' to the last bit, but for the
-    sign of a zero.
+    The result of the convolution is pooled while it is in cache and never stored; the backward needs input, weight and
+    one byte for each pooled value. Values and gradients equal those of the three functions to the last bit, except for
+    the sign of a zero.
 
     Args:
         input, weight, bias, stride, padding, dilation, groups: those of :func:`conv2d`.
@@ -293,7 +293,7 @@ def conv2d_relu_max_pool2d(
         ``[N, O, H_out, W_out]`` or without N, the size that :func:`max_pool2d` gives.
 
     Raises:
-        RuntimeError, NotImplementedError: what either of the functions raises.
+        RuntimeError, NotImplementedError: as :func:`conv2d` and :func:`max_pool2d` raise them.
 
     >>> conv2d_relu_max_pool2d(torch.ones(1, 1, 5, 5), torch.ones(2, 1, 2, 2), pool_kernel_size=2).shape
     torch.Size([1, 2, 2, 2])

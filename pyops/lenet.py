@@ -25,8 +25,8 @@ class LeNet(torch.nn.Module):
     Args:
         kernel_size: side of both convolution kernels, 5 or 3 (the tutorials show both).
         num_classes: number of outputs.
-        fused: each convolution with its ReLU and pooling, and each linear layer with its ReLU, is one layer. Faster and
-            with less memory; the results and the ``state_dict`` are the same.
+        fused: make each convolution with its ReLU and pooling, and each linear layer with its ReLU, one layer. This is
+            faster and needs less memory; the results and the ``state_dict`` are the same.
 
     Shape: ``[N, 1, 32, 32] -> [N, num_classes]``, or ``[1, 32, 32] -> [num_classes]``.
 
@@ -57,7 +57,7 @@ class LeNet(torch.nn.Module):
         self.fc3 = self._layers.Linear(84, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = self._modules  # self.conv1 and the like take a microsecond each to be found
+        layers = self._modules  # a faster look-up than that of attributes like self.conv1
         conv1, conv2, fc1, fc2, fc3 = (layers[name] for name in ("conv1", "conv2", "fc1", "fc2", "fc3"))
         if self.fused:
             return fc3(fc2(fc1(conv2(conv1(x)).flatten(-3))))
@@ -71,9 +71,9 @@ class LeNet(torch.nn.Module):
 
 
 class StockLeNet(LeNet):
-    """The same network on ``torch.nn`` and ``torch.nn.functional`` alone: what :class:`LeNet` is compared with.
+    """LeNet on ``torch.nn`` and ``torch.nn.functional`` alone, with which :class:`LeNet` is compared.
 
-    Same arguments, same ``state_dict`` keys, and from the same seed the same initial parameters.
+    Arguments and ``state_dict`` keys are those of :class:`LeNet`, and equal seeds give equal initial parameters.
 
     >>> net = StockLeNet()
     >>> net.load_state_dict(LeNet().state_dict())

@@ -2,7 +2,7 @@
 
 Each class is a subclass of its namesake in which only ``forward`` is ours. Constructor, ``repr``, initialisation,
 ``state_dict``, hooks, pickling and copying are torch's own code, so a checkpoint moves freely in both directions and
-``isinstance(layer, torch.nn.Linear)`` stays true. To switch a model that is built already, see :func:`pyops.convert`.
+``isinstance(layer, torch.nn.Linear)`` stays true. To switch an existing model, see :func:`pyops.convert`.
 
     >>> import torch, pyops.nn
     >>> net = torch.nn.Sequential(pyops.nn.Linear(4, 3), pyops.nn.ReLU())
@@ -35,8 +35,8 @@ __all__ = [
 
 
 def _parameter(layer: torch.nn.Module, name: str) -> Tensor | None:
-    """``layer.<name>``: a parameter, found a microsecond sooner than by torch.nn.Module's ``__getattr__``, or what a
-    parametrization or pruning has put in its place."""
+    """``layer.<name>``: a parameter, which is found faster here than by torch.nn.Module's ``__getattr__``, or the
+    tensor that a parametrization or pruning has put in its place."""
     return layer._parameters[name] if name in layer._parameters else getattr(layer, name)
 
 
@@ -68,7 +68,7 @@ class Linear(torch.nn.Linear):
 
 
 def _conv2d_arguments(layer: torch.nn.Conv2d, input: Tensor) -> tuple[Any, ...]:
-    """The arguments that :func:`pyops.functional.conv2d` and the fused functions have in common, of a layer."""
+    """A layer's arguments for :func:`pyops.functional.conv2d`, which the fused functions share."""
     padding: Any = layer.padding
     if layer.padding_mode != "zeros":
         input = torch.nn.functional.pad(input, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
@@ -95,10 +95,10 @@ class Conv2d(torch.nn.Conv2d):
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
-    """Largest value of each window. Arguments: :class:`torch.nn.MaxPool2d`.
+    """The largest value of each window. Arguments: :class:`torch.nn.MaxPool2d`.
 
-    Shape: ``[N, C, H, W] -> [N, C, H_out, W_out]``, or both without N; with ``return_indices=True`` a pair of the
-    values and their int64 positions in the flattened ``H x W`` plane. Dtypes and errors:
+    Shape: ``[N, C, H, W] -> [N, C, H_out, W_out]``, or both without N; with ``return_indices=True``, the result is the
+    pair of the values and their int64 positions in the flattened ``H x W`` plane. Dtypes and errors:
     :func:`pyops.functional.max_pool2d`.
 
     >>> MaxPool2d(2)(torch.arange(16.0).reshape(1, 4, 4))
@@ -119,8 +119,9 @@ class MaxPool2d(torch.nn.MaxPool2d):
 
 
 class LinearReLU(Linear):
-    """``relu(x @ weight.T + bias)``, in one pass: :class:`Linear` and :class:`ReLU` with one's arguments, shapes and
-    ``state_dict`` keys, ``weight`` and ``bias``.
+    """``relu(x @ weight.T + bias)`` in one pass: :class:`Linear` followed by :class:`ReLU`.
+
+    Arguments, shapes and ``state_dict`` keys (``weight`` and ``bias``) are those of :class:`Linear`.
 
     >>> LinearReLU(4, 3)(torch.ones(2, 4)).min() >= 0
     tensor(True)
@@ -131,8 +132,9 @@ class LinearReLU(Linear):
 
 
 class ConvReLU2d(Conv2d):
-    """2-D cross-correlation, rectified, in one pass: :class:`Conv2d` and :class:`ReLU` with the arguments, shapes and
-    ``state_dict`` keys of the former.
+    """A rectified 2-D cross-correlation in one pass: :class:`Conv2d` followed by :class:`ReLU`.
+
+    Arguments, shapes and ``state_dict`` keys are those of :class:`Conv2d`.
 
     >>> ConvReLU2d(1, 6, 5)(torch.ones(2, 1, 32, 32)).shape
     torch.Size([2, 6, 28, 28])
@@ -143,14 +145,14 @@ class ConvReLU2d(Conv2d):
 
 
 class ConvReLUMaxPool2d(Conv2d):
-    """2-D cross-correlation, rectified and max-pooled, in one pass that keeps one byte a pooled value for the backward:
-    :class:`Conv2d`, :class:`ReLU` and :class:`MaxPool2d`.
+    """A rectified and max-pooled 2-D cross-correlation in one pass, which keeps one byte per pooled value for the
+    backward: :class:`Conv2d`, :class:`ReLU` and :class:`MaxPool2d` in turn.
 
-    Arguments and ``state_dict`` keys are :class:`Conv2d`'s; by name, those of :class:`MaxPool2d`:
+    Arguments and ``state_dict`` keys are those of :class:`Conv2d`. The arguments of the pooling are passed by name:
 
     Args:
-        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode: `pool_stride` is `pool_kernel_size` by
-            default.
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, ceil_mode: those of :class:`MaxPool2d`;
+            `pool_stride` is `pool_kernel_size` by default.
 
     Shape: ``[N, C_in, H, W] -> [N, C_out, H_out, W_out]``, or both without N. Dtypes and errors:
     :func:`pyops.functional.conv2d_relu_max_pool2d`.
@@ -196,11 +198,11 @@ class ConvReLUMaxPool2d(Conv2d):
 def add_safe_globals(*containers: type) -> None:
     """Let ``torch.load(..., weights_only=True)`` read whole saved modules made of our layers.
 
-    torch's safe loader accepts state dicts and refuses every class it was not told of. This tells it of the classes of
-    this module, by :func:`torch.serialization.add_safe_globals`, for the rest of the process.
+    torch's safe loader accepts state dicts and refuses every class that is not registered with it. This registers the
+    classes of this module, by :func:`torch.serialization.add_safe_globals`, for the rest of the process.
 
     Args:
-        containers: further classes the file may hold, such as the one of the network itself.
+        containers: further classes that the file may hold, such as the class of the network itself.
 
     >>> add_safe_globals(torch.nn.Sequential)
     """

@@ -1,4 +1,4 @@
-"""Our kernels in code that calls torch's functions and cannot be changed."""
+"""Runs code that calls torch's functions, and cannot be changed, on our kernels."""
 
 from typing import Any
 
@@ -17,18 +17,19 @@ class _Patch(TorchFunctionMode):
 
 
 def patch() -> TorchFunctionMode:
-    """A context in which torch's relu, linear, conv2d and max_pool2d, whoever calls them, run on pyops' kernels.
+    """A context in which all calls of torch's relu, linear, conv2d and max_pool2d run on pyops' kernels.
 
-    These are ``torch.nn.functional.relu``, ``relu_``, ``linear``, ``conv2d``, ``max_pool2d`` and
-    ``max_pool2d_with_indices``, ``torch.relu``, ``relu_``, ``conv2d`` and ``max_pool2d``, the methods ``Tensor.relu``
-    and ``relu_``, and so the layers of ``torch.nn`` that call them. It is a :class:`torch.overrides.TorchFunctionMode`:
-    it holds for the calling thread, until its end or an exception, and may be nested. Stock computes what pyops has no
-    kernels for: tensors of other devices, dtypes (complex, quantized, boolean) or layouts (sparse, nested), subclasses
-    of :class:`torch.Tensor`, and what runs without Python, as scripted modules do, or inside of another function of
-    torch, as in ``torch.nn.functional.multi_head_attention_forward``.
+    The functions are ``torch.nn.functional.relu``, ``relu_``, ``linear``, ``conv2d``, ``max_pool2d`` and
+    ``max_pool2d_with_indices``, ``torch.relu``, ``relu_``, ``conv2d`` and ``max_pool2d``, and the methods
+    ``Tensor.relu`` and ``relu_``; the layers of ``torch.nn`` call these. The context is a
+    :class:`torch.overrides.TorchFunctionMode`: it applies to the calling thread, ends with its block or with an
+    exception, and may be nested. Stock torch still computes what pyops has no kernels for: tensors of other devices,
+    dtypes (complex, quantized, boolean) or layouts (sparse, nested), subclasses of :class:`torch.Tensor`, code that
+    runs without Python, such as scripted modules, and calls inside of another function of torch, such as
+    ``torch.nn.functional.multi_head_attention_forward``.
 
-    Every call of any torch function costs some microseconds more here. :func:`pyops.convert` and
-    ``torch.compile(backend="pyops")`` cost nothing.
+    Inside the context, every call of any torch function takes some microseconds longer. :func:`pyops.convert` and
+    ``torch.compile(backend="pyops")`` have no such cost.
 
     Returns:
         the context manager, which can be entered any number of times, also by several threads at once.

@@ -17,15 +17,15 @@ _TEST_BATCH_SIZE = 512
 
 
 class Epoch(NamedTuple):
-    """What one pass over the training images came to."""
+    """The results of one pass over the training images."""
 
-    loss: float  # mean cross-entropy over the images, each taken before its batch's step
-    accuracy: float  # fraction of the images told right, likewise
+    loss: float  # mean cross-entropy over the images, each computed before its batch's step
+    accuracy: float  # fraction of the images classified correctly, likewise
     seconds: float
 
 
 def make_optimizer(model: torch.nn.Module, name: str, lr: float | None = None) -> torch.optim.Optimizer:
-    """``"sgd"`` (with momentum 0.9) or ``"adam"`` over the model's parameters; ``lr`` None takes 0.02 or 0.003."""
+    """``"sgd"`` (with momentum 0.9) or ``"adam"`` for the model's parameters; without ``lr`` it is 0.02 or 0.003."""
     lr = _LEARNING_RATE[name] if lr is None else lr
     if name == "sgd":
         return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
@@ -45,16 +45,16 @@ def train(
     """Train a classifier with cross-entropy, one epoch each time the iterator is advanced.
 
     The learning rate falls from the optimizer's to 0 along half a cosine (Loshchilov and Hutter, "SGDR", 2017).
-    Being an iterator, two trainings can take turns (``zip(train(a, ...), train(b, ...))``), which makes their times
-    comparable on a machine that does other things as well.
+    Because this is an iterator, two trainings can take turns (``zip(train(a, ...), train(b, ...))``), so their times
+    are comparable even on a machine that runs other programs.
 
     Args:
         model: maps images ``[n, 1, 32, 32]`` to scores ``[n, classes]``.
-        optimizer: over the model's parameters.
+        optimizer: updates the model's parameters.
         data: the training images; the last batch of an epoch may be smaller than the others.
         epochs: passes over the data.
         batch_size: images per step.
-        seed: of the order of the images.
+        seed: determines the order of the images.
         on_batch: called after each step with the number of images and their mean loss.
 
     Yields:
@@ -85,7 +85,7 @@ def train(
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, data: Split) -> float:
-    """The fraction of ``data`` that ``model`` tells right, in evaluation mode."""
+    """The fraction of ``data`` that ``model`` classifies correctly in evaluation mode."""
     model.eval()
     batches = zip(data.images.split(_TEST_BATCH_SIZE), data.labels.split(_TEST_BATCH_SIZE), strict=True)
     return sum(_correct(model(images), labels) for images, labels in batches) / len(data.labels)

@@ -1,4 +1,4 @@
-"""Ten thousand calls of the kernels, with tests/allocations.cpp preloaded: prints what they allocated, as JSON."""
+"""Makes ten thousand calls of the kernels, with tests/allocations.cpp preloaded, and prints the allocations as JSON."""
 
 import ctypes
 import gc
@@ -18,7 +18,7 @@ CALLS = 10_000
 
 
 def watch_kernels() -> None:
-    """Count from now on what the kernels of this instruction set allocate, and nobody else."""
+    """From now on, counts the allocations of the kernels of this instruction set, and no others."""
     name = f"_cpu_{_load.cpu_capability.lower()}."
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if name in line]
     addresses = [int(address, 16) for line in maps for address in line[0].split("-")]
@@ -26,7 +26,7 @@ def watch_kernels() -> None:
 
 
 def calls_of_random_shapes(count: int) -> list:
-    """Forward and backward of every op, each a function without arguments; some are large enough to be shared."""
+    """The forward and backward of every op, each as a function without arguments. Some calls use several threads."""
 
     def tensor(*shape):
         return place(torch.randn(shape).to(dtype), where)

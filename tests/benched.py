@@ -1,4 +1,4 @@
-"""The shapes that bench/ops.py times, for tests of what is computed on them."""
+"""The shapes that bench/ops.py times, for tests of the results on them."""
 
 import math
 import sys
@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as `python bench
 import ops
 
 DTYPES = (torch.float32, torch.bfloat16)
-QUICK = 5e7  # multiplications; a test of more is slow
+QUICK = 5e7  # multiplications; a test with more is marked slow
 
 
 class Shape(NamedTuple):
-    """One call of a function of `functional`."""
+    """The shapes and options of one call of a function of `functional`."""
 
     op: str
     input: tuple[int, ...]
@@ -32,7 +32,7 @@ class Shape(NamedTuple):
         return "-".join([self.op, *sizes, *map(str, self.options), *["channels_last"] * (self.layout == ops.NHWC)])
 
     def operands(self, dtype: torch.dtype) -> list[torch.Tensor | None]:
-        """Input, weight and bias, as far as the op has them; the weight is such that outputs are about 1."""
+        """Input, weight and bias, as far as the op has them. The weight is scaled so that outputs are about 1."""
         input = torch.randn(self.input)
         if len(self.input) == 4:
             input = input.contiguous(memory_format=self.layout)
@@ -58,7 +58,7 @@ class Shape(NamedTuple):
         return dict(zip(names, [output.detach(), *torch.autograd.grad(output, present, grad_output)], strict=False))
 
     def work(self) -> float:
-        """The forward's multiplications, and reading and writing counted as such."""
+        """The number of the forward's multiplications; reading and writing count as multiplications too."""
         if self.weight is None:
             return 20 * math.prod(self.input)
         return math.prod(self._output_size()) * math.prod(self.weight[1:]) + 20 * math.prod(self.weight)
@@ -69,7 +69,7 @@ class Shape(NamedTuple):
 
 
 def _parameters():
-    """Each shape once; of one that takes long also one with a smaller batch, which is there without --slow too."""
+    """Each shape once. A shape that takes long is also given with a smaller batch, which is tested without --slow."""
     shapes = {}
     for case in (case for group in ops.GROUPS for case in group.cases):
         shape = Shape(case.op, case.input, case.weight, case.options, case.bias, case.layout)

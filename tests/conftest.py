@@ -1,10 +1,11 @@
 """Settings of the whole suite.
 
-``pytest --slow`` adds the tests that need gigabytes or a minute; ``--hypothesis-profile=thorough`` draws many more
-examples, other ones in every run; ``--hypothesis-profile=thin`` fewer; ``--every=7`` runs one test of seven.
+``pytest --slow`` adds the tests that need gigabytes or a minute. ``--hypothesis-profile=thorough`` draws many more
+examples, and different ones in every run; ``--hypothesis-profile=thin`` draws fewer. ``--every=7`` runs every seventh
+test.
 
 The tests of files marked ``every_device`` run on the CPU kernels, on the CUDA kernels emulated on the CPU, and on a GPU
-if pyops was built for it and there is one; ``--device=cpu`` chooses.
+if pyops was built with CUDA and there is one; ``--device=cpu`` selects one of these.
 """
 
 from contextlib import nullcontext
@@ -47,11 +48,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "composes(feature): evidence for a line of the table of docs/composing.md")
     config.addinivalue_line("markers", "runs_last: after all others")
     config.pluginmanager.register(SupportTable(), "support_table")
-    torch.backends.cudnn.allow_tf32 = False  # the tests hold float32 against float64
+    torch.backends.cudnn.allow_tf32 = False  # because the tests compare float32 with float64
 
 
 def pytest_generate_tests(metafunc):
-    """Tests of every device get it as their last parameter."""
+    """Gives tests that run on every device the device as their last parameter."""
     marks = {mark.name for mark in metafunc.definition.iter_markers()}
     if "every_device" in marks:
         chosen = metafunc.config.getoption("--device") or DEVICES
@@ -76,7 +77,7 @@ def pytest_report_header():
 
 @pytest.fixture(autouse=True)
 def device(request):
-    """The test's device: "emulated" is the CPU, as far as torch can see, and new tensors are on it or on "cuda"."""
+    """Sets the test's device. For torch, "emulated" is the CPU; new tensors are created there or on "cuda"."""
     name = getattr(request, "param", "cpu")
     with emulated.kernels() if name == "emulated" else torch.device("cuda") if name == "cuda" else nullcontext():
         yield name
@@ -84,7 +85,7 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """Every test draws the same random numbers and leaves the number of threads as it was."""
+    """Starts every test with the same random seed and restores the number of threads after it."""
     threads = torch.get_num_threads()
     torch.manual_seed(0)
     yield

@@ -1,4 +1,4 @@
-"""What must be true of a build with CUDA, whether or not there is a GPU; .ci/run runs it, as pytest is not at hand."""
+"""Checks a build with CUDA, whether or not there is a GPU. .ci/run runs this program where pytest is not installed."""
 
 import torch
 

@@ -1,7 +1,7 @@
-"""Builds what runs the CUDA kernels without a GPU: cuda/*.cu by g++ on the emulator of tests/emulator.
+"""Builds the CUDA kernels so that they run without a GPU: g++ compiles cuda/*.cu on the emulator of tests/emulator.
 
-The objects are kept in build/, and those are built anew whose sources are younger. PYOPS_SANITIZE=1 builds with
-AddressSanitizer and UndefinedBehaviorSanitizer (tests/sanitize.py).
+The objects are kept in build/ and rebuilt if their sources are newer. PYOPS_SANITIZE=1 builds with AddressSanitizer and
+UndefinedBehaviorSanitizer (tests/sanitize.py).
 """
 
 import functools
@@ -31,7 +31,8 @@ AVAILABLE = platform.machine() == "x86_64"
 needed = pytest.mark.skipif(not AVAILABLE, reason="the emulator is for x86-64")
 
 COMPILER = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-fPIC", "-fno-strict-aliasing"]
-# As nvcc contracts no more than the kernels ask for by fma; and the instruction for that rather than a function.
+# The kernels ask for every contraction by fma, and nvcc contracts nothing else, so neither does this compiler. With
+# -mfma, fma is an instruction instead of a function call.
 COMPILER += ["-O2", "-ffp-contract=off", "-mfma", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 COMPILER += [
     "-DPYOPS_EMULATED",
@@ -44,19 +45,19 @@ if SANITIZE:
 
 
 def _compile(target: Path, sources: list[Path], *options: str) -> Path:
-    """Runs the compiler for `target` unless that is younger than all that it can depend on."""
+    """Compiles `target`, unless it is newer than everything that it can depend on."""
     inputs = [*sources, *ROOT.glob("cuda/*.h"), *FOLDER.glob("*.h"), ROOT / "csrc" / "kernels.h", Path(__file__)]
     if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
         target.parent.mkdir(parents=True, exist_ok=True)
-        finished = target.with_suffix(f".{os.getpid()}")  # another process may build the same
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # for us, not for it
+        finished = target.with_suffix(f".{os.getpid()}")  # another process may build this target at the same time
+        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # is for Python only
         subprocess.run([*COMPILER, *options, *map(str, sources), "-o", finished], env=environment, check=True)
         finished.rename(target)
     return target
 
 
 def build_program(name: str) -> Path:
-    """The program of tests/emulator/<name>.cpp."""
+    """Builds the program of tests/emulator/<name>.cpp."""
     return _compile(_build_folder() / name, [FOLDER / f"{name}.cpp"])
 
 
@@ -65,7 +66,7 @@ def _build_folder() -> Path:
 
 
 def build_module() -> Path:
-    """The Python module of the kernels of cuda/*.cu."""
+    """Builds the Python module of the kernels in cuda/*.cu."""
     folder = _build_folder()
     sources = {path: path.stem for path in sorted(ROOT.glob("cuda/*.cu"))} | {FOLDER / "module.cpp": "module"}
     include = f"-I{sysconfig.get_path('include')}"
@@ -80,7 +81,7 @@ def build_module() -> Path:
 
 @functools.cache
 def load() -> ModuleType:
-    """The module, built if need be: its `kernels` are what pyops._C.set_cpu_kernels takes."""
+    """The module, which is built if necessary; pyops._C.set_cpu_kernels takes its `kernels`."""
     loader = ExtensionFileLoader("emulated_kernels", str(build_module()))
     module = module_from_spec(spec_from_loader("emulated_kernels", loader))
     loader.exec_module(module)
@@ -89,10 +90,10 @@ def load() -> ModuleType:
 
 @contextmanager
 def kernels(order: int = ALTERNATING, largest_32_bit_offset: int = 20_000, tf32: bool = False) -> Iterator[None]:
-    """CPU tensors are computed on by the CUDA kernels meanwhile, threads and blocks in that order.
+    """While the context lasts, the CUDA kernels compute on CPU tensors, with threads and blocks in the given order.
 
-    Offsets of 64 bits are taken from so low a limit on that tests reach both. `tf32` stands for torch's flags, which
-    are looked at for CUDA tensors alone.
+    The limit above which offsets have 64 bits is low, so that tests reach both kinds of offsets. `tf32` replaces
+    torch's flags, which are consulted for CUDA tensors only.
     """
     module = load()
     module.set_order(order)

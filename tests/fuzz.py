@@ -23,8 +23,8 @@ from pathlib import Path
 from fuzzing import campaign
 
 KINDS = ("ops", "hostile", "networks", "transforms")
-SEEDS_OF_A_RUN = 10**9  # so that runs of neighbouring seeds share no problem
-ENOUGH_PROBLEMS = 20_000  # for every algorithm to be reached
+SEEDS_OF_A_RUN = 10**9  # large enough that runs with neighbouring seeds share no problem
+ENOUGH_PROBLEMS = 20_000  # enough for every algorithm to be reached
 
 
 def parse() -> argparse.Namespace:
@@ -52,7 +52,7 @@ def replay(settings: campaign.Settings, seed: int) -> int:
 
 
 def report(settings: campaign.Settings, result: campaign.Result) -> bool:
-    """Prints what a campaign has seen; whether all is well."""
+    """Prints the results of a campaign and returns whether all is well."""
     print(f"{settings.name()}: {result.problems} problems, {len(result.failures)} failures", flush=True)
     for seed, wrong in sorted(result.failures.items())[:20]:
         print(f"\n  {settings.replay(seed)}\n    " + wrong.replace("\n", "\n    "))

@@ -1,4 +1,4 @@
-"""Writes small data sets in MNIST's format, of scikit-learn's digits."""
+"""Writes scikit-learn's digits as small data sets in MNIST's format."""
 
 import gzip
 import struct
@@ -16,7 +16,7 @@ def idx(array: np.ndarray) -> bytes:
 
 
 def write_mnist(directory: Path, compress: bool, train_count: int = 30, test_count: int = 12) -> tuple[Part, Part]:
-    """The four files, with 28x28 images as MNIST's; returns what they hold."""
+    """Writes the four files, with 28x28 images like MNIST's, and returns their contents."""
     source = sklearn.datasets.load_digits()
     images = np.zeros((train_count + test_count, 28, 28), np.uint8)
     images[:, 2:26, 2:26] = (source.images[: len(images)] * 15.9).repeat(3, axis=1).repeat(3, axis=2)

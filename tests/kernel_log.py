@@ -1,4 +1,4 @@
-"""Which operators a piece of code reached, forward and backward: the proof that a kernel is ours and not stock's."""
+"""Records which operators a piece of code calls, forward and backward, to prove that the kernels are ours."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -7,7 +7,7 @@ STOCK_NAMES = ("relu", "threshold", "clamp", "addmm", "bmm", "mm", "matmul", "li
 
 
 class KernelLog(TorchDispatchMode):
-    """``with KernelLog() as log: ...``: the names of pyops' ops in ``log.ours``, of their rivals in ``log.stock``."""
+    """``with KernelLog() as log: ...`` puts the names of pyops' ops in ``log.ours``, and of rivals in ``log.stock``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class KernelLog(TorchDispatchMode):
 
 
 def kernels_of_training(op: str) -> set[str]:
-    """The operators that a call of `op` reaches where a gradient is wanted, its backward included."""
+    """The operators that a call of `op` and its backward reach if a gradient is needed."""
     special = {
         "relu": {"relu_with_mask", "relu_mask_backward"},
         "relu_": {"relu_", "relu_backward"},
@@ -34,5 +34,5 @@ def kernels_of_training(op: str) -> set[str]:
 
 
 def run_backward(output: torch.Tensor) -> None:
-    """Backward from every element of ``output``, with gradients that differ."""
+    """Runs backward from every element of ``output``, with gradients that differ."""
     output.backward(torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape))

@@ -1,7 +1,8 @@
-"""Every op on tensors that end, or begin, at memory that must not be touched: a program of its own, for it may crash.
+"""Runs every op on tensors that end, or begin, at memory that must not be touched. It is a program of its own because
+it may crash.
 
-The operands lie against pages that fault when they are read. The results are allocated by the ops themselves; the C
-library's checking allocator, which the test that runs this asks for, aborts at a result that was written past its end.
+The operands adjoin pages that fault when they are read. The results are allocated by the ops themselves. The test that
+runs this program enables the C library's checking allocator, which aborts if a result was written past its end.
 """
 
 import ctypes
@@ -15,11 +16,11 @@ import pyops  # noqa: F401
 ops = torch.ops.pyops
 libc = ctypes.CDLL(None, use_errno=True)
 PAGE = mmap.PAGESIZE
-KEEP = []  # the memory of the tensors
+KEEP = []  # keeps the memory of the tensors alive
 
 
 def guarded(values: torch.Tensor, at_end: bool) -> torch.Tensor:
-    """A copy whose last byte lies before a page without access, or whose first byte lies behind one."""
+    """A copy whose last byte is directly before an inaccessible page, or whose first byte is directly after one."""
     pages = -(-values.nbytes // PAGE) + 2
     memory = mmap.mmap(-1, pages * PAGE)
     KEEP.append(memory)
@@ -28,7 +29,7 @@ def guarded(values: torch.Tensor, at_end: bool) -> torch.Tensor:
     flat = torch.frombuffer(memory, dtype=values.dtype, count=values.numel(), offset=offset)
     copy = flat.as_strided(values.shape, values.stride())
     copy.copy_(values)
-    for page in (0, pages - 1):  # protection 0: neither read nor write
+    for page in (0, pages - 1):  # protection 0 allows neither reads nor writes
         if libc.mprotect(ctypes.c_void_p(address + page * PAGE), PAGE, 0):
             raise OSError(ctypes.get_errno(), "mprotect")
     return copy
@@ -62,7 +63,7 @@ def run(dtype: torch.dtype, where: str, at_end: bool) -> None:
             result = guarded(ops.linear(a, weight, bias), at_end)
             ops.linear_backward(result, a, weight, [True, True, True])
             ops.linear_relu(a, weight, bias)
-        planes, filters = tensor(17, 4, 5, min(width, 17)), tensor(3, 4, 5, 5)  # vectors along the images
+        planes, filters = tensor(17, 4, 5, min(width, 17)), tensor(3, 4, 5, 5)  # batch lanes
         result = guarded(ops.conv2d(planes, filters, None, 1, 2), at_end)
         ops.conv2d_backward(result, planes, filters, planes.shape, filters.shape, 1, 2, 1, 1, [True, True, True])
         fused = (planes, filters, None, 1, 2, 1, 1, 2, 2, 0, 1, True)

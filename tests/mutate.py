@@ -1,14 +1,13 @@
-"""Plants faults in the CPU kernels, one at a time, and lets tests/fuzz.py look for each: a fuzzer that does not find
-them looks nowhere.
+"""Plants faults in the CPU kernels, one at a time, and lets tests/fuzz.py look for each, which tests the fuzzer itself.
 
     python tests/mutate.py                      # every fault, up to two minutes each
     python tests/mutate.py --only "sums: of a bias only the last image counts" --minutes 5
     python tests/mutate.py --list
 
-The faults are the table in tests/fuzzing/faults. First the kernels as they are have to pass; a problem that finds a
-fault is then run on them again, and has to pass there. All of it is compiled with the flags that `pip install
---no-build-isolation -e .` has left in build/, but with -O1. What a fault was built into stays in build/mutants if
-nothing is found.
+The faults are in the tables of tests/fuzzing/faults. First the unchanged kernels have to pass. A problem that finds a
+fault is then run on the unchanged kernels too, and has to pass there. Everything is compiled with the flags that `pip
+install --no-build-isolation -e .` has left in build/, but with -O1. If a fault is not found, its build stays in
+build/mutants.
 """
 
 import argparse
@@ -41,10 +40,10 @@ TORCH_HEADERS = ("ATen/Parallel.h", "ATen/cpu/vec/functional.h", "ATen/cpu/vec/v
 
 
 class Outcome(NamedTuple):
-    """What the fuzzer says of some kernels."""
+    """What the fuzzer found in some kernels."""
 
     seconds: float
-    seed: int | None = None  # of the problem that failed; None: none did
+    seed: int | None = None  # of the problem that failed, or None if none failed
     difference: str = ""
 
 
@@ -52,7 +51,7 @@ class Outcome(NamedTuple):
 
 
 def stale(faults: Iterable[Fault]) -> list[str]:
-    """What is wrong with the table."""
+    """The faults in the table that do not match the sources, as messages."""
     messages = []
     for fault in faults:
         count = (SOURCES / "cpu" / fault.file).read_text().count(fault.old)
@@ -72,7 +71,7 @@ def includes(path: Path) -> set[Path]:
 
 
 def affected(changed: Path) -> set[Path]:
-    """The files that include `changed`, and those that include them, and so on, and itself."""
+    """`changed` itself and the files that include it, directly or indirectly."""
     files = {path: includes(path) for path in SOURCES.rglob("*") if path.suffix in (".h", ".cpp")}
     found: set[Path] = set()
     more = {changed}
@@ -86,7 +85,7 @@ def affected(changed: Path) -> set[Path]:
 
 
 def commands_of_build(capability: str) -> list[dict[str, str]]:
-    """How setup.py has compiled the kernels: of each source the command, as ninja knows it."""
+    """The commands with which setup.py has compiled the kernels, one for each source, as ninja knows them."""
     tag = f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
     folder = ROOT / "build" / tag / f"pyops._cpu_{capability}"
     if not (folder / "build.ninja").exists():
@@ -97,7 +96,7 @@ def commands_of_build(capability: str) -> list[dict[str, str]]:
 
 @dataclass(frozen=True)
 class Kernels:
-    """A package pyops in a folder of its own, whose kernels of one instruction set are compiled from other sources."""
+    """A copy of pyops in a folder of its own, whose kernels of one instruction set are compiled from other sources."""
 
     folder: Path
     capability: str
@@ -108,7 +107,7 @@ class Kernels:
 
     @property
     def header(self) -> Path:
-        """Torch's headers, which take most of the time of a compilation, precompiled."""
+        """torch's headers, precompiled because they take most of the time of a compilation."""
         return self.folder / "torch.h"
 
     def precompile_header(self) -> None:
@@ -120,7 +119,7 @@ class Kernels:
         return self.folder / f"{source.stem}.o"
 
     def make_package(self) -> None:
-        """All of pyops but the kernels by links."""
+        """Makes the package from links to all of pyops except the kernels."""
         package = self.folder / "pyops"
         package.mkdir(parents=True)
         for path in (ROOT / "pyops").iterdir():
@@ -128,7 +127,7 @@ class Kernels:
                 (package / path.name).symlink_to(path)
 
     def compile(self, fault: Fault | None, original: "Kernels | None", jobs: int) -> None:
-        """Builds the module with a fault in it; what that does not affect is taken from the original."""
+        """Builds the module with a fault in it; objects that the fault does not affect are taken from the original."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.make_package()
         shutil.copytree(SOURCES, self.folder / "csrc")
@@ -161,7 +160,7 @@ class Kernels:
         return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(self.folder), others)))}
 
     def check_import(self) -> None:
-        """That the fuzzer imports this module and no other."""
+        """Checks that the fuzzer imports this module and no other."""
         program = f"import pyops._cpu_{self.capability} as module; print(module.__file__)"
         command = [sys.executable, "-P", "-c", program]
         imported = subprocess.check_output(command, env=self.environment(), text=True).strip()
@@ -181,14 +180,14 @@ class Kernels:
         return Outcome(seconds)
 
     def solves(self, op: str, seed: int) -> bool:
-        """Whether one problem passes."""
+        """Whether the problem of one seed passes."""
         command = [sys.executable, ROOT / "tests" / "fuzz.py", "--capability", self.capability, "--op", op]
         process = subprocess.run([*command, "--one", str(seed)], env=self.environment(), capture_output=True)
         return process.returncode == 0
 
 
 def command_for(entry: dict[str, str], source: Path, target: Path) -> list[str]:
-    """The command of the build, to compile another source to another object without optimizing much."""
+    """The command of the build, changed to compile another source to another object with little optimization."""
     command = entry["command"].replace(entry["file"], str(source)).replace(entry["output"], str(target))
     return [*shlex.split(command), "-O1", "-w"]
 
@@ -231,7 +230,7 @@ def show(name: str, file: str, seconds: object, problems: object, difference: st
 
 
 def look_for(fault: Fault, original: Kernels, folder: Path, options: list[str], jobs: int) -> bool:
-    """Builds a fault, fuzzes it and prints what comes out; whether it was found."""
+    """Builds the kernels with a fault, fuzzes them, prints the outcome, and returns whether the fault was found."""
     kernels = Kernels(folder, original.capability)
     kernels.compile(fault, original, jobs)
     kernels.check_import()

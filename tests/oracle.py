@@ -1,4 +1,4 @@
-"""What a result is held against: stock torch on the same values in float64."""
+"""The reference that results are compared with: stock torch on the same values in float64."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,14 +11,14 @@ import pyops
 
 
 class Tolerance(NamedTuple):
-    """|result - exact| <= rounding * |exact| + summation * (the same sum, taken over absolute values)."""
+    """A result is right if |result - exact| <= rounding * |exact| + summation * (the sum of absolute values)."""
 
-    rounding: float  # of the result, once
+    rounding: float  # for rounding the result once
     summation: float
 
 
-# 16-bit floats must be as good as a float32 sum that is rounded once. A float32 sum is allowed 16 of its ulps, whatever
-# cancels out in it; the sums in these tests have up to a few thousand terms.
+# Results in 16-bit floats must be as good as a float32 sum that is rounded once. A float32 sum may be off by 16 ulps of
+# the sum of absolute values, whatever cancels out in it; the sums in these tests have up to a few thousand terms.
 TOLERANCES = {
     torch.float64: Tolerance(0.0, 16 * torch.finfo(torch.float64).eps),
     torch.float32: Tolerance(0.0, 16 * torch.finfo(torch.float32).eps),
@@ -30,8 +30,9 @@ TOLERANCES = {
 def assert_close(
     what: str, actual: torch.Tensor, exact: torch.Tensor, magnitude: torch.Tensor, roundings: int = 1
 ) -> None:
-    """`magnitude` is the sum of the absolute values of the terms that `exact` is the sum of, both in float64. Where
-    the terms may be denormal, `roundings` is how many of them there are, each with an absolute error of its own."""
+    """Asserts that a result is within the tolerance of its dtype. `exact` is a sum of terms and `magnitude` the sum of
+    their absolute values, both in float64. If the terms may be denormal, `roundings` is their number, because each has
+    an absolute error of its own."""
     assert actual.shape == exact.shape, f"{what}: shape {tuple(actual.shape)} instead of {tuple(exact.shape)}"
     tolerance = TOLERANCES[actual.dtype]
     smallest = torch.finfo(actual.dtype).smallest_normal * torch.finfo(actual.dtype).eps
@@ -49,15 +50,15 @@ def assert_close(
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Elementwise: equal, or both NaN."""
+    """Whether elements are equal or both NaN, element by element."""
     return (a == b) | (a.isnan() & b.isnan())
 
 
 def assert_identical(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """The same dtype, shape and strides, and the same values down to the sign of zero; a NaN is any NaN."""
+    """Asserts equal dtype, shape, strides and values, including the sign of zeros; any NaN equals any other NaN."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
     if actual.shape != expected.shape or not same(actual, expected).all():
-        # Says where they differ.
+        # This says where they differ.
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda m: f"{what}: {m}")
     assert_same_strides(what, actual, expected)
     if actual.is_floating_point():
@@ -66,7 +67,7 @@ def assert_identical(what: str, actual: torch.Tensor, expected: torch.Tensor) ->
 
 
 def assert_same_strides(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Strides that address nothing, those of an empty tensor and of dimensions of one element, don't matter."""
+    """Asserts equal strides, except for those that do not matter: in empty tensors and in dimensions of one element."""
     if expected.numel():
         ours, stocks = ([s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1] for t in (actual, expected))
         assert ours == stocks, f"{what}: strides {actual.stride()} instead of {expected.stride()}"
@@ -78,7 +79,7 @@ def gradients(
     grad_output: torch.Tensor,
     wanted: Sequence[bool] | None = None,
 ) -> list[torch.Tensor | None]:
-    """The gradients of all the tensors, or of those that are wanted; None for the others."""
+    """The gradients of the `wanted` tensors, by default of all of them, and None for the others."""
     return output_and_gradients(function, tensors, lambda _: grad_output, wanted)[1]
 
 
@@ -88,7 +89,7 @@ def output_and_gradients(
     grad_output: Callable[[torch.Tensor], torch.Tensor],
     wanted: Sequence[bool] | None = None,
 ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-    """The output, and the gradients for the gradient that `grad_output` gives for it."""
+    """The output, and the gradients of the tensors if the gradient of the output is `grad_output(output)`."""
     wanted = [t is not None for t in tensors] if wanted is None else wanted
     leaves = [t.detach().requires_grad_() if want else t for t, want in zip(tensors, wanted, strict=True)]
     output = function(*leaves)
@@ -107,8 +108,9 @@ def conv2d_unfolded(
     groups: int = 1,
     inside: bool = False,
 ) -> torch.Tensor:
-    """conv2d as a product of the weight with the unfolded images (im2col). `inside`: over the taps inside of the image
-    alone, where stock multiplies the padding with the weights, which gives NaN where a weight is infinite."""
+    """conv2d as a product of the weight with the unfolded images (im2col). With `inside`, the sum runs over the taps
+    inside of the image only; stock also multiplies the weights by the padding, which gives NaN if a weight is
+    infinite."""
 
     def pair(value):
         return (value, value) if isinstance(value, int) else tuple(value)
@@ -145,9 +147,10 @@ def conv2d_unfolded(
 def conv2d_like(
     input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor:
-    """A tensor that lies as conv2d's output does by stock's rule: channels-last if input or weight is. Stock itself is
-    not asked, since oneDNN crashes on some grouped convolutions of images of one row or column (seen in torch 2.13
-    with AVX2), and other backends decide differently on images of one pixel, which have both formats."""
+    """A tensor with the memory format that conv2d's output has by stock's rule: channels-last if input or weight is.
+    Stock's conv2d is not called for this, because oneDNN crashes on some grouped convolutions of images of one row or
+    column (seen in torch 2.13 with AVX2), and other backends decide differently for images of one pixel, which have
+    both formats."""
     batch = input if input.dim() == 4 else input[None]
     meta = (t.to("meta", memory_format=torch.contiguous_format) for t in (batch, weight))
     last = torch.channels_last in (suggest_memory_format(batch), suggest_memory_format(weight))
@@ -166,9 +169,9 @@ def check(
     reference: Callable[..., torch.Tensor] | None = None,
     roundings: int = 1,
 ) -> None:
-    """pyops.functional.<op> and the gradients of the tensors that are wanted, by default of all, against `reference`,
-    by default stock's function of the same name, in float64. The output has the dtype and the strides of stock's.
-    `grad` is the layout of a random gradient of the output, or gives the gradient.
+    """Compares pyops.functional.<op> and the gradients of the `wanted` tensors (by default of all) with `reference` (by
+    default stock's function of that name) in float64. The output must have the dtype and the strides of stock's.
+    `grad` is the layout of a random gradient of the output, or a function that gives the gradient.
 
     The operation must be linear in each tensor, so that the reference's result for absolute values bounds the rounding
     errors.
@@ -193,7 +196,7 @@ def check(
     output, actual = output_and_gradients(ours, tensors, gradient, wanted)
     assert output.dtype == like.dtype
     assert_same_strides("output", output, like)
-    double = [None if t is None else t.double().contiguous() for t in tensors]  # stock refuses some strides
+    double = [None if t is None else t.double().contiguous() for t in tensors]  # because stock refuses some strides
     absolute = [None if t is None else t.abs() for t in double]
     exact_output, exact_gradients = output_and_gradients(exact, double, lambda _: grad_output.double(), wanted)
     magnitude, magnitudes = output_and_gradients(exact, absolute, lambda _: grad_output.double().abs(), wanted)

@@ -1,8 +1,8 @@
-"""Builds pyops with AddressSanitizer and UndefinedBehaviorSanitizer of gcc, and runs the tests on that build.
+"""Builds pyops with gcc's AddressSanitizer and UndefinedBehaviorSanitizer, and runs the tests on that build.
 
-``python tests/sanitize.py [arguments of pytest]``; without arguments the tests that reach the kernels. Only code of
-pyops is checked, but all that it reads and writes is, for the allocator is the sanitizer's in the whole process. The
-build lies in build/, next to the ordinary one. ATEN_CPU_CAPABILITY selects the instruction set, as ever.
+``python tests/sanitize.py [arguments of pytest]`` runs the tests that reach the kernels if there are no arguments. Only
+pyops' own code is checked, but all of its reads and writes are, because the whole process uses the sanitizer's
+allocator. The build is in build/, next to the ordinary one. ATEN_CPU_CAPABILITY selects the instruction set, as usual.
 """
 
 import os
@@ -13,10 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "build" / "sanitized"
 
-# libstdc++ because the sanitizer looks up what throws an exception when it is loaded, which is before torch brings it.
+# libstdc++ is preloaded because the sanitizer looks up the functions that throw exceptions when it is loaded itself,
+# which is before torch loads libstdc++.
 PRELOADED = ("libasan.so", "libubsan.so", "libstdc++.so")
 OPTIONS = {
-    # Python itself frees little of what it holds at the end, and a test asks for more memory than there is.
+    # Python frees little of its memory when it exits, and one test asks for more memory than there is.
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
@@ -43,13 +44,13 @@ def sanitized_environment() -> dict[str, str]:
     compiler = os.environ.get("CXX", "g++")
     paths = (subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip() for name in PRELOADED)
     environment = {"LD_PRELOAD": ":".join(paths), "PYTHONPATH": str(LIBRARY)}
-    return os.environ | OPTIONS | environment | {"PYOPS_SANITIZE": "1"}  # of the emulated CUDA kernels too
+    return os.environ | OPTIONS | environment | {"PYOPS_SANITIZE": "1"}  # for the emulated CUDA kernels too
 
 
 def main() -> None:
     build()
     environment = sanitized_environment()
-    # test_memory.py runs this program on another checking allocator, which the sanitizer's takes the place of here.
+    # test_memory.py runs this program on another checking allocator; here the sanitizer's replaces it.
     subprocess.run([sys.executable, "memory_program.py"], cwd=ROOT / "tests", env=environment, check=True)
     pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
     sys.exit(subprocess.run(pytest, cwd=ROOT / "tests", env=environment).returncode)

@@ -1,9 +1,9 @@
-"""The table of docs/composing.md, what works together with the rest of torch, made of the outcomes of the tests.
+"""Makes the table of docs/composing.md, which says what pyops composes with, from the outcomes of the tests.
 
-A test that is marked ``composes("a feature")`` stands for a line of the table, in the column of the op that is named in
-the ids of its parameters, or in those that are named in the mark, or else in that of networks. A cell says "yes" if all
-its tests passed. ``pytest --write-support-table`` runs all tests and writes the table; at the end of every other
-run of all tests, test_support_table.py compares.
+A test marked ``composes("a feature")`` counts for the line of that feature. Its column is that of the op named in the
+ids of its parameters; otherwise the columns are those named in the mark, or the column of networks. A cell says "yes"
+if all of its tests passed. ``pytest --write-support-table`` runs all tests and writes the table; at the end of every
+other run of all tests, test_support_table.py compares the table with the file.
 """
 
 from pathlib import Path
@@ -19,23 +19,23 @@ COLUMNS = (*OPS, NETWORKS)
 
 
 def column(test_id: str) -> str:
-    """The op that a parametrized test is about: the longest name that occurs in its id."""
+    """The op that a parametrized test is about: the one with the longest name that occurs in its id."""
     names = dict(zip(OPS + LAYERS, OPS * 2, strict=True))
     found = [name for name in names if name in test_id]
     return names[max(found, key=len)] if found else NETWORKS
 
 
 class SupportTable:
-    """The pytest plugin that looks on."""
+    """A pytest plugin that records the outcomes of the marked tests."""
 
     def __init__(self) -> None:
-        self.outcomes: dict[str, dict[str, set[str]]] = {}  # of each feature, of each column
-        self.tests: dict[str, dict[str, list[str]]] = {}  # of each feature, of each file
+        self.outcomes: dict[str, dict[str, set[str]]] = {}  # by feature and column
+        self.tests: dict[str, dict[str, list[str]]] = {}  # by feature and file
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
-        if report.when == "call" or not report.passed:  # of the setup and the teardown only what went wrong
+        if report.when == "call" or not report.passed:  # setup and teardown count only if they fail
             for mark in item.iter_markers("composes"):
                 feature, *columns = mark.args
                 test_id = item.callspec.id if hasattr(item, "callspec") else ""

@@ -1,4 +1,4 @@
-"""Tensors to test with: every dtype, and every way in which a tensor can lie in memory."""
+"""Tensors for tests, in every dtype and every memory layout."""
 
 import math
 from typing import NamedTuple
@@ -11,21 +11,21 @@ INTEGER = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class Layout(NamedTuple):
-    """How `place` puts a tensor into memory."""
+    """Describes how `place` stores a tensor in memory."""
 
     order: tuple[int, ...]  # the dimensions, outermost in memory first
-    steps: tuple[int, ...]  # of each dimension, 1 for dense
-    offset: int = 0  # elements in front
+    steps: tuple[int, ...]  # one for each dimension, 1 for dense
+    offset: int = 0  # elements in front of the tensor
     expanded: tuple[int, ...] = ()  # dimensions of stride 0: every index shows the values of index 0
 
 
 def layout(name: str, rank: int) -> Layout:
-    """The layouts that have names. `rank` is the number of dimensions."""
+    """The layout with that name for `rank` dimensions."""
     dense, straight = (1,) * rank, tuple(range(rank))
     match name:
         case "contiguous":
             return Layout(straight, dense)
-        case "channels_last":  # of [.., C, H, W]; nothing special for fewer dimensions
+        case "channels_last":  # applies to [.., C, H, W]; fewer dimensions are contiguous
             return Layout((*straight[:-3], *straight[-2:], *straight[-3:-2]) if rank >= 3 else straight, dense)
         case "transposed":
             return Layout(straight[::-1], dense)
@@ -41,7 +41,7 @@ LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "expanded")
 
 @st.composite
 def layouts(draw, rank: int) -> Layout:
-    """Arbitrary strides."""
+    """Layouts with arbitrary strides."""
     return Layout(
         order=tuple(draw(st.permutations(range(rank)))),
         steps=tuple(draw(st.lists(st.sampled_from((1, 1, 2, 3)), min_size=rank, max_size=rank))),
@@ -51,7 +51,8 @@ def layouts(draw, rank: int) -> Layout:
 
 
 def place(values: torch.Tensor, where: Layout | str) -> torch.Tensor:
-    """`values` in that layout. What lies between and around them is NaN (or the largest integer), lest it be used."""
+    """`values` in that layout. The memory between and around them is NaN (or the largest integer), so that a result
+    that uses it is wrong."""
     if isinstance(where, str):
         where = layout(where, values.dim())
     shape = tuple(values.shape)
@@ -72,7 +73,7 @@ def place(values: torch.Tensor, where: Layout | str) -> torch.Tensor:
 
 
 def random(shape, dtype: torch.dtype = torch.float32, where: Layout | str = "contiguous") -> torch.Tensor:
-    """Values of the normal distribution, or integers of the whole range."""
+    """Values from the normal distribution, or integers from the whole range."""
     if dtype.is_floating_point:
         values = torch.randn(tuple(shape), dtype=torch.float64).to(dtype)
     else:
@@ -82,7 +83,7 @@ def random(shape, dtype: torch.dtype = torch.float32, where: Layout | str = "con
 
 
 def with_ties(shape, dtype: torch.dtype, where: Layout | str = "contiguous") -> torch.Tensor:
-    """Few different values, so that many of them are equal; of the floats some are NaN, infinite or -0.0."""
+    """Few different values, so that many of them are equal; some of the floats are NaN, infinite or -0.0."""
     values = torch.randint(0 if dtype == torch.uint8 else -2, 3, tuple(shape)).to(dtype)
     if dtype.is_floating_point:
         special = torch.tensor([math.nan, math.inf, -math.inf, -math.inf, -0.0], dtype=dtype)

@@ -1,6 +1,7 @@
-"""On every shape that is benchmarked the error is at most 1.5 times stock's, of the output and of each gradient.
+"""On every benchmarked shape, the error of the output and of each gradient is at most 1.5 times stock's.
 
-Differences of a few float32 ulps are no error: whichever order a sum of a hundred terms is taken in may be the luckier.
+Differences of a few float32 ulps do not count as errors, because any order of summing a hundred terms may happen to be
+more accurate.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ NO_ERROR = 4 * torch.finfo(torch.float32).eps
 
 
 class Error(NamedTuple):
-    """Differences from the exact values, relative to the largest of them and to their root mean square."""
+    """The differences from the exact values, relative to the largest of these and to their root mean square."""
 
     largest: float
     rms: float
@@ -31,7 +32,7 @@ def error(actual: torch.Tensor, exact: torch.Tensor) -> Error:
 
 
 def errors(shape: Shape, dtype: torch.dtype) -> dict[str, tuple[Error, Error]]:
-    """Ours and stock's, of each result."""
+    """Our error and stock's for each result."""
     operands, grad = shape.operands(dtype), shape.grad_output(dtype)
     ours = shape.results(pyops.functional, operands, grad)
     stock = shape.results(torch.nn.functional, operands, grad)

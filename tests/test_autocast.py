@@ -49,7 +49,7 @@ def test_values_are_those_of_a_cast(op, shapes, options, target):
 @every_target
 @pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
 def test_values_and_gradients_are_those_of_stock(twin, target):
-    """To the rounding of the lower precision, in the same dtypes; of fused functions too."""
+    """They have stock's dtypes and agree to the rounding of the lower precision, for fused functions too."""
     leaves, results = [t.requires_grad_() for t in twin.tensors(torch.float32)], []
     for function in (twin.ours, twin.stock):
         with torch.autocast("cpu", target):

@@ -1,6 +1,6 @@
-"""The derivatives: right in every mode and order, no more computed than asked for, no more kept than needed.
+"""Derivatives are right in every mode and order, only those asked for are computed, and only what is needed is kept.
 
-Values of first gradients are compared with stock's in the test file of each op.
+The values of first gradients are compared with stock's in the test file of each op.
 """
 
 import gc
@@ -100,7 +100,7 @@ every_case = pytest.mark.parametrize(("function", "inputs"), CASES.values(), ids
 @pytest.mark.composes("`gradcheck`: reverse and forward mode, batched")
 @every_case
 def test_gradcheck(function, inputs):
-    """Reverse mode, forward mode, both batched by vmap (which torch refuses for forward mode of in-place operators)."""
+    """Checks reverse and forward mode, also batched by vmap (which torch refuses for forward mode of in-place ops)."""
     batched_forward = function is not relu_op_in_place
     assert gradcheck(
         function, inputs(), check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=batched_forward
@@ -110,12 +110,12 @@ def test_gradcheck(function, inputs):
 @pytest.mark.composes("`gradgradcheck`: reverse over reverse, forward over reverse, batched")
 @every_case
 def test_gradgradcheck(function, inputs):
-    """Second derivatives, in reverse over reverse and forward over reverse mode."""
+    """Checks second derivatives, in reverse over reverse and forward over reverse mode."""
     assert gradgradcheck(function, inputs(), check_fwd_over_rev=True, check_batched_grad=True)
 
 
 def backward_cases():
-    """The backward ops, called directly: differentiable in every tensor they take."""
+    """Direct calls of the backward ops, which are differentiable in every tensor that they take."""
     argmax = ops.max_pool2d(torch.randn(1, 2, 6, 5), *POOL_ARGS)[1]
     mask = [True, True, True]
     conv = ((2, 4, 5, 5), (6, 2, 3, 3), (2, 1), (1, 0), 1, 2)
@@ -160,7 +160,7 @@ def test_gradcheck_of_backward_ops(op):
 @pytest.mark.parametrize("which", ["input", "weight", "bias"])
 @pytest.mark.parametrize(("op", "shapes"), SHAPES.items())
 def test_forward_mode_by_one_tensor(op, shapes, which):
-    """The tangent is that of the one tensor that has one, whichever it is."""
+    """The output's tangent is right if only one of the tensors has a tangent, whichever it is."""
     primals = [torch.randn(s, dtype=torch.float64) for s in shapes]
     i = ["input", "weight", "bias"].index(which)
     tangent = torch.randn_like(primals[i])
@@ -183,7 +183,7 @@ def images(where, *shape, requires_grad=False):
 
 
 def opcheck_calls(where):
-    """Arguments of every op, whose tensors lie in memory as `where` says."""
+    """Arguments for every op, with tensors in the layout `where`."""
     x, w = images(where, 2, 4, 7, 6, requires_grad=True), images(where, 6, 2, 3, 2, requires_grad=True)
     bias = torch.randn(6, requires_grad=True)
     conv = ((2, 1), (1, 0), (1, 2), 2)
@@ -263,7 +263,7 @@ def test_every_op_is_opchecked():
 
 @pytest.mark.parametrize(("op", "where"), CALLS)
 def test_opcheck(op, where):
-    # Tracing is slow, and what it adds depends on the layout in the strides only, which test_faketensor compares.
+    # Tracing is slow, and what it adds depends on the layout only by the strides, which test_faketensor compares.
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     for i, args in enumerate(opcheck_calls(where)[op]):
         tracing = ["test_aot_dispatch_dynamic"] if where in ("contiguous", "channels_last") and i == 0 else []
@@ -285,11 +285,11 @@ def test_fake_strides_are_real(op, where):
                 assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype)
 
 
-# ---- only what is asked for ----
+# ---- only the gradients asked for are computed ----
 
 
 class CallLog(TorchDispatchMode):
-    """The arguments and results of the calls of one op."""
+    """Records the arguments and results of the calls of one op."""
 
     def __init__(self, op):
         super().__init__()
@@ -447,7 +447,7 @@ def test_saved_output_that_is_overwritten_is_noticed():
 
 
 def test_output_of_relu_may_be_overwritten():
-    """Its mask is kept, not itself."""
+    """The backward keeps a mask, not the output itself."""
     x = torch.tensor([-1.0, 2.0], requires_grad=True)
     y = F.relu(x)
     y += 1
@@ -456,7 +456,7 @@ def test_output_of_relu_may_be_overwritten():
 
 
 def test_results_of_a_single_image_may_be_overwritten():
-    """They are no views of a batch of one, neither the output nor a gradient that is differentiated again."""
+    """Neither the output nor a gradient that is differentiated again is a view of a batch of one."""
     x, w = torch.randn(2, 5, 5, requires_grad=True), torch.randn(3, 2, 3, 3, requires_grad=True)
     pool = partial(F.conv2d_relu_max_pool2d, pool_kernel_size=2)
     for function in (F.conv2d, pool):

@@ -1,4 +1,4 @@
-"""What a sample gives does not depend on the batch that it sits in: the same bits, alone or among any others."""
+"""The result of a sample does not depend on its batch: it has the same bits alone and among any other samples."""
 
 from functools import partial
 
@@ -11,12 +11,12 @@ import pyops
 from pyops import functional
 
 SIZES = (1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 33, 47, 64, 65, 70)
-AFFORDABLE = 1e8  # work of the largest batch
+AFFORDABLE = 1e8  # the work of the largest batch
 both_formats = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 
 
 def assert_independent(function, samples: torch.Tensor, layout: torch.memory_format) -> None:
-    """The first n samples, or the last n, give what they give among all samples."""
+    """Asserts that the first or the last n samples alone give the results that they have among all samples."""
 
     def run(part: torch.Tensor) -> torch.Tensor:
         part = part.contiguous(memory_format=layout) if part.dim() == 4 else part.contiguous()
@@ -54,10 +54,10 @@ CONVS = [  # a sample, the weight, options
     ((20, 9, 8), (20, 4, 3, 3), {"groups": 5, "padding": 1}),
     ((70, 4, 5), (67, 70, 3, 3), {"padding": 1}),
     ((130, 3, 3), (40, 130, 1, 1), {}),
-    ((40, 23, 37), (13, 40, 3, 3), {"padding": 1}),  # three taps at once
+    ((40, 23, 37), (13, 40, 3, 3), {"padding": 1}),  # direct 3-wide
     ((1, 40, 41), (1, 1, 3, 3), {}),
     ((2, 1, 1), (3, 2, 1, 1), {}),
-    ((3, 14, 13), (3, 1, 13, 13), {"groups": 3}),  # more taps than a chunk of K has
+    ((3, 14, 13), (3, 1, 13, 13), {"groups": 3}),  # more taps than a chunk of K
 ]
 
 
@@ -77,9 +77,9 @@ def test_conv2d(dtype, sample, weight, options, weight_where, layout):
     [
         *CONVS[:5],
         ((3, 15, 14), (3, 1, 13, 13), {"groups": 3}),
-        ((3, 32, 32), (16, 3, 3, 3), {}),  # three taps at once
+        ((3, 32, 32), (16, 3, 3, 3), {}),  # direct 3-wide
         ((2, 16, 16), (16, 2, 3, 3), {"padding": 1}),
-        ((16, 10, 10), (16, 4, 3, 3), {"groups": 4}),  # groups that share vectors
+        ((16, 10, 10), (16, 4, 3, 3), {"groups": 4}),  # several groups share a vector
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

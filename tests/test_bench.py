@@ -1,4 +1,4 @@
-"""The benchmark scripts run, tell stock from pyops, and write what they measured. No time is asserted."""
+"""The benchmark scripts run, distinguish stock from pyops, and write their measurements. No times are asserted."""
 
 import json
 import subprocess
@@ -76,7 +76,7 @@ OP_CASES = [
 ]
 
 
-PROGRAMS = [  # what other threads call is not seen
+PROGRAMS = [  # calls that other threads of Python make would not be seen
     program
     for group in lenet.GROUPS
     for program in group.cases

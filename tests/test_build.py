@@ -1,4 +1,4 @@
-"""The build, and what `import pyops` loads of it. Each test runs an interpreter of its own."""
+"""The build, and the parts of it that `import pyops` loads. Each test runs an interpreter of its own."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def output_of(program, cwd, **env):
 
 @pytest.fixture
 def source_tree(tmp_path):
-    """A copy of what is under version control, more or less: no binaries, no leftovers of builds."""
+    """A copy of roughly what is under version control, without binaries or leftovers of builds."""
     ignore = shutil.ignore_patterns(
         ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "_build_info.py", ".*_cache"
     )
@@ -84,7 +84,7 @@ print([m for m in sys.modules if m in ("pyops._C", "pyops._cpu_default", "pyops.
 
 
 def test_unbuilt_source_tree_says_so(source_tree):
-    # An editable install would find in its own tree what is missing in this one.
+    # An editable install would find the files that are missing here in its own tree.
     program = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in repr(f)]; import pyops"
     result = python("-c", program, cwd=source_tree)
     assert "ImportError: this is the source tree of pyops, which is not built" in result.stderr.splitlines()[-1]
@@ -98,7 +98,7 @@ def test_build_without_compiler_says_so(source_tree):
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch is a build with CUDA")
 def test_build_says_why_it_is_without_cuda(source_tree):
-    """In one line, before anything else can fail."""
+    """The build says so in one line, before anything else can fail."""
     command = ("setup.py", "-q", "build_ext")
     said = python(*command, cwd=source_tree, CXX="no-such-compiler").stdout.splitlines()
     assert f"pyops: without CUDA kernels, for torch {torch.__version__} is a build without CUDA" in said
@@ -111,7 +111,7 @@ def test_build_says_why_it_is_without_cuda(source_tree):
 
 @pytest.fixture
 def old_torch(tmp_path):
-    """A folder for PYTHONPATH that hides the torch installed behind one that pyops does not build with."""
+    """A folder for PYTHONPATH with a torch that pyops does not build with, which hides the installed one."""
     (tmp_path / "site" / "torch-1.0.dist-info").mkdir(parents=True)
     (tmp_path / "site" / "torch-1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n"

@@ -1,4 +1,4 @@
-"""The kernels of each lower instruction set, by the tests of the kernels in an interpreter of its own."""
+"""The kernels of each lower instruction set pass the tests of the kernels, in an interpreter of their own."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ LOWER = [capability.lower() for capability in _build_info.cpu_capabilities if ca
 @pytest.mark.skipif("AVX2" not in _build_info.cpu_capabilities, reason="x86 instruction sets")
 @pytest.mark.parametrize("capability", LOWER)
 def test_kernels_of(capability):
-    """A selection of the tests, with few examples each; all of them: ``ATEN_CPU_CAPABILITY=avx2 pytest``."""
+    """Runs a selection of the tests with few examples each. ``ATEN_CPU_CAPABILITY=avx2 pytest`` runs all of them."""
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--every=7", "--hypothesis-profile=thin"]
     command += ["--device=cpu"]

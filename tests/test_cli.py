@@ -86,7 +86,7 @@ def test_trains_on_idx_files(tmp_path, capsys):
 
 
 def exit_of(capsys, *arguments: str) -> str:
-    """What is written to stderr on the way to exit status 2."""
+    """Checks that the command exits with status 2, and returns what it writes to stderr."""
     with pytest.raises(SystemExit) as info:
         main(arguments)
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""torch.compile, torch.export and AOTInductor over our functions and layers: one graph, the results of stock."""
+"""torch.compile, torch.export and AOTInductor turn our functions and layers into one graph with stock's results."""
 
 import copy
 import io
@@ -33,12 +33,12 @@ def forget_compiled_code():
 @every_twin
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_functions(twin, dynamic):
-    """Forward and backward in one graph, which AOTAutograd splits as the real kernels do; with dynamic shapes the same
-    one for every size of the first dimension."""
+    """Forward and backward form one graph, which AOTAutograd splits as the real kernels do. With dynamic shapes, one
+    graph serves every size of the first dimension."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(twin.ours, backend=counter, fullgraph=True, dynamic=dynamic)
     input, *others = twin.tensors()
-    for size in (7, 11, 13) if dynamic else (2,):  # equal to no other size, which torch takes to be the same for ever
+    for size in (7, 11, 13) if dynamic else (2,):  # no other size is equal: torch would take both to be always equal
         batch = torch.cat([input + i / 1e3 for i in range(size)]) if input.dim() > 1 else input.expand(size, -1)
         tensors = [t.detach().requires_grad_() for t in (batch, *others)]
         results = []
@@ -50,7 +50,7 @@ def test_functions(twin, dynamic):
 
 
 class AllFunctions(torch.nn.Module):
-    """Every function of the twins, on tensors of its own."""
+    """Calls every function of the twins, each on tensors of its own."""
 
     def __init__(self, side):
         super().__init__()
@@ -81,16 +81,16 @@ def test_functions_by_inductor():
 @pytest.mark.skipif(not (_load.build_info.cuda and torch.cuda.is_available()), reason="needs a GPU")
 @both_lenets
 def test_reduced_overhead(fused):
-    """CUDA graphs of forward and backward."""
+    """Forward and backward run as CUDA graphs."""
     net, stock = (each.to("cuda", torch.float32) for each in lenets(fused))
     compiled = torch.compile(net, mode="reduce-overhead", fullgraph=True)
-    for _ in range(4):  # eagerly, recorded, replayed
+    for _ in range(4):  # the graph runs eagerly, is recorded, and is replayed
         x = torch.randn(3, 1, 32, 32, device="cuda")
         torch.testing.assert_close(training_pass(compiled, net, x), training_pass(stock, stock, x))
 
 
 def test_options_that_are_symbols():
-    """Sizes of windows and paddings given as arguments, which dynamic shapes make symbols."""
+    """Sizes of windows and paddings may be given as arguments, which dynamic shapes turn into symbols."""
     x, weight = torch.randn(2, 3, 9, 8, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
 
     def run(functional, padding, stride, window):
@@ -112,7 +112,7 @@ def test_options_that_are_symbols():
 @both_lenets
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_networks_by_inductor(fused, dynamic):
-    """No graph break, and with dynamic shapes one compilation for all batch sizes, in both memory formats."""
+    """There is no graph break, and with dynamic shapes one compilation serves all batch sizes, in both formats."""
     net, stock = lenets(fused)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=dynamic)
@@ -125,7 +125,7 @@ def test_networks_by_inductor(fused, dynamic):
 @pytest.mark.composes("`torch.compile` by inductor")
 @needs_compiler
 def test_layouts_by_inductor():
-    """What inductor assumes of the strides of our results holds, also for channels-last ones."""
+    """Inductor's assumptions about the strides of our results hold, also for channels-last results."""
     layers = [pyops.nn.Conv2d(3, 4, 3), pyops.nn.ReLU(inplace=True), pyops.nn.MaxPool2d(2)]
     net = torch.nn.Sequential(*layers, pyops.nn.ConvReLU2d(4, 2, 2)).double()
     stock = pyops.revert(copy.deepcopy(net[:3])).append(torch.nn.Conv2d(4, 2, 2).double()).append(torch.nn.ReLU())
@@ -144,7 +144,7 @@ def test_layouts_by_inductor():
 
 @pytest.mark.composes("`torch.func` inside of compiled code")
 def test_a_training_step_in_one_graph():
-    """Forward, loss, and the update of the parameters, whose gradients are computed by torch.func."""
+    """The graph holds forward, loss, gradients computed by torch.func, and the update of the parameters."""
     net, stock = lenets()
     images, labels = torch.randn(4, 1, 32, 32, dtype=torch.float64), torch.arange(4)
 
@@ -171,7 +171,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("name", ["linear", "max_pool2d", "conv2d_relu"])
 def test_transforms_inside_of_compiled_code(name, transform):
-    """Where custom operators are known to lose derivatives (pytorch#192985)."""
+    """Custom operators are known to lose derivatives there (pytorch#192985); ours do not."""
     twin = TWINS[name]
     compiled = torch.compile(TRANSFORMS[transform](twin.ours), backend="aot_eager", fullgraph=True)
     tensors = twin.tensors()
@@ -181,7 +181,7 @@ def test_transforms_inside_of_compiled_code(name, transform):
 @pytest.mark.composes("`torch.func` inside of compiled code")
 @both_lenets
 def test_gradients_of_each_sample(fused):
-    """vmap(grad) in one graph, with static and with dynamic shapes."""
+    """vmap(grad) compiles to one graph, with static and with dynamic shapes."""
     net, stock = lenets(fused)
     images, labels = torch.randn(3, 1, 32, 32, dtype=torch.float64), torch.arange(3)
 
@@ -222,7 +222,7 @@ def test_errors_are_those_of_eager():
 @pytest.mark.composes("compiled autograd")
 @every_twin
 def test_compiled_backward(twin):
-    """Each backward of eager mode is traced, without a break, and not again for tensors of other values."""
+    """Each backward of eager mode is traced without a break, and is not traced again for tensors of other values."""
     in_python = twin is TWINS["relu_in_place"]  # the one op whose node is not in C++: dynamo does not look into it
     counter = CompileCounterWithBackend("aot_eager")
     compiler = torch.compile(backend=counter, fullgraph=not in_python)
@@ -244,7 +244,7 @@ def test_compiled_backward(twin):
 @pytest.mark.composes("compiled autograd")
 @both_lenets
 def test_compiled_backward_of_networks(fused):
-    """Of several shapes, and with what is saved unpacked by a hook."""
+    """The backward may have several shapes, and a hook may unpack the saved tensors."""
     net = pyops.LeNet(fused=fused)
     compiler = torch.compile(backend="aot_eager")
     for batch in (2, 3, 2):
@@ -259,8 +259,8 @@ def test_compiled_backward_of_networks(fused):
 
 @pytest.mark.parametrize("name", ["relu", "conv2d", "max_pool2d", "linear_relu", "conv2d_relu_max_pool2d"])
 def test_compiled_second_backward(name):
-    """By every tensor, and by grad_output; by some of them the derivative is zeros. Stock's is not compiled: torch 2.13
-    fails to compile that of conv2d."""
+    """Gradients are differentiated by every tensor and by grad_output; some of these derivatives are zeros. Stock's are
+    not compiled, because torch 2.13 fails to compile that of conv2d."""
     results = []
     for function in (TWINS[name].ours, TWINS[name].stock):
         torch.manual_seed(0)
@@ -282,7 +282,7 @@ def test_compiled_second_backward(name):
 @both_lenets
 @pytest.mark.parametrize("strict", [True, False])
 def test_export(fused, strict):
-    """One program for all batch sizes, made of our operators, that can be saved, loaded and trained."""
+    """The exported program holds our operators, serves all batch sizes, and can be saved, loaded and trained."""
     net, stock = lenets(fused)
     x = torch.randn(3, 1, 32, 32, dtype=torch.float64)
     program = torch.export.export(net, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict)
@@ -304,7 +304,7 @@ def test_export(fused, strict):
 
 
 class Calls(torch.nn.Module):
-    """A function as what can be exported."""
+    """A function as a module, because only modules can be exported."""
 
     def __init__(self, function):
         super().__init__()
@@ -332,7 +332,7 @@ def test_export_of_functions(twin, strict):
 @needs_compiler
 @both_lenets
 def test_aot_inductor(fused, tmp_path):
-    """Compiled into a package, loaded and run, on another batch size too."""
+    """A network is compiled into a package, loaded and run, on another batch size too."""
     net, stock = lenets(fused, torch.float32)
     x = torch.randn(3, 1, 32, 32)
     with torch.no_grad():
@@ -347,7 +347,7 @@ def test_aot_inductor(fused, tmp_path):
 @pytest.mark.composes("AOTInductor: a package, loaded and run", *OPS)
 @needs_compiler
 def test_aot_inductor_of_functions(tmp_path):
-    """All in one package."""
+    """All functions are compiled into one package."""
     tensors = tensors_for_all_functions()
     with torch.no_grad():
         program = torch.export.export(AllFunctions("ours"), tensors)

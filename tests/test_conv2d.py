@@ -1,4 +1,4 @@
-"""conv2d: output and gradients against float64, for every geometry, layout and dtype."""
+"""conv2d's output and gradients are compared with float64, for every geometry, layout and dtype."""
 
 import math
 
@@ -26,7 +26,7 @@ def operands(input_shape, weight_shape, dtype=torch.float32, where="contiguous",
 
 
 GEOMETRIES = [
-    # input, weight, options
+    # Each entry holds the shapes of input and weight, and the options.
     ((2, 1, 32, 32), (6, 1, 5, 5), {}),  # LeNet
     ((2, 6, 14, 14), (16, 6, 5, 5), {}),
     ((2, 16, 6, 6), (16, 16, 3, 3), {}),
@@ -39,7 +39,7 @@ GEOMETRIES = [
     ((1, 2, 11, 10), (3, 2, 3, 3), {"stride": 3, "dilation": 2}),  # rows of the input that no window covers
     ((1, 2, 11, 10), (3, 2, 2, 2), {"stride": 5}),
     ((2, 2, 5, 6), (3, 2, 5, 6), {}),  # a window as large as the image
-    ((2, 2, 3, 3), (3, 2, 5, 5), {"padding": 1}),  # and larger
+    ((2, 2, 3, 3), (3, 2, 5, 5), {"padding": 1}),  # a window larger than the image
     ((1, 1, 1, 1), (1, 1, 1, 1), {}),
     ((1, 2, 1, 40), (3, 2, 1, 7), {"padding": (0, 3)}),
     ((1, 2, 40, 1), (3, 2, 7, 1), {"padding": (3, 0)}),
@@ -49,24 +49,24 @@ GEOMETRIES = [
     ((3, 36, 9, 8), (72, 4, 3, 2), {"groups": 9, "padding": 1, "stride": (2, 3)}),  # narrow groups, several phases
     ((1, 20, 5, 5), (20, 2, 3, 3), {"groups": 10, "dilation": 2}),
     ((1, 70, 4, 5), (67, 70, 3, 3), {"padding": 1}),  # K beyond one chunk, odd channels
-    ((1, 66, 4, 5), (112, 66, 3, 3), {"padding": 1}),  # the same in whole vectors, panels of 4 and 3
+    ((1, 66, 4, 5), (112, 66, 3, 3), {"padding": 1}),  # K beyond one chunk in whole vectors, panels of 4 and 3
     ((3, 5, 30, 31), (33, 5, 3, 3), {"padding": 1}),
-    ((33, 3, 7, 6), (5, 3, 3, 2), {}),  # over blocks of images, the last of one
-    ((33, 6, 8, 7), (14, 6, 3, 2), {}),  # the same of more channels than 8 lanes
+    ((33, 3, 7, 6), (5, 3, 3, 2), {}),  # CHWN blocks, the last one of a single image
+    ((33, 6, 8, 7), (14, 6, 3, 2), {}),  # CHWN blocks with more channels than 8 lanes
     ((17, 6, 8, 7), (14, 3, 3, 3), {"groups": 2, "dilation": 2}),
     ((40, 2, 9, 9), (3, 2, 2, 2), {"stride": 2}),
     ((19, 20, 4, 4), (16, 20, 3, 3), {"padding": 2}),  # K beyond one chunk, classes of pixels
-    # The gradient of the input tap by tap: sums beyond one chunk, several tasks, odd channels, steps, borders.
+    # The gradient of the input by kn2row: sums beyond one chunk, several tasks, odd channels, strides, borders.
     ((5, 19, 8, 7), (150, 19, 5, 4), {}),
     ((70, 33, 6, 6), (40, 33, 4, 4), {"padding": 1}),
     ((3, 300, 5, 6), (34, 300, 3, 5), {}),
     ((4, 17, 11, 13), (35, 17, 3, 3), {"stride": (2, 3), "dilation": (2, 1), "padding": (1, 0)}),
     ((2, 18, 4, 3), (37, 18, 5, 5), {"padding": 2}),  # taps that no pixel meets
-    ((1, 48, 41, 31), (96, 48, 3, 3), {}),  # bands of rows
+    ((1, 48, 41, 31), (96, 48, 3, 3), {}),  # tiles of rows
     ((1, 48, 41, 31), (96, 48, 3, 3), {"stride": (2, 1), "padding": (1, 0)}),
-    ((37, 20, 3, 5), (21, 20, 3, 5), {}),  # and as that of a linear layer
+    ((37, 20, 3, 5), (21, 20, 3, 5), {}),  # the gradient of the input as that of a linear layer
     ((2, 24, 9, 8), (12, 8, 3, 3), {"groups": 3}),
-    # Groups that share a vector of channels-last images: odd sizes, vectors that are not full, unequal channels.
+    # Several groups share a vector of channels-last images: odd sizes, partial vectors, unequal numbers of channels.
     ((2, 32, 5, 19), (32, 4, 3, 3), {"groups": 8, "padding": 1}),
     ((1, 18, 7, 6), (18, 2, 5, 5), {"groups": 9, "padding": (2, 5)}),
     ((2, 24, 9, 8), (24, 8, 3, 3), {"groups": 3, "padding": 1, "stride": 2}),
@@ -76,9 +76,9 @@ GEOMETRIES = [
     ((2, 32, 6, 7), (16, 4, 2, 4), {"groups": 8, "stride": (1, 2)}),
     ((2, 32, 6, 7), (32, 16, 5, 5), {"groups": 2, "padding": 2}),  # K beyond one chunk
     ((1, 16, 3, 170), (16, 4, 1, 7), {"groups": 4, "padding": (0, 3)}),  # rows beyond one chunk
-    # Kernels that reach beyond the image, so that only some of their taps meet it, or none, with batches that fill
-    # the vectors: the weights of the other taps have a gradient of zero.
-    ((16, 1, 1, 1), (1, 1, 3, 3), {"padding": 1}),  # the tap in the middle alone
+    # The kernels reach beyond the image, so that only some of their taps meet it, or none, and the batches fill the
+    # vectors. The weights of the other taps have a gradient of zero.
+    ((16, 1, 1, 1), (1, 1, 3, 3), {"padding": 1}),  # only the tap in the middle
     ((33, 3, 1, 12), (1, 3, 5, 11), {"padding": (2, 0)}),
     ((17, 1, 18, 7), (1, 1, 3, 7), {"padding": (0, 3), "dilation": 2}),
     ((64, 3, 5, 7), (3, 3, 5, 3), {"padding": (2, 0), "dilation": (2, 1)}),
@@ -86,11 +86,11 @@ GEOMETRIES = [
     ((33, 3, 1, 10), (9, 3, 2, 5), {"padding": "same", "dilation": 2}),
     ((17, 1, 31, 1), (2, 1, 7, 2), {"padding": (2, 1), "dilation": (1, 2)}),  # no tap
     ((33, 24, 9, 1), (48, 2, 2, 2), {"groups": 12, "padding": (0, 1), "dilation": (1, 2)}),  # no tap, in groups
-    ((19, 16, 2, 1), (16, 4, 3, 3), {"groups": 4, "padding": 1}),  # groups that share a vector, a column of taps
+    ((19, 16, 2, 1), (16, 4, 3, 3), {"groups": 4, "padding": 1}),  # several groups in a vector, a column of taps
     ((5, 6, 1, 2), (6, 1, 1, 1), {"groups": 6, "stride": (4, 1), "padding": (3, 2)}),  # no tap, depthwise
     ((2, 40, 1, 1), (36, 40, 2, 2), {"padding": 1, "dilation": 2}),  # no tap, many channels
     ((16, 3, 2, 2), (4, 3, 1, 1), {"stride": 5, "padding": 4}),  # one pixel of the output meets the image
-    *[  # depthwise, 3x3: every place of a border in a vector, and no whole vector
+    *[  # depthwise, 3x3: a border at every position in a vector, and rows without a whole vector
         ((2, channels, height, width), (channels, 1, 3, 3), {"groups": channels, "padding": padding})
         for channels, height, width, padding in (
             (3, 3, 3, 0),
@@ -116,7 +116,7 @@ def test_geometries(input_shape, weight_shape, options, where, dtype):
 @pytest.mark.parametrize("dilation", [1, 2, (2, 3)])
 @pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 3), (4, 3), (2, 5)])
 @pytest.mark.parametrize("padding", ["same", "valid"])
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # stock's, about the copy that it makes
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # stock warns of the copy that it makes
 def test_named_padding(padding, kernel, dilation, where):
     """Even kernels need one more row or column at the bottom or right for "same"."""
     options = {"padding": padding, "dilation": dilation}
@@ -175,14 +175,14 @@ def test_empty(input_shape, weight_shape, groups, bias, where):
 
 @st.composite
 def geometries(draw):
-    """Shapes of input and weight, and the options, of a convolution with at least one output pixel."""
+    """The shapes of input and weight, and the options, of a convolution with at least one output pixel."""
     groups = draw(st.integers(1, 3))
     in_channels, out_channels = (groups * draw(st.integers(1, 5)) for _ in range(2))
     size, kernels, options = [], [], {"stride": [], "padding": [], "dilation": []}
     for _ in range(2):
         kernel, stride, dilation = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
         padding = draw(st.integers(0, 4))
-        covered = (draw(st.integers(1, 7)) - 1) * stride + (kernel - 1) * dilation + 1  # by the windows
+        covered = (draw(st.integers(1, 7)) - 1) * stride + (kernel - 1) * dilation + 1  # size covered by the windows
         size.append(max(1, covered + draw(st.integers(0, stride - 1)) - 2 * padding))
         kernels.append(kernel)
         for values, value in zip(options.values(), (stride, padding, dilation), strict=True):
@@ -228,7 +228,7 @@ BORDERS = [
     ],
 )
 def test_the_border_is_not_multiplied(channels, groups, infinite, options, where, dtype):
-    """An infinite value times the padding would be NaN; but the sum runs over the taps inside the image only."""
+    """An infinite value times the padding would be NaN, but the sum runs over the taps inside the image only."""
     out_channels, in_channels = channels
     input = random((2, in_channels, 8, 9), dtype, where)
     weight = random((out_channels, in_channels // groups, 3, 3), dtype, where)
@@ -264,7 +264,7 @@ def test_the_border_is_not_multiplied(channels, groups, infinite, options, where
 
 
 def test_sums_stay_accurate():
-    """Weight and bias gradients of a large batch are long sums of one sign."""
+    """Weight and bias gradients of a large batch are long sums of terms of one sign."""
     input, grad = torch.rand(64, 1, 40, 40) + 0.5, torch.rand(64, 2, 38, 38) + 0.5
     tensors = [input, torch.ones(2, 1, 3, 3), torch.zeros(2)]
     _, weight_grad, bias_grad = gradients(conv2d, tensors, grad)
@@ -278,11 +278,11 @@ def test_sums_stay_accurate():
 @both_formats
 @pytest.mark.not_emulated
 def test_more_than_2_to_the_31_elements(where):
-    """The output has them; input and weight are small."""
+    """The output has that many elements; input and weight are small."""
     channels, side = 2**15 + 1, 2**8
     input, weight = torch.zeros(1, 1, side, side), torch.zeros(channels, 1, 1, 1)
     input[0, 0, 0, 0], input[0, 0, -1, -1], weight[0], weight[-1] = 3, 5, 7, 2
-    if where == "channels_last":  # with one channel the input is in both formats
+    if where == "channels_last":  # with one channel the input has both formats
         input, weight = input.expand(1, 2, side, side) * 1, weight.expand(channels, 2, 1, 1) / 2
     output = conv2d(place(input.bfloat16(), where), weight.bfloat16())
     assert output[0, 0, 0, 0] == 21 and output[0, -1, 0, 0] == 6
@@ -294,24 +294,24 @@ def test_more_than_2_to_the_31_elements(where):
     ("input_size", "weight_size", "options"),
     [
         ((2, 70, 7, 6), (70, 1, 3, 3), (None, 1, 1, 1, 70)),  # depthwise, with full and partial vectors of channels
-        ((2, 3, 5, 40), (2, 3, 3, 3), (None, 1, 6, 6, 1)),  # along y only the middle taps ever meet the image
-        ((3, 2, 9, 33), (4, 1, 3, 5), (None, (2, 3), 1, 1, 2)),  # few output channels: gradient of weight along x
+        ((2, 3, 5, 40), (2, 3, 3, 3), (None, 1, 6, 6, 1)),  # only the middle row of taps ever meets the image
+        ((3, 2, 9, 33), (4, 1, 3, 5), (None, (2, 3), 1, 1, 2)),  # few output channels: weight gradient along the width
         ((2, 20, 9, 10), (24, 20, 5, 5), (None, 1, 2)),  # 25 classes of pixels by the taps inside
-        ((2, 20, 9, 10), (24, 20, 7, 7), (None, 2, 3)),  # the taps are too many for classes in either direction
-        ((1, 5, 14, 15), (20, 5, 9, 9), (None, 1, 4)),  # as are more than 64
-        ((1, 40, 24, 25), (144, 40, 1, 1), ()),  # many pixels: fetched ahead; 9 vectors of channels: panels of 3
-        ((1, 24, 21, 22), (80, 24, 3, 3), (None, 2, 1)),  # the same over a tap's channels, and panels of 3 and 2
-        ((3, 20, 17, 19), (33, 20, 1, 1), (None, 2)),  # rows that are neighbours once a window is copied
-        ((2, 16, 13, 14), (3, 16, 1, 1), ()),  # or are so in the image
+        ((2, 20, 9, 10), (24, 20, 7, 7), (None, 2, 3)),  # too many taps for classes in either direction
+        ((1, 5, 14, 15), (20, 5, 9, 9), (None, 1, 4)),  # more than 64 taps are too many, too
+        ((1, 40, 24, 25), (144, 40, 1, 1), ()),  # many pixels: prefetched; 9 vectors of channels: panels of 3
+        ((1, 24, 21, 22), (80, 24, 3, 3), (None, 2, 1)),  # prefetched along a tap's channels; panels of 3 and 2
+        ((3, 20, 17, 19), (33, 20, 1, 1), (None, 2)),  # rows are adjacent after an input tile is copied
+        ((2, 16, 13, 14), (3, 16, 1, 1), ()),  # rows are adjacent in the image
         ((1, 6, 40, 41), (70, 6, 3, 3), (None, 3, 1)),  # an input gradient that no tap falls on in most places
-        ((2, 36, 9, 7), (70, 18, 3, 3), (None, 2, 2, 2, 2)),  # of bfloat16: pairs of channels in groups
+        ((2, 36, 9, 7), (70, 18, 3, 3), (None, 2, 2, 2, 2)),  # bfloat16: pairs of channels in groups
         ((4, 34, 8, 7), (40, 34, 3, 2), (None, (1, 3), 0)),  # columns sorted by remainder; pairs of images
-        # Gradients of the weight along the inputs: taps that share vectors, that do not, one in place, one with gaps.
+        # Weight gradients along the input channels: taps share vectors or not; a single tap is in place or has gaps.
         ((2, 24, 9, 10), (10, 24, 3, 3), (None, 1, 1)),
         ((3, 18, 8, 9), (4, 18, 3, 3), (None, 1, 2, 2)),
         ((2, 64, 6, 7), (12, 64, 1, 1), ()),
         ((2, 64, 9, 8), (8, 64, 1, 1), (None, 2)),
-        # Three taps at once: for a vector of 16 and of 8 channels, in groups, and for gradients of the input.
+        # Direct 3-wide: for a vector of 16 and of 8 channels, in groups, and for gradients of the input.
         ((2, 40, 25, 37), (13, 40, 3, 3), (None, 1, 1)),
         ((1, 70, 26, 19), (7, 70, 3, 3), (None, (2, 1), (3, 1))),
         ((2, 48, 28, 30), (24, 24, 2, 3), (None, 1, (1, 0), 1, 2)),
@@ -329,7 +329,7 @@ def test_paths_chosen_by_shape(input_size, weight_size, options, layout, weight_
     def output_and_gradients(function, dtype):
         torch.manual_seed(0)
 
-        def numbers(size, memory_format):  # that every dtype has
+        def numbers(size, memory_format):  # that every dtype can represent
             return torch.randn(size, dtype=torch.bfloat16).to(dtype, memory_format=memory_format)
 
         images, weight = (

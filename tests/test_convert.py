@@ -20,7 +20,7 @@ LAYERS = {
 
 
 class Residual(nn.Module):
-    """A network with everything a conversion can lose: nesting, buffers, a shared layer, a tied weight."""
+    """A network with everything that a conversion could lose: nesting, buffers, a shared layer, a tied weight."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 def step(net: nn.Module) -> list[torch.Tensor]:
-    """Output and gradients of one pass."""
+    """The output and the gradients of one pass."""
     torch.manual_seed(1)
     net.zero_grad()
     output = net(torch.randn(3, 1, 8, 8, dtype=torch.float64))
@@ -175,8 +175,8 @@ class Symmetric(nn.Module):
         lambda: parametrize.register_parametrization(nn.Linear(4, 4).double(), "weight", Symmetric()),
         lambda: parametrizations.weight_norm(nn.Linear(4, 4).double()),
         lambda: parametrizations.orthogonal(nn.Linear(4, 4).double()),
-        lambda: nn.utils.spectral_norm(nn.Linear(4, 4).double()).eval(),  # by hooks
-        lambda: prune.l1_unstructured(nn.Linear(4, 4).double(), "weight", amount=5),  # by a hook
+        lambda: nn.utils.spectral_norm(nn.Linear(4, 4).double()).eval(),  # uses hooks
+        lambda: prune.l1_unstructured(nn.Linear(4, 4).double(), "weight", amount=5),  # uses a hook
     ],
     ids=["parametrization", "weight_norm", "orthogonal", "spectral_norm", "pruned"],
 )

@@ -1,4 +1,4 @@
-"""pyops.convert(fuse=True): what is around the layers, hooks, modes and parametrizations, stays what it is."""
+"""pyops.convert(fuse=True) leaves everything around the layers as it is: hooks, modes and parametrizations."""
 
 import contextlib
 
@@ -12,7 +12,7 @@ import pyops
 
 
 class TwoParts(nn.Module):
-    """A layer in a part of its own, and a ReLU behind it that may be without a gradient."""
+    """A layer inside a module of its own, followed by a ReLU that may run without gradients."""
 
     def __init__(self, mode=contextlib.nullcontext) -> None:
         super().__init__()
@@ -36,14 +36,14 @@ def test_fuse_leaves_alone_what_hooks_of_a_part_see():
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_fuse_keeps_what_has_no_gradient(mode):
-    """A ReLU within torch.no_grad is not drawn into the layer before it, which has a gradient."""
+    """A ReLU within torch.no_grad is not fused into the layer before it, which has a gradient."""
     net = pyops.convert(TwoParts(mode), fuse=True)
     assert kinds(net) == ["Sequential", "Linear", "ReLU"]
     assert not net(torch.ones(2, 4)).requires_grad
 
 
 def test_fuse_does_not_call_train():
-    """A model may do more there, such as add an adapter to its weights."""
+    """A model may do more in train() than set the mode, such as adding an adapter to its weights."""
 
     class Merging(TwoParts):
         def train(self, mode=True):

@@ -1,6 +1,6 @@
-"""What is particular to the CUDA kernels, on the emulator: their ways, any order of threads, large batches, training.
+"""Tests the particulars of the CUDA kernels on the emulator: algorithms, orders of threads, large batches, training.
 
-That they compute what the CPU kernels do is tested by the files of the ops.
+The test files of the ops check that the results are those of the CPU kernels.
 """
 
 import math
@@ -24,7 +24,7 @@ def images(size, dtype, where):
     return place(random(size, dtype), where)
 
 
-# With sums of several parts, several tiles, and tiles and warps that are not full.
+# The sums have several parts, and there are several tiles, and tiles and warps that are not full.
 CASES = {
     "relu": lambda dtype, where: rectified(images((3, 5, 17, 19), dtype, where)),
     "linear": lambda dtype, where: multiplied(random((67, 131), dtype, where), random((70, 131), dtype, where)),
@@ -67,7 +67,7 @@ def test_same_bits_in_every_order_of_threads_and_blocks(case, dtype, where):
             assert torch.equal(actual, first), f"result {i} differs in order {order}"
 
 
-# Input, weight and options of convolutions that are computed in different ways; see cuda/conv2d.h.
+# Input, weight and options of convolutions for which different algorithms are chosen; see cuda/conv2d.h.
 WAYS = {
     "product, 16 bytes at a time": ((2, 24, 7, 6), (40, 24, 3, 3), {"padding": 1}),
     "product, rows of images in several tiles": ((1, 8, 14, 13), (33, 8, 2, 3), {"stride": (2, 1), "dilation": 2}),
@@ -117,7 +117,7 @@ def test_every_way_of_a_convolution(way, dtype, where):
         oracle.check("conv2d", tensors, options, grad=where)
 
 
-# Without the one where every pixel meets every infinity.
+# The large kernel is left out, because with it every pixel meets every infinity.
 WITH_BORDERS = [way for way in WAYS if "padding" in WAYS[way][2] and "large kernel" not in way]
 
 
@@ -125,7 +125,7 @@ WITH_BORDERS = [way for way in WAYS if "padding" in WAYS[way][2] and "large kern
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("way", WITH_BORDERS)
 def test_infinities_at_the_border_in_every_way(way, dtype, where):
-    """The CPU kernels are tested against sums over the taps inside alone; here the two must agree on what is finite."""
+    """Other tests compare the CPU kernels with sums over the inside taps; here both must agree on what is finite."""
     input, weight, options = WAYS[way]
     x, w = images(input, dtype, where), images(weight, dtype, where)
     w[0, 0, 0, 0], w[1, -1, -1, -1], w[2, 0, 1, 1] = math.inf, -math.inf, math.nan
@@ -161,7 +161,7 @@ def test_few_channels_of_any_size(data):
         oracle.check("conv2d", [*tensors, random((outputs,), dtype)], {"padding": padding}, where)
 
 
-# Shapes of which the kernels take 16 bytes or two elements at a time, and others.
+# These are shapes for which the kernels take 16 bytes or two elements at a time, and others.
 POOLINGS = {
     "side by side": ((2, 16, 6, 16), {"kernel_size": 2}),
     "side by side, two columns at a time": ((1, 3, 4, 10), {"kernel_size": 2}),
@@ -174,7 +174,7 @@ POOLINGS = {
 
 
 def shifted(where, rank):
-    """That layout, one element behind an address of any alignment."""
+    """That layout, starting one element after an aligned address."""
     return layout(where, rank)._replace(offset=1)
 
 
@@ -231,7 +231,7 @@ def test_convolutions_in_groups_of_slices_that_are_not_aligned(way, where):
 @pytest.mark.parametrize("offsets", [20_000, 2**30], ids=["wide offsets", "narrow offsets"])
 @pytest.mark.parametrize("batch", [65535, 65536, 65537])
 def test_batches_around_the_limits_of_a_grid(batch, offsets):
-    """Two dimensions of a grid end at 65535."""
+    """Two dimensions of a grid are limited to 65535 blocks."""
     x, w, b = random((batch, 1, 2, 2)), random((2, 1, 2, 2)), random((2,))
 
     def run():
@@ -251,7 +251,7 @@ def test_batches_around_the_limits_of_a_grid(batch, offsets):
 @pytest.mark.parametrize("fused", [False, True], ids=["layers", "fused"])
 @pytest.mark.parametrize("kernel_size", [5, 3])
 def test_training_steps_of_lenet(kernel_size, fused, memory_format):
-    """Three steps give the parameters that the CPU kernels give."""
+    """Three training steps give the parameters that the CPU kernels give."""
 
     def train(dtype):
         torch.manual_seed(0)

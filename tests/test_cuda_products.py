@@ -18,12 +18,12 @@ every_layout = pytest.mark.parametrize("where", ["contiguous", "channels_last"])
 
 
 def unaligned(shape, dtype, offset):
-    """Behind `offset` elements of a larger tensor, and contiguous."""
+    """A contiguous tensor that starts after `offset` elements of a larger one."""
     count = math.prod(shape)
     return random((count + offset,), dtype)[offset:].view(shape)
 
 
-# Rows, depth and columns: few rows, few columns, small tiles, full and not, k in parts, parts as long as may be.
+# Rows, depth and columns: few rows, few columns, small tiles, full and partial, k in parts, and parts of full length.
 SIZES = [(1, 40, 9), (16, 33, 130), (300, 84, 10), (130, 15, 16), (64, 64, 64), (67, 131, 70), (40, 1500, 35)]
 SIZES += [(2, 4200, 3), (65, 1, 17)]
 
@@ -32,7 +32,7 @@ SIZES += [(2, 4200, 3), (65, 1, 17)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @every_dtype
 def test_sizes_and_alignments(dtype, size, offset):
-    """Operands that can be read by 16 bytes, by 4 or 8, and by single elements."""
+    """The operands can be read by 16 bytes at a time, by 4 or 8, or by single elements."""
     m, k, n = size
     tensors = [unaligned((m, k), dtype, offset), unaligned((n, k), dtype, offset), random((n,), dtype)]
     with emulated.kernels():
@@ -41,7 +41,7 @@ def test_sizes_and_alignments(dtype, size, offset):
 
 @every_dtype
 def test_large_tiles(dtype):
-    """Large enough for the largest tiles, the last ones partly filled."""
+    """The product is large enough for the largest tiles, and the last tiles are partly filled."""
     with emulated.kernels():
         oracle.check("linear", [random((1410, 17), dtype), random((1290, 17), dtype), random((1290,), dtype)])
 
@@ -49,14 +49,14 @@ def test_large_tiles(dtype):
 @every_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_large_tiles_of_images(dtype, where):
-    """The same of pixels and channels."""
+    """The tiles of pixels and channels are as large, and the last ones are partly filled."""
     tensors = [place(random(size, dtype), where) for size in ((1, 5, 38, 39), (1290, 5, 2, 1))]
     with emulated.kernels():
         oracle.check("conv2d", [*tensors, None])
 
 
 def to_tf32(x):
-    """Rounded to 10 bits after the point, ties away from 0."""
+    """Rounds to 10 bits after the point, with ties away from 0."""
     return ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
 
@@ -94,7 +94,7 @@ def test_tf32_where_it_is_allowed(op, where):
 
 
 def plain_sum(a, b):
-    """The product of a [M, K] and b [N, K], each sum one chain of fused multiply-adds in float32."""
+    """The product of a [M, K] and b [N, K], where each sum is one chain of fused multiply-adds in float32."""
     result = torch.zeros(a.shape[0], b.shape[0])
     for k in range(a.shape[1]):
         result = (result.double() + a[:, k, None].double() * b[None, :, k].double()).float()
@@ -104,7 +104,7 @@ def plain_sum(a, b):
 @pytest.mark.parametrize("values", ["normal", "positive"])
 @pytest.mark.parametrize("depth", [16, 64, 150, 400, 1024, 4096])
 def test_float32_is_as_accurate_as_plain_sums(depth, values):
-    """Three products of TF32: their error is at most 1.5 times that of float32, and not that of TF32."""
+    """3xTF32 (three TF32 products per float32 product) has at most 1.5 times the error of float32, not that of TF32."""
     a, b = (random((48, depth)) if values == "normal" else torch.rand(48, depth) for _ in range(2))
     exact = a.double() @ b.double().T
     with emulated.kernels():
@@ -116,8 +116,8 @@ def test_float32_is_as_accurate_as_plain_sums(depth, values):
     assert error(ours) <= 1.5 * error(plain_sum(a, b))
 
 
-# What a weight and an input are multiplied to, and what is added: in plain float32 none but the last group is NaN.
-LARGE = 3.4024e38  # finite, but not if it were rounded to TF32
+# Pairs of an input and a weight that are multiplied. In plain float32 only the last two lines give NaN.
+LARGE = 3.4024e38  # finite, but infinite if it were rounded to TF32
 SPECIAL = [
     *[(math.inf, w) for w in (1.0, 1.0 + 2**-20, 1.0 - 2**-20, -3.0, 2**-100)],
     *[(-math.inf, w) for w in (1.0, 1.0 + 2**-20, 1.0 - 2**-20, -3.0, 2**-100)],
@@ -130,7 +130,7 @@ SPECIAL = [
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize(("x", "w"), SPECIAL)
 def test_infinities_and_nan_as_in_plain_float32(x, w, swapped):
-    """A special value poisons its row or column as it does in float32, and no other."""
+    """A special value affects its own row or column as in float32, and no other."""
     input, weight = torch.rand(20, 40) + 0.1, torch.rand(24, 40) + 0.1
     if swapped:
         weight[3, 7], input[5, 7] = x, w
@@ -151,7 +151,7 @@ def test_infinities_of_both_signs_are_nan():
     assert output[[i for i in range(20) if i not in (2, 4)]].isfinite().all()
 
 
-# Strides, dilations, kernels and paddings whose phases have as many taps each, more or fewer, or none.
+# Strides, dilations, kernels and paddings whose phases have equal numbers of taps, different numbers, or none.
 PHASES = {
     "stride 2": ((2, 5, 9, 12), (18, 5, 3, 3), {"stride": 2, "padding": 1}),
     "stride 2, one tap": ((2, 9, 7, 8), (17, 9, 1, 1), {"stride": 2}),
@@ -175,7 +175,7 @@ def test_gradient_of_the_input_by_phases(phases, dtype, where):
 @every_dtype
 @pytest.mark.parametrize("channels", [6, 8, 13, 16])
 def test_channels_side_by_side(channels, dtype):
-    """Copies of every width along the channels, of images that begin anywhere."""
+    """Images are copied along the channels with every width of copy, and begin at any alignment."""
     for offset in (0, 1, 2):
         x = unaligned((2, 6, 5, channels), dtype, offset).permute(0, 3, 1, 2)
         w = place(random((20, channels, 3, 2), dtype), "channels_last")
@@ -187,7 +187,7 @@ def test_channels_side_by_side(channels, dtype):
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("size", [(4, 4), (6, 6), (3, 4), (2, 5), (5, 5)], ids=str)
 def test_pixels_side_by_side(size, kernel, dtype):
-    """The same along the pixels of N C H W."""
+    """Images stored as N C H W are copied along the pixels with every width of copy, and begin at any alignment."""
     for offset in (0, 1, 2):
         tensors = [unaligned((2, 9, *size), dtype, offset), random((40, 9, kernel, kernel), dtype), None]
         with emulated.kernels():

@@ -1,4 +1,4 @@
-"""pyops.data: the digits of scikit-learn, and IDX files good and bad."""
+"""pyops.data reads scikit-learn's digits and IDX files, and refuses bad files."""
 
 import gzip
 import struct
@@ -19,7 +19,7 @@ def test_digits_are_scikit_learns_each_in_one_part():
     assert labels.bincount().tolist() == np.bincount(sklearn.datasets.load_digits().target).tolist()
     images = torch.cat([digits.train.images, digits.test.images])
     assert images.shape == (1797, 1, 32, 32)
-    assert len(images.flatten(1).unique(dim=0)) == 1797  # nothing in both parts
+    assert len(images.flatten(1).unique(dim=0)) == 1797  # no image is in both parts
     assert len(digits.test.labels) == 359
 
 
@@ -27,8 +27,8 @@ def test_digits_show_what_the_label_says():
     source = sklearn.datasets.load_digits()
     by_image = {image.tobytes(): label for image, label in zip(source.images, source.target, strict=True)}
     train, _ = load_digits(seed=3)
-    # Down-sampling what was up-sampled by a factor of 3.2 gives back the 8x8 image but for the smoothing: the nearest
-    # of all source images is the one it was made of.
+    # Down-sampling an image that was up-sampled by a factor of 3.2 restores the 8x8 image except for the smoothing, so
+    # the nearest source image is the one that it was made from.
     small = torch.nn.functional.interpolate(train.images[:200], (10, 10), mode="area")[:, 0, 1:-1, 1:-1].flatten(1)
     sources = torch.tensor(source.images, dtype=torch.float32).flatten(1)
     similarity = torch.corrcoef(torch.cat([small, sources]))[:200, 200:]
@@ -43,7 +43,7 @@ def test_digits_are_standardised_by_the_training_part():
     assert train.images.mean().item() == pytest.approx(0, abs=1e-4)
     assert train.images.std().item() == pytest.approx(1, abs=1e-4)
     assert 0.9 < test.images.std().item() < 1.1
-    assert train.images.min() == test.images.min()  # the blank paper
+    assert train.images.min() == test.images.min()  # the value of blank paper
 
 
 def test_the_seed_draws_the_parts():

@@ -1,4 +1,4 @@
-"""Several processes: DistributedDataParallel, FSDP2, the workers of a DataLoader, fork; and several Python threads."""
+"""pyops in several processes (DistributedDataParallel, FSDP2, a DataLoader's workers, fork) and in Python threads."""
 
 import concurrent.futures
 import multiprocessing
@@ -28,7 +28,7 @@ STEPS, BATCH_SIZE = 4, 64
 
 
 def trained_by_one_process() -> dict[str, torch.Tensor]:
-    """What docs/train_distributed.py does, on stock torch."""
+    """The parameters that one process on stock torch gets from the training of docs/train_distributed.py."""
     torch.manual_seed(0)
     net = StockLeNet().double()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -47,7 +47,7 @@ def trained_by_one_process() -> dict[str, torch.Tensor]:
     ("strategy", "fused"), [(strategy, fused) for strategy in ("ddp", "fsdp") for fused in (False, True)]
 )
 def test_two_processes_train_as_one(strategy, fused, tmp_path):
-    """LeNet on halves of each batch ends at the parameters of one process on whole ones, on stock torch at that."""
+    """Training LeNet on halves of each batch gives the parameters of one process that trains stock on whole batches."""
     file = tmp_path / "parameters.pt"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -71,7 +71,7 @@ def test_two_processes_train_as_one(strategy, fused, tmp_path):
 
 
 class Features(torch.utils.data.Dataset):
-    """Features of images, computed on our kernels by whoever loads them."""
+    """Features of images, computed on our kernels by the process that loads them."""
 
     def __init__(self):
         self.net, _ = lenets()
@@ -88,7 +88,7 @@ class Features(torch.utils.data.Dataset):
 @pytest.mark.composes("`DataLoader` workers, fork and spawn")
 @linux
 def test_workers_of_a_data_loader():
-    """Forked from a process whose threads have run kernels already."""
+    """The workers are forked from a process whose threads have already run kernels."""
     data = Features()
     with torch.no_grad():
         expected = data.net(data.images)
@@ -115,7 +115,7 @@ sys.exit(status or not torch.equal(run(), expected))
 @pytest.mark.composes("`DataLoader` workers, fork and spawn")
 @linux
 def test_fork_after_use():
-    """In the child the same bits come out, and in the parent afterwards."""
+    """The child computes the bits that the parent computed before, and so does the parent afterwards."""
     program = FORK.format(setup="torch.set_num_threads(1)")
     subprocess.run([sys.executable, "-P", "-c", program], check=True, timeout=120)
 
@@ -145,7 +145,7 @@ def test_spawned_processes():
 
 @pytest.mark.composes("calls from many Python threads")
 def test_many_threads_at_once():
-    """Each trains a network of its own, eight at a time; all get what one gets alone, to the last bit."""
+    """Eight threads at a time each train a network of their own; all get the bits that one thread alone gets."""
     torch.set_num_threads(2)
     nets = [lenets(fused=i % 2 == 1)[0] for i in range(8)]
     images = [torch.randn(i + 1, 1, 32, 32, dtype=torch.float64) for i in range(8)]
@@ -181,7 +181,7 @@ def test_transforms_in_many_threads():
 @pytest.mark.composes("calls from many Python threads")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_kernels_let_other_threads_run(grad):
-    """While one computes, another goes on in Python: the interpreter's lock is not held, forward or backward."""
+    """While one thread computes, another one runs Python code: kernels release the interpreter's lock."""
     torch.set_num_threads(1)
     x, weight = torch.randn(24, 64, 56, 56, requires_grad=grad), torch.randn(64, 64, 3, 3)
     started, ended, steps = threading.Event(), threading.Event(), 0
@@ -191,12 +191,12 @@ def test_kernels_let_other_threads_run(grad):
         started.wait()
         while not ended.is_set():
             steps += 1
-            time.sleep(0)  # hands the lock to whoever waits for it
+            time.sleep(0)  # hands the lock to a waiting thread
 
     counter = threading.Thread(target=count)
     counter.start()
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(60)  # who holds the lock keeps it until it is released
+    sys.setswitchinterval(60)  # a thread keeps the lock until it releases it
     try:
         started.set()
         output = pyops.functional.conv2d(x, weight, padding=1)

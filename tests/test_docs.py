@@ -1,4 +1,4 @@
-"""The programs in README.md and docs/ run, and the links lead somewhere."""
+"""The programs in README.md and docs/ run, and no link is broken."""
 
 import re
 import runpy

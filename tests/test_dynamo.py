@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="pyops"): stock models on our kernels, with the results of stock."""
+"""torch.compile(model, backend="pyops") runs stock models on our kernels, with stock's results."""
 
 import copy
 from collections import Counter
@@ -26,7 +26,7 @@ def forget_compiled_code():
 
 @pytest.fixture
 def calls():
-    """How often each function is in the graphs that the backend made."""
+    """Counts how often each function occurs in the graphs that the backend made."""
     counts = Counter()
 
     def counting(graph_module, example_inputs):
@@ -43,7 +43,7 @@ def calls():
 
 
 def same(model, *inputs, **options):
-    """Checks that a compiled model trains as the eager one, to the rounding of float64, and leaves the same buffers."""
+    """Checks that a compiled model trains like the eager one, to the rounding of float64, and leaves equal buffers."""
     compiled = copy.deepcopy(model)
     results = []
     for module, net in ((model, model), (compiled, torch.compile(compiled, **({"backend": "pyops"} | options)))):
@@ -53,7 +53,7 @@ def same(model, *inputs, **options):
 
 
 def test_is_registered():
-    """By the entry point of the package, without an import."""
+    """The package's entry point registers the backend, without an import."""
     assert "pyops" in torch._dynamo.list_backends()
 
 
@@ -71,7 +71,7 @@ def test_models(name, training, calls):
 @pytest.mark.composes('`torch.compile(backend="pyops")`')
 @pytest.mark.parametrize("name", MODELS)
 def test_models_run_on_our_kernels(name):
-    """And on none of stock's, forward and backward."""
+    """They run on none of stock's kernels, forward and backward."""
     log = KernelLog()
 
     def logged(graph_module, example_inputs):
@@ -95,7 +95,7 @@ def test_models_run_on_our_kernels(name):
 @pytest.mark.composes('`torch.compile(backend="pyops")`')
 @pytest.mark.parametrize("name", MODELS)
 def test_training_steps(name):
-    """Ten steps of SGD end at the same parameters."""
+    """Ten steps of SGD lead to stock's parameters."""
     model = MODELS[name]().double()
     twin = copy.deepcopy(model)
     for module, net in ((model, model), (twin, torch.compile(twin, backend="pyops"))):
@@ -124,7 +124,7 @@ def test_a_changed_batch_size_is_not_compiled_again_when_dynamic():
 
 
 class Calls(nn.Module):
-    """One function of tensors, and a weight for it."""
+    """A module that calls one function of tensors, with a weight for it."""
 
     def __init__(self, function, *weight):
         super().__init__()
@@ -236,7 +236,7 @@ def test_fusions(case, calls):
 
 
 def test_modes_that_change_in_between_are_kept(calls):
-    """A ReLU outside of no_grad or of autocast is not drawn into it, nor the other way round."""
+    """A ReLU outside of no_grad or autocast is not fused into a layer inside of it, and vice versa."""
 
     def without_gradient(x, w):
         y = F.conv2d(x, w)
@@ -273,7 +273,7 @@ def test_what_is_changed_in_between_is_read_before():
 
 
 def test_options_that_are_computed():
-    """Sizes that depend on those of the input, with dynamic shapes."""
+    """With dynamic shapes, the options may be computed from the sizes of the input."""
 
     def function(x, w):
         y = F.relu(F.conv2d(x, w, padding=x.shape[0] // 2))
@@ -318,7 +318,7 @@ def test_autocast():
 
 
 def test_graph_breaks():
-    """Each part is compiled."""
+    """The parts before and after a graph break are compiled."""
 
     def function(x, w):
         y = F.conv2d(x, w).relu()
@@ -331,7 +331,7 @@ def test_graph_breaks():
 
 
 def test_checkpoints_inside(calls):
-    """Which Dynamo makes graphs of their own."""
+    """Dynamo makes graphs of their own for checkpoints."""
 
     def function(x, w):
         return checkpoint(lambda x: F.conv2d(x, w).relu(), x, use_reentrant=False).relu()
@@ -341,7 +341,7 @@ def test_checkpoints_inside(calls):
 
 
 def test_transforms_inside():
-    """torch.func in the compiled program."""
+    """The compiled program may use torch.func."""
     weight = torch.randn(2, 5, dtype=torch.float64)
 
     def function(x):
@@ -355,7 +355,7 @@ def test_transforms_inside():
 
 
 def test_hooks_see_what_they_see_in_eager():
-    """A hook on a layer makes its result used by more than the next layer."""
+    """If a layer has a hook, more than the next layer uses its result, so it is not fused."""
 
     def seen(compiled):
         torch.manual_seed(0)

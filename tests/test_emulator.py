@@ -1,4 +1,4 @@
-"""The emulator that the CUDA kernels run on in these tests: what it computes, and which mistakes it finds."""
+"""Tests the emulator that the CUDA kernels run on: what it computes, and which mistakes it finds."""
 
 import re
 import subprocess
@@ -8,8 +8,7 @@ import pytest
 
 pytestmark = emulated.needed
 
-# The checks are listed in the programs; which there are is read from their sources, as they are built only if a test
-# runs.
+# The programs list their checks. The lists are read from the sources, because a program is built only if a test runs.
 PROGRAMS = ["check_emulator", "check_ptx"]
 CASES = [
     (name, case)

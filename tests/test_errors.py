@@ -1,6 +1,6 @@
-"""Wrong arguments: stock's exception type, and a message with the op, the rule and the values.
+"""Wrong arguments raise stock's exception type, with a message that names the op, the rule and the values.
 
-The functionals and the operators beneath them check alike, since both are public.
+The functionals and the operators beneath them make equal checks, since both are public.
 """
 
 import math
@@ -16,7 +16,7 @@ F = torch.nn.functional
 x, w, b = torch.ones(2, 3, 8, 8), torch.ones(4, 3, 3, 3), torch.ones(4)
 a, fc = torch.ones(2, 3), torch.ones(4, 3)
 
-# op, arguments, what the message must contain. torch.nn.functional raises for each of them too.
+# The op, its arguments, and a text that the message must contain. torch.nn.functional raises for each of them too.
 CALLS = [
     ("linear", (torch.ones(2, 5), fc), "2x5 and 3x4"),
     ("linear", (torch.ones(5), fc), "1x5 and 3x4"),
@@ -125,7 +125,7 @@ def test_wrong_named_padding(arguments, message):
 
 
 def test_a_convolution_too_large_for_memory():
-    """2**64 pixels: the count itself would overflow."""
+    """The output would have 2**64 pixels, so that even their count would overflow."""
     with pytest.raises(RuntimeError, match="overflow"):
         pyops.functional.conv2d(x[:, :, :1, :1], w, None, 1, 2**31 - 1)
     with pytest.raises(RuntimeError):  # 64 TiB
@@ -298,7 +298,7 @@ def test_tensors_of_two_devices(op, arguments, which):
             getattr(ops, op)(*mixed)
 
 
-# ---- whatever an argmax holds ----
+# ---- arbitrary values in an argmax ----
 
 
 @pytest.mark.parametrize("where", ["contiguous", "channels_last"])
@@ -307,7 +307,7 @@ def test_tensors_of_two_devices(op, arguments, which):
     "window", [(2,), (3, 2, 1), (3, 1, 1), (3, 4), ((2, 3), (1, 2), 1, 2), ((16, 17), 5, 4)], ids=str
 )
 def test_arbitrary_argmax(window, dtype, where):
-    """A number that names no element of the image contributes nothing; the others do what they say."""
+    """A number that names no element of the image contributes nothing; the others have their usual effect."""
     size, shape = (37, 41), (2, 3, 37, 41)
     format = torch.channels_last if where == "channels_last" else torch.contiguous_format
     argmax = ops.max_pool2d(torch.zeros(shape).contiguous(memory_format=format), *window)[1]

@@ -1,5 +1,5 @@
-"""The short way from `pyops.functional` to the operators (csrc/autograd/fast_call.cpp) takes what torch's own call
-takes, and leaves to that call what it does not know."""
+"""The fast call from `pyops.functional` to the operators (csrc/autograd/fast_call.cpp) takes the arguments that torch's
+own call takes, and leaves arguments that it does not know to torch's call."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ def test_several_results_and_none():
 @pytest.mark.parametrize(
     "arguments",
     [
-        (X, W),  # defaults
-        (X, W, B, 2**70),  # no int64
+        (X, W),  # relies on defaults
+        (X, W, B, 2**70),  # fits no int64
         (X, W, B, 1.0),
         (X, W, B, [1, 1.5]),
         (X, None, B, 1, 0, 1, 1),
         ("X", W, B, 1, 0, 1, 1),
-        (X, W, B, 1, 0, 1, 1, 1),  # one too many
-        (X, W, B, -1, 0, 1, 1),  # for the operator to refuse
+        (X, W, B, 1, 0, 1, 1, 1),  # has one argument too many
+        (X, W, B, -1, 0, 1, 1),  # is refused by the operator
     ],
 )
 def test_leaves_the_unknown_to_torch(arguments):

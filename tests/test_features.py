@@ -1,4 +1,4 @@
-"""What torch does with layers and their graphs besides calling them: as with stock's, for every function and layer."""
+"""Everything that torch does with layers and their graphs works as with stock's, for every function and layer."""
 
 import copy
 import io
@@ -33,7 +33,7 @@ every_weighted_layer = pytest.mark.parametrize(("build", "shape"), WEIGHTED.valu
 
 
 def gradients(function, tensors):
-    """The output, and the gradients of leaves made of the tensors."""
+    """The output, and the gradients of leaves made from the tensors."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     output = function(*leaves)
     output.pow(3).sum().backward()
@@ -41,8 +41,8 @@ def gradients(function, tensors):
 
 
 def stock(layer, x):
-    """What one of our layers computes, by stock's functions."""
-    for hook in layer._forward_pre_hooks.values():  # pruning computes the weight in one
+    """The result of one of our layers, computed by stock's functions."""
+    for hook in layer._forward_pre_hooks.values():  # pruning computes the weight in such a hook
         hook(layer, (x,))
     kind = next(cls.__name__ for cls in type(layer).__mro__ if cls.__module__ == "pyops.nn")
     if "Conv" in kind:
@@ -54,7 +54,7 @@ def stock(layer, x):
     return nn.functional.max_pool2d(x, 2) if "MaxPool2d" in kind else x
 
 
-# ---- the graph and what is saved in it ----
+# ---- the graph and its saved tensors ----
 
 
 @pytest.mark.composes("`checkpoint`, reentrant and not")
@@ -79,7 +79,7 @@ def test_checkpoint_of_a_sequence():
 @pytest.mark.composes("saved tensors' hooks, `save_on_cpu`")
 @every_twin
 def test_saved_tensors_are_offloaded(twin):
-    """By hooks that store them elsewhere; what comes back is another tensor."""
+    """Hooks store the saved tensors elsewhere and give back other tensors."""
     tensors, stored = twin.tensors(), []
 
     def pack(tensor):
@@ -98,7 +98,7 @@ def test_saved_tensors_are_offloaded(twin):
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @every_twin
 def test_anomaly_mode(twin):
-    """Results stay; a NaN in a gradient is reported, with the call that it comes from."""
+    """Results do not change, and a NaN in a gradient is reported with the call that it comes from."""
     tensors = twin.tensors()
     with torch.autograd.detect_anomaly():
         torch.testing.assert_close(gradients(twin.ours, tensors), gradients(twin.stock, tensors))
@@ -111,7 +111,7 @@ def test_anomaly_mode(twin):
 @pytest.mark.composes("backward hooks of layers, tensors and nodes")
 @every_layer
 def test_backward_hooks(build, shape):
-    """Of modules, tensors and graph nodes: called with what stock's are called with."""
+    """Hooks of modules, tensors and graph nodes are called with the arguments that they get with stock."""
     layer = build(pyops.nn).double()
     x = pyops.testing.gradcheck_input(*shape)
     expected = gradients(partial(stock, layer), [x])
@@ -151,7 +151,7 @@ def test_retain_graph_and_create_graph(twin):
 @pytest.mark.parametrize("name", ["linear", "conv2d", "linear_relu", "conv2d_relu", "conv2d_relu_max_pool2d"])
 @pytest.mark.parametrize("which", [0, 1], ids=["input", "weight"])
 def test_changing_what_is_saved_raises(name, which):
-    """As with stock: an input or a weight that was changed in place is no longer what the backward needs."""
+    """As with stock, backward refuses an input or a weight that was changed in place after it was saved."""
     twin = TWINS[name]
     for function in (twin.ours, twin.stock):
         tensors = [t.requires_grad_() * 1 for t in twin.tensors()]
@@ -165,7 +165,7 @@ def test_changing_what_is_saved_raises(name, which):
 @pytest.mark.composes("`use_deterministic_algorithms(True)`")
 @every_twin
 def test_deterministic_algorithms(twin):
-    """Are all there are: nothing is refused, and nothing changes."""
+    """All algorithms are deterministic, so nothing is refused, and nothing changes."""
     tensors = twin.tensors()
     expected = gradients(twin.ours, tensors)
     torch.use_deterministic_algorithms(True)
@@ -215,7 +215,7 @@ REPARAMETRIZATIONS = {
 @every_weighted_layer
 @pytest.mark.parametrize("method", REPARAMETRIZATIONS)
 def test_weights_that_are_computed(build, shape, method):
-    """On layers that were made as ours, fused ones among them."""
+    """Weights may be computed on layers that were made as ours, including fused ones."""
     layer = REPARAMETRIZATIONS[method](build(pyops.nn).double())
     x = torch.randn(shape, dtype=torch.float64)
     with KernelLog() as log:
@@ -226,10 +226,10 @@ def test_weights_that_are_computed(build, shape, method):
 
 @pytest.mark.composes("lazy layers, by `convert` after their first call")
 def test_lazy_layers():
-    """Become stock's layers when they first see their input, and ours by a conversion afterwards."""
+    """They become stock's layers when they first see their input, and ours by a conversion afterwards."""
     net = nn.Sequential(nn.LazyConv2d(4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
     x = torch.randn(2, 3, 6, 5)
-    pyops.convert(net)  # nothing to take for those that do not know their shapes yet
+    pyops.convert(net)  # does not convert layers that do not know their shapes yet
     expected = net(x)
     assert type(net[0]) is nn.Conv2d and type(net[3]) is nn.Linear
     pyops.convert(net)
@@ -253,7 +253,7 @@ every_way = pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 @both_lenets
 @every_way
 def test_copies(fused, duplicate):
-    """Also of a network that is in the middle of training."""
+    """A network can be copied, also in the middle of training."""
     net, stock = lenets(fused)
     x = torch.randn(2, 1, 32, 32, dtype=torch.float64)
     training_pass(net, net, x)
@@ -277,7 +277,7 @@ def test_copies_of_layers(build, shape, duplicate):
 @pytest.mark.composes("`state_dict` by `weights_only=True`")
 @every_weighted_layer
 def test_state_dict_of_layers(build, shape):
-    """Loaded by stock's layer, or the one that a fused one begins with."""
+    """Stock's layer loads it; for a fused layer, this is the layer that it begins with."""
     layer = build(pyops.nn)
     twin = nn.Linear(3, 4) if isinstance(layer, nn.Linear) else nn.Conv2d(3, 4, 3)
     file = io.BytesIO()
@@ -290,7 +290,7 @@ def test_state_dict_of_layers(build, shape):
 @pytest.mark.composes("`state_dict` by `weights_only=True`")
 @both_lenets
 def test_state_dict_is_loaded_safely(fused):
-    """By weights_only=True, the default, and into stock's network too."""
+    """weights_only=True, the default, loads it, into stock's network too."""
     net, stock = lenets(fused)
     with torch.no_grad():
         net.fc3.bias += 1
@@ -330,7 +330,7 @@ def test_layers_in_channels_last(build, shape):
 @both_lenets
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_networks_in_other_dtypes(fused, dtype):
-    """half(), bfloat16() and double(): as near to float64 as the dtype is."""
+    """After half(), bfloat16() and double(), results are as close to float64 as the dtype allows."""
     net, stock = lenets(fused, torch.float64)
     change = {torch.float16: nn.Module.half, torch.bfloat16: nn.Module.bfloat16, torch.float64: nn.Module.double}
     change[dtype](net)
@@ -358,7 +358,7 @@ def test_channels_last(fused):
 @both_lenets
 @pytest.mark.parametrize("target", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(fused, target):
-    """Activations in the autocast dtype as stock's, gradients in the parameters'."""
+    """Activations have the autocast dtype, as stock's do, and gradients have that of the parameters."""
     net, stock = lenets(fused, torch.float32)
     x = torch.randn(3, 1, 32, 32)
     with torch.autocast("cpu", target):
@@ -372,7 +372,7 @@ def test_autocast(fused, target):
 @pytest.mark.composes("ONNX: refused, naming the operator")
 @every_layer
 def test_onnx_is_refused_by_name(build, shape):
-    """There are no such operators in ONNX; a reverted network exports."""
+    """ONNX has no such operators; a reverted network can be exported."""
     layer = build(pyops.nn)
     with pytest.raises(torch.onnx.errors.UnsupportedOperatorError, match="pyops::"), pytest.warns():
         torch.onnx.export(layer, (torch.ones(shape),), io.BytesIO(), dynamo=False)

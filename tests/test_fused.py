@@ -1,4 +1,4 @@
-"""linear_relu, conv2d_relu and conv2d_relu_max_pool2d: the single ops one after the other, to the last bit."""
+"""linear_relu, conv2d_relu and conv2d_relu_max_pool2d equal the single ops in turn, to the last bit."""
 
 from functools import partial
 
@@ -26,7 +26,7 @@ def same_bits(expected, actual):
 
 
 def results(function, tensors):
-    """The output and the gradients of all tensors."""
+    """The output of a function and the gradients of all tensors."""
     tensors = [t.detach().requires_grad_() for t in tensors]
     output = function(*tensors)
     torch.manual_seed(1)
@@ -48,7 +48,7 @@ def fused(*tensors, pool=None, **conv):
 
 @st.composite
 def convolutions(draw):
-    """Tensors of a convolution, its options, and those of a pooling or None."""
+    """The tensors and options of a convolution, and the options of a pooling or None."""
     groups, kernel = draw(st.sampled_from([1, 1, 2, 3])), (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
     images, side = draw(st.sampled_from([1, 2, 5, 17, 33])), st.integers(4, 13)
     input_size = (images, groups * draw(st.integers(1, 3)), draw(side), draw(side))
@@ -95,7 +95,7 @@ def test_linear_equals_the_single_ops(size, dtype):
     ids=["dense", "depthwise", "narrow groups"],
 )
 def test_infinite_weights(channels, weight_size, memory_format, padding):
-    """The border is exact and rectified after all terms are there."""
+    """The border is exact, and an output is rectified only after all of its terms are added."""
     input = torch.randn(2, channels, 6, 7).contiguous(memory_format=memory_format)
     weight = torch.randn(weight_size)
     weight[1, 0, 0, 0], weight[2, 0, 1, 1] = float("inf"), float("-inf")
@@ -109,7 +109,7 @@ def test_infinite_weights(channels, weight_size, memory_format, padding):
 @pytest.mark.parametrize("pool", [2, (2, 1)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_no_tap_meets_the_image(memory_format, pool):
-    """The output is the bias, in the kernels over blocks of images too."""
+    """The output is the bias, in the kernels over CHWN blocks too."""
     tensors = [torch.randn(size) for size in ((19, 3, 31, 2), (5, 3, 7, 2), (5,))]
     tensors[0] = tensors[0].contiguous(memory_format=memory_format)
     options = {"padding": 2, "dilation": (1, 4), "pool": {"pool_kernel_size": pool}}
@@ -118,7 +118,7 @@ def test_no_tap_meets_the_image(memory_format, pool):
 
 @pytest.mark.parametrize("kernel", [(15, 17), (16, 16)], ids=["255 taps", "256 taps"])
 def test_dead_windows(kernel):
-    """A window without gradient has an argmax of no tap, in either dtype of argmax; a NaN is alive."""
+    """The argmax of a window without gradient names no tap, in either dtype of argmax; a NaN has a gradient."""
     input = torch.full((1, 3, *kernel), -1.0)
     input[0, 1, 3, 4], input[0, 2, 0, 1] = 2.0, float("nan")
     weight = torch.ones(3, 1, 1, 1)
@@ -134,7 +134,7 @@ def test_dead_windows(kernel):
     )
 
 
-# Input, weight, options of the convolution and of the pooling, which are computed in different ways.
+# Input, weight, and options of the convolution and of the pooling, for which different algorithms are chosen.
 POOLED = {
     "2x2 windows, long sums": ((33, 17, 9, 11), (7, 17, 3, 3), {}, (2, 2, 0, 1, False)),
     "2x2 windows, more channels than 8 lanes": ((33, 5, 8, 11), (14, 5, 3, 3), {}, (2, 2, 0, 1, False)),
@@ -156,8 +156,8 @@ POOLED = {
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("case", POOLED)
 def test_the_output_is_the_same_without_the_argmax(case, memory_format, dtype):
-    """Ties, NaNs, infinities, and the zeros of windows that pass no gradient, which are positive. The sign of a NaN is
-    that of either term, as the compiler orders them."""
+    """This holds for ties, NaNs, infinities, and the zeros of windows that pass no gradient, which are positive. A NaN
+    may have the sign of either term, depending on the order that the compiler chooses."""
     input_size, weight_size, conv, pool = POOLED[case]
     input, weight = torch.randint(-2, 3, input_size).to(dtype), torch.randint(-1, 2, weight_size).to(dtype)
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0], dtype=dtype)
@@ -188,7 +188,7 @@ def test_sums_are_taken_in_the_order_of_the_single_ops(case, memory_format, dtyp
     names = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "ceil_mode")
     options = conv | {"pool": dict(zip(names, pool, strict=True))}
     same_bits(results(partial(composed, **options), tensors), results(partial(fused, **options), tensors))
-    same_bits(  # of the parameters alone, as in a first layer
+    same_bits(  # gradients of the parameters alone, as in a first layer
         results(partial(composed, tensors[0], **options), tensors[1:]),
         results(partial(fused, tensors[0], **options), tensors[1:]),
     )
@@ -220,7 +220,7 @@ def test_argmax_is_computed_where_a_gradient_is_wanted_and_nowhere_else():
 @pytest.mark.parametrize("kernel", [2, (3, 2)], ids=str)
 @pytest.mark.parametrize("padding", [0, 1])
 def test_blocks_of_images(padding, kernel, memory_format, dtype):
-    """Sums of more than one chunk of terms."""
+    """The sums have more than one chunk of K."""
     tensors = [torch.randn(size).to(dtype) for size in ((33, 17, 9, 11), (7, 17, 3, 3), (7,))]
     tensors[0] = tensors[0].contiguous(memory_format=memory_format)
     tensors[0][20, 5, 4, 3] = float("nan")
@@ -233,7 +233,7 @@ def test_blocks_of_images(padding, kernel, memory_format, dtype):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_many_chunks(memory_format):
-    """More images than one chunk, and images larger than a chunk."""
+    """There are more images than fit one chunk, or an image is larger than a chunk."""
     for size in ((70, 3, 30, 29), (3, 2, 190, 181)):
         tensors = [torch.randn(size).contiguous(memory_format=memory_format), torch.randn(8, size[1], 3, 3)]
         pool = {"pool_kernel_size": 3, "pool_stride": 2, "pool_padding": 1}
@@ -288,7 +288,7 @@ def test_errors_name_the_op():
 
 
 def saved_bytes(function, *inputs):
-    """Bytes of all storages that are kept for the backward."""
+    """The bytes of all storages that are kept for the backward."""
     storages = {}
 
     def pack(tensor):

@@ -1,4 +1,4 @@
-"""bench/gpu_check.py as far as it can be tried without a GPU."""
+"""Tests bench/gpu_check.py and its scripts as far as this is possible without a GPU."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_programs_find_a_wrong_result():
 
 
 def test_a_call_is_prepared_run_and_captured_on_one_stream(monkeypatch):
-    """With a model of torch.cuda that says which stream is current and what is captured."""
+    """A model of torch.cuda logs which stream is current and what is captured."""
     log, current = [], ["default"]
 
     class Stream:
@@ -175,8 +175,8 @@ def test_cases_are_named_apart():
     "case", [case for case in CASES if "65536" not in case.name], ids=lambda case: f"{case.name}, {case.dtype}"
 )
 def test_case(case):
-    """Ours and stock's give tensors of the same shapes and dtype, as far as tensors without values tell."""
-    with nullcontext() if "LeNet" in case.name else FakeTensorMode():  # a network of these cannot change its dtype
+    """Ours and stock give tensors of equal shapes and dtypes; most cases run on fake tensors."""
+    with nullcontext() if "LeNet" in case.name else FakeTensorMode():  # a network of fakes cannot change its dtype
         results = []
         for ours in (True, False):
             call = case.prepare(gpu_times.Setting(ours, "cpu", case.dtype))
@@ -198,12 +198,12 @@ def test_a_way_that_fails_is_named_and_the_others_are_measured():
 
 
 def test_script(tmp_path):
-    """From the command to both files, on the CPU."""
+    """The command runs on the CPU and writes both files."""
     names = r"linear 1x400|LeNet .*batch 1$"
     arguments = ["--device", "cpu", "--filter", names, "--seconds", "1e-4", "--output", tmp_path / "new"]
     command = [sys.executable, gpu_times.__file__, *map(str, arguments)]
     ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 0 or "FAIL" in ran.stdout, ran.stderr  # a miss is told by the status too
+    assert ran.returncode == 0 or "FAIL" in ran.stdout, ran.stderr  # the status also reports a missed aim
     json_file, markdown = sorted((tmp_path / "new").iterdir())
     report = json.loads(json_file.read_text())
     assert {"machine", "versions", "commit", "date", "aims", "results"} == set(report)

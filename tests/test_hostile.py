@@ -1,6 +1,6 @@
 """Wrong arguments are refused alike wherever a call is made: on meta and fake tensors, under autograd and by vmap.
 
-`fuzzing.hostile` draws such calls; what it found is below, a test for each kind.
+`fuzzing.hostile` draws such calls; there is a test below for each kind of problem that it found.
 """
 
 import pytest
@@ -49,7 +49,7 @@ def under_autograd(op, arguments):
 
 
 def by_vmap(op, arguments):
-    """Over the first tensor, of which there are two samples."""
+    """Calls the operator by vmap over the first tensor, of which there are two samples."""
     first, *rest = arguments
     return func.vmap(lambda sample: op(sample, *rest))(torch.stack([first, first]))
 
@@ -79,7 +79,7 @@ def test_a_layout_that_no_kernel_takes():
 
 
 def test_sizes_without_an_example():
-    """Sizes that depend on data are traced; the operator checks them when it runs."""
+    """Sizes that depend on data can be traced; the operator checks them when it runs."""
 
     class Selected(torch.nn.Module):
         def forward(self, images, chosen, weight):
@@ -130,7 +130,7 @@ def test_same_padding_of_no_numbers(options):
 
 
 def test_an_argmax_that_requires_grad():
-    """max_pool2d_indices has no derivative, and autograd was not told."""
+    """max_pool2d_indices has no derivative, and autograd did not know that."""
     with pytest.raises(RuntimeError, match="max_pool2d_indices: expected argmax of dtype Byte"):
         ops.max_pool2d_indices(torch.ones(2, 3, 4, 4, requires_grad=True), (8, 8), 2)
 
@@ -147,8 +147,8 @@ def test_nothing_is_allocated_for_strides_that_are_refused():
 @pytest.mark.parametrize(
     ("op", "arguments"),
     [
-        ("linear", (torch.ones(3), fc)),  # numbers, which together are as many as the features
-        ("max_pool2d", (torch.ones(3, 8, 8), 2)),  # planes without channels, which together are an image
+        ("linear", (torch.ones(3), fc)),  # the samples are numbers, and together as many as the features
+        ("max_pool2d", (torch.ones(3, 8, 8), 2)),  # the samples are planes without channels, and together an image
     ],
 )
 def test_samples_of_too_few_dimensions(op, arguments):
@@ -190,7 +190,8 @@ def test_drawn_calls(first):
 
 
 def test_every_operator_is_drawn():
-    """From a valid call, which some function makes; and each has a fake kernel and a batching rule."""
+    """Calls of an operator are drawn from a valid call, which some function makes. Each operator also has a fake kernel
+    and a batching rule."""
     for op, programs in hostile_calls.programs().items():
         assert programs, f"no function calls {op}"
         for key in ("Meta", "FuncTorchBatched"):

@@ -12,7 +12,7 @@ from pyops.lenet import StockLeNet
 
 
 def twins(kernel_size: int, dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The stock network and ours, from the same seed."""
+    """The stock network and ours, made from the same seed."""
     torch.manual_seed(0)
     stock = StockLeNet(kernel_size).to(dtype)
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""linear: output and gradients against float64, for every size, layout and dtype."""
+"""linear's output and gradients are compared with float64, for every size, layout and dtype."""
 
 import math
 
@@ -31,10 +31,10 @@ def test_leading_dimensions(leading, bias, dtype):
     check("linear", operands(leading, 5, 4, dtype, bias))
 
 
-# Around the register tiles (up to 16 rows, 4 vectors of 16), the chunks of K (256) and the blocks (192 x 384).
+# Sizes around the register tiles (up to 16 rows, 4 vectors of 16), the chunks of K (256) and the blocks (192 x 384).
 SIZES = [(1, 1, 1), (2, 16, 15), (5, 17, 65), (6, 31, 64), (13, 33, 63), (17, 257, 10), (64, 400, 120), (193, 20, 130)]
 SIZES += [(33, 600, 385), (600, 7, 9), (1, 1030, 70), (3, 2, 400)]
-SIZES += [(20, 704, 400), (70, 704, 400)]  # a weight of more than 1 MB, of few and of many rows
+SIZES += [(20, 704, 400), (70, 704, 400)]  # a weight of more than 1 MB, with few and with many rows
 
 
 @every_dtype
@@ -98,7 +98,7 @@ def test_nan_and_infinity_stay_in_their_row_and_column(dtype):
 
 
 def test_sums_stay_accurate():
-    """A long sum in float32 is taken in parts: its error stays below that of one long chain of additions."""
+    """A long sum in float32 is computed in parts, so its error stays below that of one long chain of additions."""
     count = 200_000
     input, grad = torch.rand(count, 3) + 0.5, torch.rand(count, 2) + 0.5
     weight = torch.ones(2, 3, requires_grad=True)

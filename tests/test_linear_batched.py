@@ -1,4 +1,4 @@
-"""linear_batched: of every sample, output and gradients, the bits that linear gives."""
+"""linear_batched gives the output and gradients of every sample the bits that linear gives."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""max_pool2d: bit for bit stock's values and indices; gradients against float64."""
+"""max_pool2d's values and indices are stock's bit for bit; its gradients are compared with float64."""
 
 import math
 
@@ -19,10 +19,10 @@ both_formats = pytest.mark.parametrize("where", ["contiguous", "channels_last"])
 
 
 def check(input, grad_layout="contiguous", **options):
-    """Values, indices, strides and gradient."""
+    """Checks values, indices, strides and gradient."""
     output, indices = (result.cpu() for result in max_pool2d(input, return_indices=True, **options))
     reference = input.cpu()  # on other devices stock takes no integers
-    reference = reference.short() if input.dtype.itemsize == 1 else reference  # and here no large channels-last int8
+    reference = reference.short() if input.dtype.itemsize == 1 else reference  # on the CPU, no large channels-last int8
     expected_output, expected_indices = torch.nn.functional.max_pool2d(reference, return_indices=True, **options)
     expected_output = expected_output.to(input.dtype)
     assert_identical("output", output, expected_output)
@@ -31,7 +31,7 @@ def check(input, grad_layout="contiguous", **options):
     if not input.is_floating_point():
         return
 
-    # Stock in float64, by its own indices: the gradient is a sum over the windows that an element won.
+    # In float64, stock's own indices give the gradient: a sum over the windows that an element won.
     grad = random(output.shape, output.dtype, grad_layout)
     (actual,) = gradients(lambda t: max_pool2d(t, **options), [input], grad)
     flat = torch.zeros((*input.shape[:-2], input.shape[-2] * input.shape[-1]), dtype=torch.float64, device="cpu")
@@ -112,12 +112,12 @@ def test_any_window_and_layout(data):
 @pytest.mark.parametrize(
     ("taps", "winner"),
     [
-        ([1, 3, 3, 2], 1),  # of equal values the first
-        ([-0.0, 0.0, 0.0, -0.0], 0),  # zeros are equal
+        ([1, 3, 3, 2], 1),  # the first of equal values wins
+        ([-0.0, 0.0, 0.0, -0.0], 0),  # zeros of either sign are equal
         ([0.0, -0.0, -0.0, 0.0], 0),
         ([math.nan, 5, 1, 2], 0),
         ([5, math.nan, math.inf, 2], 1),
-        ([math.nan, 1, math.nan, 2], 2),  # of several NaNs the last
+        ([math.nan, 1, math.nan, 2], 2),  # the last of several NaNs wins
         ([-math.inf] * 4, 0),
         ([-math.inf, -math.inf, -math.inf, -1], 3),
         ([-math.inf, math.nan, -math.inf, -math.inf], 1),
@@ -153,7 +153,7 @@ def test_padding_never_wins(where, dtype):
 @both_formats
 @pytest.mark.parametrize("kernel", [(15, 17), (16, 16), (1, 256), (300, 1), (40, 41)], ids=str)
 def test_windows_above_255_taps(kernel, where, dtype):
-    """Up to 255 taps (15 x 17) the argmax fits a byte."""
+    """The argmax fits a byte for up to 255 taps (15 x 17), but not for more."""
     shape = (2, 3, kernel[0] + 7, kernel[1] + 9)
     argmax = torch.ops.pyops.max_pool2d(random(shape), kernel)[1]
     assert argmax.dtype == (torch.uint8 if kernel == (15, 17) else torch.int64)
@@ -164,7 +164,7 @@ def test_windows_above_255_taps(kernel, where, dtype):
 
 @both_formats
 def test_the_last_of_255_taps(where):
-    """Tap number 254 is the largest that a byte holds here; for int8 values too, whose argmax shares their vectors."""
+    """Tap number 254 is the largest that a byte holds, for int8 values too, whose argmax uses vectors of equal size."""
     for dtype in (torch.float32, torch.int8, torch.uint8):
         input = torch.zeros(1, 33, 15, 17, dtype=dtype)
         input[..., -1, -1] = 1
@@ -180,7 +180,7 @@ def test_many_small_images(images, where):
 
 @pytest.mark.parametrize("window", [{"kernel_size": 3, "stride": 2}, {"kernel_size": (2, 7)}], ids=str)
 def test_few_columns(window):
-    """Of many planes and a few left over."""
+    """The images have many planes, some of which are left over after the last full vector."""
     for dtype in (torch.float32, torch.float64):
         check(with_ties((3, 35, 7, 7), dtype, "contiguous"), "contiguous", **window)
 
@@ -189,7 +189,7 @@ def test_few_columns(window):
 @pytest.mark.parametrize("window", [*WINDOWS, {"kernel_size": (2, 3)}], ids=str)
 @pytest.mark.parametrize("columns", [6, 32, 37])
 def test_gradients_of_minus_zero(columns, window, where):
-    """The sums begin with zero, as stock's do, also those of a single gradient."""
+    """The sums begin with zero, as stock's do, even those of a single gradient."""
     input = random((3, 5, 12, columns), torch.float32, where)
     minus_zero = torch.full_like(max_pool2d(input, **window), -0.0)
     (grad,) = gradients(lambda t: max_pool2d(t, **window), [input], minus_zero)

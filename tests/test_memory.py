@@ -1,4 +1,4 @@
-"""No op reads or writes memory that is not its operands' or results', and none needs more memory than it has to."""
+"""No op reads or writes memory outside of its operands and results, and none needs more memory than necessary."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import pyops
 
 TESTS = Path(__file__).parent
 COMPILER = os.environ.get("CXX", "c++")
-CHECKING_ALLOCATOR = "libc_malloc_debug.so.0"  # of glibc
+CHECKING_ALLOCATOR = "libc_malloc_debug.so.0"  # part of glibc
 
 
 def run(program: list[str]) -> subprocess.CompletedProcess:
@@ -29,7 +29,7 @@ def test_nothing_around_the_tensors_is_touched():
 
 
 def test_the_checking_allocator_notices():
-    """One byte too many is noticed when the memory is freed; else the test above would prove little."""
+    """It notices one byte too many when the memory is freed; otherwise the test above would prove little."""
     program = "import ctypes, torch; t = torch.empty(9); ctypes.memset(t.data_ptr(), 1, 37); del t; print('unnoticed')"
     result = run(["-c", program])
     if "cannot be preloaded" in result.stderr:
@@ -40,7 +40,7 @@ def test_the_checking_allocator_notices():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="takes the place of glibc's functions")
 @pytest.mark.skipif(shutil.which(COMPILER) is None, reason="no C++ compiler")
 def test_kernels_allocate_nothing_after_the_first_calls(tmp_path):
-    """In 10,000 calls, in any order, of shapes that were seen before; and nothing leaks."""
+    """10,000 calls of shapes that were seen before, in any order, allocate nothing, and nothing leaks."""
     library = tmp_path / "allocations.so"
     subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", TESTS / "allocations.cpp", "-o", library], check=True)
     program = [sys.executable, TESTS / "allocations_program.py"]
@@ -50,14 +50,14 @@ def test_kernels_allocate_nothing_after_the_first_calls(tmp_path):
     measured = json.loads(result.stdout)
     assert measured["first"] > 0, "the counter does not count"
     assert measured["later"] == 0
-    assert measured["growth"] < 8 << 20, "resident bytes"  # 1 KB a call would be 10 MB
+    assert measured["growth"] < 8 << 20, "resident bytes"  # 1 KB per call would be 10 MB
 
 
 def peak_of_training(network: str) -> int:
-    """The kilobytes that training LeNet on batches of 1024 takes at most, on top of what the program has before.
+    """The peak memory of training LeNet on batches of 1024, in kilobytes on top of what the program has before.
 
-    The C library is told to hand large pieces back when they are freed, so that it is the live memory that counts.
-    The peak is that of /proc: getrusage's begins with the peak of the program that started this one.
+    The C library is told to return large blocks to the system when they are freed, so that only live memory counts. The
+    peak comes from /proc, because getrusage's begins with the peak of the program that started this one.
     """
     program = f"""
 import re, torch, pyops
@@ -92,12 +92,12 @@ def test_training_needs_less_memory_than_stock():
 
 
 def bytes_saved_for_backward(*layers: torch.nn.Module) -> int:
-    """Of all storages that are kept from forward to backward."""
+    """The bytes of all storages that are kept from forward to backward."""
     storages = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage  # held, lest another takes its place
+        storages[storage.data_ptr()] = storage  # kept alive, so that no other storage gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -106,12 +106,12 @@ def bytes_saved_for_backward(*layers: torch.nn.Module) -> int:
 
 
 def test_less_is_saved_for_backward_than_by_stock():
-    """By the convolutional part of LeNet."""
+    """The convolutional part of LeNet saves less than stock's."""
 
     def layers(nn):
         return [nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)]
 
     block = partial(pyops.nn.ConvReLUMaxPool2d, pool_kernel_size=2)
     stock = bytes_saved_for_backward(*layers(torch.nn))
-    assert bytes_saved_for_backward(*layers(pyops.nn)) < 0.24 * stock  # a byte for each window, a bit for each ReLU
-    assert bytes_saved_for_backward(block(1, 6, 5), block(6, 16, 5)) < 0.23 * stock  # and no output of a ReLU
+    assert bytes_saved_for_backward(*layers(pyops.nn)) < 0.24 * stock  # a byte per window, a bit per ReLU
+    assert bytes_saved_for_backward(block(1, 6, 5), block(6, 16, 5)) < 0.23 * stock  # no output of a ReLU

@@ -1,4 +1,4 @@
-"""The table of faults of mutate.py goes with the code of the kernels."""
+"""The table of faults of mutate.py matches the code of the kernels."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""pyops.nn: torch's classes in everything but the kernels."""
+"""pyops.nn has torch's classes in everything but the kernels."""
 
 import copy
 import inspect
@@ -12,7 +12,7 @@ from kernel_log import KernelLog, kernels_of_training, run_backward
 import pyops
 
 CASES = [
-    # class, constructor arguments, shape of the input
+    # Each entry holds the class, the constructor's arguments, and the shape of the input.
     ("ReLU", {}, (2, 3, 4)),
     ("ReLU", {"inplace": True}, (5,)),
     ("Linear", {"in_features": 4, "out_features": 3}, (2, 5, 4)),
@@ -52,7 +52,7 @@ every_case = pytest.mark.parametrize(("name", "options", "shape"), CASES, ids=de
 
 
 def build(name: str, options: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """torch's layer and ours, from the same seed."""
+    """torch's layer and ours, made from the same seed."""
     torch.manual_seed(0)
     stock = getattr(torch.nn, name)(**options, **({"dtype": torch.float64} if name in ("Linear", "Conv2d") else {}))
     torch.manual_seed(0)
@@ -61,15 +61,15 @@ def build(name: str, options: dict) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def run(layer: torch.nn.Module, input: torch.Tensor) -> list[torch.Tensor]:
-    """Outputs, gradient of the input and gradients of the parameters."""
+    """The outputs, the gradient of the input and the gradients of the parameters."""
     input = input.clone().requires_grad_()
-    outputs = layer(input.clone())  # because a leaf can't be changed in place
+    outputs = layer(input.clone())  # cloned because a leaf cannot be changed in place
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     run_backward(outputs[0])
     return [*outputs, input.grad, *(parameter.grad for parameter in layer.parameters())]
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # stock copies there
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")  # stock makes a copy
 @every_case
 def test_computes_what_stock_computes(name, options, shape):
     stock, ours = build(name, options)

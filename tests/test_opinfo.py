@@ -1,4 +1,4 @@
-"""torch's own test data: its samples of arguments and of errors for the four functions and their modules."""
+"""Runs torch's own test data: its samples of arguments and of errors for the four functions and their modules."""
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ OPINFOS = {name: next(op for op in op_db if op.name == f"nn.functional.{name}") 
 MODULES = ("ReLU", "Linear", "Conv2d", "MaxPool2d")
 MODULE_INFOS = {name: next(m for m in module_db if m.module_cls is getattr(torch.nn, name)) for name in MODULES}
 
-# Every how many-th sample of a function is tried: max_pool2d has 1,440, all the combinations of a few values of each
-# argument. 31 shares no divisor with their counts, so every value is met.
+# Only every n-th sample of these functions is tried: max_pool2d has 1,440 samples, all combinations of a few values of
+# each argument. 31 shares no divisor with the numbers of values, so every value occurs.
 EVERY = {"max_pool2d": 31}
 
 
@@ -25,7 +25,7 @@ def samples(name, dtype):
 
 
 def doubles(arguments):
-    """The same arguments, the tensors in float64, as leaves of their own."""
+    """Copies of the arguments, with the tensors in float64 as leaves of their own."""
     return [
         a.detach().double().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments
     ]
@@ -36,7 +36,7 @@ def leaves(arguments):
 
 
 def compare(ours, like, exact, our_leaves, exact_leaves):
-    """Our results with stock's in the same dtype (for the strides) and in float64; and the gradients of the leaves."""
+    """Compares our results with stock's in the same dtype (for the strides) and in float64, and compares gradients."""
     ours, like, exact = (result if isinstance(result, tuple) else (result,) for result in (ours, like, exact))
     for result, stock, expected in zip(ours, like, exact, strict=True):
         assert (result.dtype, result.stride()) == (stock.dtype, stock.stride())
@@ -50,7 +50,7 @@ def compare(ours, like, exact, our_leaves, exact_leaves):
 
 
 def close(result, expected):
-    """Ten times the largest value stands for the sum of absolute values that the tolerances are made for."""
+    """Compares with the usual tolerances, where ten times the largest value replaces the sum of absolute values."""
     result, expected = result.detach(), expected.detach()
     if result.is_floating_point():
         largest = expected.abs().max() if expected.numel() else torch.zeros(())

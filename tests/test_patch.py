@@ -1,4 +1,4 @@
-"""pyops.patch: torch's own functions on our kernels, where we have them, and only inside."""
+"""pyops.patch runs torch's own functions on our kernels where we have them, and only inside of the context."""
 
 import concurrent.futures
 import copy
@@ -44,7 +44,7 @@ def in_thread(function):
 
 
 def runs_ours() -> bool:
-    """Whether torch.relu is ours here and now."""
+    """Whether torch.relu runs on our kernels at this moment."""
     with KernelLog() as log:
         torch.relu(torch.ones(1))
     assert len(log.ours | log.stock) == 1
@@ -54,7 +54,7 @@ def runs_ours() -> bool:
 @pytest.mark.composes("`pyops.patch()`")
 @pytest.mark.parametrize("call", CALLS)
 def test_every_function(call):
-    """Results and gradients are stock's, the kernels ours."""
+    """Results and gradients are stock's, and the kernels are ours."""
     function = CALLS[call]
 
     def results():
@@ -130,7 +130,7 @@ def test_holds_for_its_thread_only():
 
 @pytest.mark.composes("`pyops.patch()` nests, ends with an exception, holds for its thread")
 def test_threads_do_not_disturb_each_other():
-    """Eight threads enter and leave one and the same context out of step."""
+    """Eight threads enter and leave one context at different times."""
     mode, barrier = pyops.patch(), threading.Barrier(8)
 
     def work(i):
@@ -152,7 +152,7 @@ def test_threads_do_not_disturb_each_other():
 
 
 class Tagged(torch.Tensor):
-    """A subclass that notes which functions it is given to."""
+    """A subclass that records which functions it is passed to."""
 
     seen: list = []  # noqa: RUF012
 
@@ -231,7 +231,7 @@ def test_transforms():
 
 
 def test_attention():
-    """Its linear layers are called by torch inside of a function of torch's, which stays as it is."""
+    """torch calls its linear layers inside of a function of its own, which is not patched."""
     attention = nn.MultiheadAttention(8, 2, batch_first=True).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     expected = training_pass(lambda x: attention(x, x, x)[0], attention, x)
@@ -255,7 +255,7 @@ def test_compiled_code(backend):
 
 def test_scripted_code():
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # which not every version of torch gives
+        warnings.simplefilter("ignore", DeprecationWarning)  # only some versions of torch warn
         scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
     x = torch.randn(4, 3)
     expected = scripted(x)

@@ -1,7 +1,7 @@
-"""Which operands a derivative has a path to in the graph: those that stock's has, zeros included, in every order.
+"""A derivative has paths in the graph to the operands that stock's has, including zeros, in every order.
 
-Gradients that are zeros, gradients that are None and gradients that torch refuses to compute are told apart by
-``torch.autograd.grad``, so by every gradient penalty and by ``torch.autograd.functional`` with ``strict=True``.
+``torch.autograd.grad`` distinguishes gradients that are zeros, gradients that are None and gradients that torch refuses
+to compute, and so do gradient penalties and ``torch.autograd.functional`` with ``strict=True``.
 """
 
 import itertools
@@ -65,7 +65,7 @@ UNUSED, INDEPENDENT = "error: not used in the graph", "error: does not require g
 
 
 def derivative(output: torch.Tensor, operand: torch.Tensor, grad_output: torch.Tensor) -> Outcome:
-    """The gradient, or why there is none."""
+    """The gradient, or the reason why there is none."""
     try:
         return torch.autograd.grad(output, operand, grad_output, create_graph=True)[0]
     except RuntimeError as error:
@@ -78,8 +78,8 @@ def derivative(output: torch.Tensor, operand: torch.Tensor, grad_output: torch.T
 
 
 def derivatives(function, operands: dict[str, torch.Tensor], given: tuple[bool, bool]) -> Iterator[tuple[str, Outcome]]:
-    """Of the first three orders, by every sequence of operands. `given` says whether what is given for grad_output in
-    the first and in the second order requires grad, and so is an operand too."""
+    """The derivatives of the first three orders, by every sequence of operands. `given` says whether the grad_output of
+    the first and of the second order requires grad, and so is an operand too."""
     output = function(*operands.values())
     wanted = {name: operand for name, operand in operands.items() if operand.requires_grad}
     grad = random(output.shape, 1).requires_grad_(given[0])
@@ -108,7 +108,7 @@ NEITHER_OR_BOTH: list[Flags] = [(False, False), (True, True)]
 
 
 def check(case: Case, ways: Callable[[Callable], Callable], leading: tuple[int, ...] = (), givens=NEITHER_OR_BOTH):
-    """For every choice of operands that require grad; `ways` makes functions of the two to compare."""
+    """Compares both for every choice of operands that require grad; `ways` wraps the functions to compare."""
     for needs, given in itertools.product(itertools.product((False, True), repeat=len(case.shapes)), givens):
         ours, stock = (
             derivatives(ways(function), operands(case, needs, leading), given) for function in (case.ours, case.stock)
@@ -122,7 +122,7 @@ def check(case: Case, ways: Callable[[Callable], Callable], leading: tuple[int, 
 
 
 def operands(case: Case, needs: tuple[bool, ...], leading: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """With the dimensions `leading` in front of each."""
+    """Random operands by name, with the dimensions `leading` in front of each."""
     names = ("input", "weight", "bias")
     return {
         name: random((*leading, *shape), 4 + i).requires_grad_(wanted)
@@ -141,14 +141,14 @@ def test_derivatives_have_the_paths_of_stock(case):
 
 @every_case
 def test_derivatives_have_the_paths_of_stock_below_vmap(case):
-    """Why there is no derivative may differ: stock's rules for vmap add the bias in a step of its own."""
+    """The reason for a missing derivative may differ, because stock's vmap rules add the bias in a step of its own."""
     for where, actual, expected in check(case, torch.func.vmap, leading=(3,)):
         assert actual == expected or {actual, expected} == {UNUSED, INDEPENDENT}, where
 
 
 @every_case
 def test_derivatives_have_the_paths_of_stock_with_tangents(case):
-    """Where there is a tangent too, the Functions in Python take the place of the nodes in C++."""
+    """If there are tangents too, the Functions in Python replace the nodes in C++."""
 
     def with_tangents(function):
         def of_duals(*tensors):

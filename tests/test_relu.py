@@ -1,4 +1,4 @@
-"""relu: bit for bit what stock gives, in and out of place, whatever the dtype and the layout."""
+"""relu gives stock's results bit for bit, in and out of place, for every dtype and layout."""
 
 import math
 
@@ -15,7 +15,7 @@ from pyops.functional import relu
 
 pytestmark = pytest.mark.every_device
 
-# Nothing, less than a vector, whole vectors with a tail, several blocks of work with a tail.
+# The sizes are nothing, less than a vector, whole vectors with a tail, and several blocks of work with a tail.
 SHAPES = [(), (0,), (1,), (31,), (2, 3, 4, 5), (3, 0, 2), (257,), (5, 1027), (3, 7, 67, 71)]
 
 every_dtype = pytest.mark.parametrize("dtype", FLOATING + INTEGER, ids=str)
@@ -23,12 +23,12 @@ every_floating_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 
 
 def special_values(dtype: torch.dtype) -> torch.Tensor:
-    """Of both signs: zero, the smallest and largest numbers, ordinary ones, infinity, several NaNs."""
+    """Zero, the smallest and largest numbers, ordinary numbers, infinity and several NaNs, of both signs."""
     limits = torch.finfo(dtype)
     smallest = limits.smallest_normal * limits.eps
     values = torch.tensor([0.0, smallest, limits.smallest_normal, 1.0, limits.max, math.inf, math.nan], dtype=dtype)
     values = torch.cat([values, -values])
-    return values.repeat(5)  # in the vectors and in the tail
+    return values.repeat(5)  # so that they are in vectors and in the tail
 
 
 @every_dtype
@@ -104,7 +104,7 @@ def test_gradient_layouts(where, grad_where, dtype):
     ids=str,
 )
 def test_strides_of_one_element(shape, strides):
-    """Dimensions of one element may have any stride, which a tensor without values has to foretell."""
+    """Dimensions of one element may have any stride, which the fake kernel has to predict."""
     input = torch.randn(30).as_strided(shape, strides).requires_grad_()
     assert relu(input).stride() == relu(input.detach()).stride() == strides
     assert gradient(relu, input, torch.ones(shape)).stride() == strides

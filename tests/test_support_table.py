@@ -1,4 +1,4 @@
-"""The table in docs/composing.md is the one that this run of the tests makes."""
+"""The table in docs/composing.md equals the one that this run of the tests makes."""
 
 import pytest
 from support_table import column, committed, write
@@ -16,7 +16,7 @@ def test_columns():
 
 @pytest.mark.runs_last
 def test_the_table_is_that_of_this_run(request):
-    """Runs after all the others."""
+    """This test runs after all others."""
     config = request.config
     table = config.pluginmanager.get_plugin("support_table").markdown()
     if config.getoption("--write-support-table"):

@@ -1,4 +1,4 @@
-"""The number of threads changes nothing but the time: every result has the same bits, in every run."""
+"""The number of threads changes only the time: every result has equal bits, in every run."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from pyops import functional
 
 ops = torch.ops.pyops
 
-POOL = ((3, 3), (2, 2), (1, 1), (1, 1), False)  # overlapping windows: backward adds up
+POOL = ((3, 3), (2, 2), (1, 1), (1, 1), False)  # overlapping windows, whose gradients are added
 WIDE_POOL = ((16, 17), (5, 3), (8, 8), (1, 1), True)  # int64 argmax
 CONV = ((1, 1), (1, 1), (1, 1), 1)
 
@@ -66,8 +66,8 @@ def fused(input, weight, pool, padding=1):
     return [output, argmax, ops.conv2d_relu_max_pool2d(*tensors, *options), *grads]
 
 
-# Each large enough for seven threads, with odd sizes, so that the shares differ. Of the blocks of 49 images one is left
-# for two or three threads to share, whatever the lanes of a vector.
+# Each case is large enough for seven threads, and its sizes are odd, so that the shares of the threads differ. If 49
+# images are split into blocks, one block is left for two or three threads to share, for every number of lanes.
 CASES = {
     "relu": lambda dtype, where: rectified(images((3, 11, 101, 151), dtype, where)),
     "linear": lambda dtype, where: multiplied(random((519, 131), dtype, where), random((203, 131), dtype, where)),
@@ -84,10 +84,10 @@ CASES = {
     "conv2d_narrow_groups": lambda dtype, where: convolved(
         images((3, 40, 41, 43), dtype, where), images((40, 4, 3, 3), dtype, where), *CONV[:-1], 10
     ),
-    "conv2d_few_outputs": lambda dtype, where: convolved(  # three taps at once; gradient of the weight along the inputs
+    "conv2d_few_outputs": lambda dtype, where: convolved(  # direct 3-wide; weight gradient along the inputs
         images((3, 40, 33, 37), dtype, where), images((13, 40, 3, 3), dtype, where), *CONV
     ),
-    "conv2d_small_planes": lambda dtype, where: convolved(  # vectors along the images
+    "conv2d_small_planes": lambda dtype, where: convolved(  # batch lanes
         images((49, 7, 9, 10), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 3, 1, 1
     ),
     "conv2d_by_taps": lambda dtype, where: convolved(
@@ -96,16 +96,16 @@ CASES = {
     "conv2d_as_linear": lambda dtype, where: convolved(
         images((49, 17, 5, 5), dtype, where), images((131, 17, 5, 5), dtype, where), 1, 0, 1, 1
     ),
-    "conv2d_few_channels": lambda dtype, where: convolved(  # gradients along the images
+    "conv2d_few_channels": lambda dtype, where: convolved(  # gradients with batch lanes
         images((49, 7, 13, 14), dtype, where), images((5, 7, 5, 5), dtype, where), 1, 0, 1, 1
     ),
     "conv2d_relu_max_pool2d": lambda dtype, where: fused(
         images((49, 3, 29, 31), dtype, where), images((6, 3, 5, 5), dtype, where), POOL
     ),
-    "conv2d_relu_max_pool2d_2x2": lambda dtype, where: fused(  # in registers
+    "conv2d_relu_max_pool2d_2x2": lambda dtype, where: fused(  # pooled in registers
         images((49, 3, 29, 31), dtype, where), images((6, 3, 5, 5), dtype, where), (2, 2, 0, 1, False), padding=0
     ),
-    "conv2d_relu_max_pool2d_3x3": lambda dtype, where: fused(  # over blocks of images
+    "conv2d_relu_max_pool2d_3x3": lambda dtype, where: fused(  # CHWN blocks
         images((49, 3, 29, 31), dtype, where), images((6, 3, 5, 5), dtype, where), (3, 3, 0, 1, False)
     ),
     "max_pool2d": lambda dtype, where: pooled(images((7, 11, 85, 91), dtype, where), POOL),
@@ -147,7 +147,7 @@ def test_same_bits_on_benched_shapes(dtype, shape):
 
 
 def test_every_op_forks():
-    """Each op in turn is allowed one thread more than the pool has: it grows if the op's work is really shared."""
+    """Each op in turn may use one thread more than the pool has, which grows if the op really uses several threads."""
     program = """
 import os, torch, pyops
 ops = torch.ops.pyops
@@ -188,7 +188,7 @@ for threads, (name, call) in enumerate(calls.items(), start=2):
     if len(os.listdir("/proc/self/task")) <= before:
         print(name)
 """
-    # One thread at the start: what happens before the first call must not fill the pool.
+    # The program starts with one thread, because code before the first call must not fill the pool.
     program = "import torch; torch.set_num_threads(1)" + program
     result = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

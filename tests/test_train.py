@@ -1,4 +1,4 @@
-"""The training loop and the score, against the same by hand."""
+"""The training loop and the accuracy are compared with those computed by hand."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_default_learning_rates():
 
 def test_accuracy_counts_in_evaluation_mode():
     class Digit(torch.nn.Module):
-        """Right on the images whose pixel says their label, and on none while training."""
+        """Classifies the images correctly whose pixel is their label, and none while training."""
 
         def forward(self, images):
             return torch.nn.functional.one_hot(images.flatten(1)[:, 0].long() + int(self.training), 11).float()

@@ -1,4 +1,4 @@
-"""torch.func: every transform, and every one inside of every other, of our functions and of stock's."""
+"""Every transform of torch.func, and each inside of every other one, gives the same for our functions and stock's."""
 
 import itertools
 from collections import Counter
@@ -49,7 +49,7 @@ MODES = {"reverse": func.jacrev, "forward": func.jacfwd}
 @pytest.mark.parametrize("outer", MODES)
 @pytest.mark.parametrize("inner", MODES)
 def test_second_derivatives(twin, inner, outer):
-    """Every block of the Hessian, by each mode over each."""
+    """Each mode over each mode gives every block of the Hessian."""
     if twin is TWINS["relu_in_place"] and inner == outer == "forward":
         pytest.skip("stock raises: ZeroTensors are immutable")
     tensors = twin.tensors()
@@ -64,7 +64,7 @@ def test_second_derivatives(twin, inner, outer):
 @every_twin
 @pytest.mark.parametrize("modes", ["".join(modes) for modes in itertools.product("rf", repeat=3)])
 def test_third_derivatives(twin, modes):
-    """Along three directions, in every order of the two modes: real values, no silent zeros."""
+    """Derivatives along three directions, in every order of the two modes, have real values, not silent zeros."""
     if twin is TWINS["relu_in_place"] and "ff" in modes:
         pytest.skip("stock raises: ZeroTensors are immutable")
     tensors = twin.tensors()
@@ -90,7 +90,7 @@ def test_third_derivatives(twin, modes):
 
 
 def test_operators_are_transformed_like_functions():
-    """torch.ops.pyops itself, called as C++ programs and exported graphs call it."""
+    """The operators of torch.ops.pyops are called as C++ programs and exported graphs call them."""
     ops = torch.ops.pyops
     x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
 
@@ -114,7 +114,7 @@ def test_operators_are_transformed_like_functions():
 
 
 def test_derivatives_of_functionalized_in_place_relu():
-    """Where copy_ would have none; zeros keep their signs."""
+    """The derivatives exist, although copy_ would have none, and zeros keep their signs."""
     x = torch.tensor([-1.0, -0.0, 0.0, 2.0, torch.nan])
     results = []
     for relu in (pyops.functional.relu, torch.nn.functional.relu):
@@ -127,7 +127,7 @@ def test_derivatives_of_functionalized_in_place_relu():
 
 @every_twin
 def test_functions_are_transformed_by_apply_too(twin):
-    """The Functions of pyops.autograd, by apply, as Functions of one's own are."""
+    """The Functions of pyops.autograd can be transformed when called by apply, like any user's Functions."""
     functions = {
         TWINS["relu"]: pyops.autograd.ReLU.apply,
         TWINS["linear"]: pyops.autograd.Linear.apply,
@@ -152,7 +152,7 @@ def test_functions_are_transformed_by_apply_too(twin):
 @pytest.mark.composes("forward mode by dual numbers")
 @every_twin
 def test_dual_numbers(twin):
-    """Also where a gradient is wanted of the tangent."""
+    """The output and the tangent are right, and so are gradients of the tangent."""
     tensors = [t.requires_grad_() for t in twin.tensors()]
 
     def tangent_and_its_gradients(function):
@@ -175,7 +175,7 @@ def loss(net, parameters, image, label):
 @pytest.mark.composes("`vmap(grad)`: each sample's gradients, at once")
 @both_lenets
 def test_gradients_of_each_sample(fused):
-    """vmap(grad) of LeNet, equal to a loop over the samples and to stock's."""
+    """vmap(grad) of LeNet equals a loop over the samples, and stock's result."""
     ours, stock = lenets(fused)
     images, labels = torch.randn(4, 1, 32, 32, dtype=torch.float64), torch.arange(4)
     results = []
@@ -189,7 +189,7 @@ def test_gradients_of_each_sample(fused):
 
 
 class Calls(TorchDispatchMode):
-    """How often each operator of pyops runs."""
+    """Counts how often each operator of pyops runs."""
 
     def __init__(self):
         super().__init__()
@@ -203,7 +203,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.composes("`vmap(grad)`: each sample's gradients, at once")
 @both_lenets
 def test_gradients_of_each_sample_are_computed_at_once(fused):
-    """As many calls for eight samples as for two."""
+    """There are as many calls for eight samples as for two."""
     net, _ = lenets(fused)
     counts = []
     for batch in (2, 8):
@@ -217,7 +217,7 @@ def test_gradients_of_each_sample_are_computed_at_once(fused):
 @pytest.mark.composes("`functional_call`, ensembles of `stack_module_state`")
 @both_lenets
 def test_ensemble(fused):
-    """stack_module_state: networks with parameters of their own, run as one."""
+    """Networks with parameters of their own run as one, by stack_module_state."""
     ours, stock = zip(*(lenets(fused) for _ in range(3)), strict=True)
     images = torch.randn(2, 1, 32, 32, dtype=torch.float64)
 
@@ -243,7 +243,7 @@ def test_jacobian_of_a_network(fused):
 @pytest.mark.composes("`hessian`: each mode over each")
 @both_lenets
 def test_hessian_vector_product_of_a_network(fused):
-    """Forward over reverse, by the parameters."""
+    """The product with the Hessian of the parameters is computed by forward over reverse mode."""
     ours, stock = lenets(fused)
     image, label = torch.randn(2, 1, 32, 32, dtype=torch.float64), torch.tensor([1, 2])
     results = []
@@ -256,7 +256,7 @@ def test_hessian_vector_product_of_a_network(fused):
 
 
 def test_autograd_functional():
-    """The older interface, vectorized by vmap."""
+    """torch.autograd.functional is the older interface; vmap vectorizes it."""
     twin = TWINS["conv2d_relu"]
     tensors = tuple(twin.tensors())
     for strategy in ("reverse-mode", "forward-mode"):
@@ -274,7 +274,7 @@ def test_autograd_functional():
 
 @every_twin
 def test_no_grad_inside_of_transforms(twin):
-    """A part that is not to be differentiated is not, whichever transforms it is in."""
+    """A part under no_grad is not differentiated, whichever transforms it is inside of."""
     tensors = twin.tensors()
 
     def inner_off(function):

@@ -1,8 +1,8 @@
-"""The programs of the PyTorch tutorials that pyops grew from, run on stock torch and on pyops, step by step alike.
+"""The programs of the PyTorch tutorials that pyops grew from give equal results on stock torch and pyops in each step.
 
-Each program takes the library to run on and yields what the tutorial prints or looks at, as (name, value) pairs; the
-pairs of the two runs are compared one by one, tensors to the rounding of their dtype and everything else exactly.
-(The timing loops of the fourth tutorial are benchmarks, in bench/.)
+Each program takes the library to run on and yields the values that the tutorial prints or inspects, as (name, value)
+pairs. The pairs of the two runs are compared one by one: tensors to the rounding of their dtype, everything else
+exactly. (The timing loops of the fourth tutorial are benchmarks, in bench/.)
 """
 
 import warnings
@@ -35,12 +35,12 @@ class MyReLU(torch.autograd.Function):
 
 
 class Library(NamedTuple):
-    """What a program is run on."""
+    """The library that a program runs on."""
 
     nn: ModuleType
     F: ModuleType
     MyReLU: type[torch.autograd.Function]
-    matmul: Callable[[Any, Any], Any]  # of two matrices
+    matmul: Callable[[Any, Any], Any]  # multiplies two matrices
     relu: Callable[[Any], Any]
 
 
@@ -69,7 +69,7 @@ def dtype(request):
 
 
 def assert_same_trace(program: Callable[[Library], Trace], seed: int = 0) -> dict[str, Any]:
-    """Runs ``program`` on both libraries from the same seed, compares, and returns what it yielded on pyops."""
+    """Runs ``program`` on both libraries from the same seed, compares, and returns the values that pyops gave."""
     traces = []
     for library in (STOCK, PYOPS):
         torch.manual_seed(seed)
@@ -134,7 +134,7 @@ def fully_connected(library: Library) -> Trace:
 
 
 def test_fully_connected(dtype):
-    trace = assert_same_trace(fully_connected, seed=176)  # one for which no ReLU is 0, nor then any gradient
+    trace = assert_same_trace(fully_connected, seed=176)  # with this seed no ReLU gives 0, so no gradient is 0
     for name, value in trace.items():
         assert not name.startswith("gradient") or value.all()
     assert trace["error"] == (
@@ -146,13 +146,13 @@ def test_fully_connected(dtype):
     assert message.startswith("Using a target size (torch.Size([1, 4]))")
 
 
-# What the nodes of both libraries' graphs are called by, in the order of a look-up.
+# Parts of the names of both libraries' graph nodes, and the kinds that they stand for; the first match counts.
 NODE_KINDS = {"mse": "loss", "addmm": "linear", "linear": "linear", "conv": "conv2d", "pool": "max_pool2d"}
 NODE_KINDS |= {"relu": "relu", "view": "view"}
 
 
 def walk(node: Any, names: dict[int, str]) -> Iterator[str | list[str]]:
-    """From the loss back to the input along ``next_functions``: the kind of each node, and the parameters it feeds."""
+    """Walks from the loss back to the input along ``next_functions``: the kind of each node, and its parameters."""
     while node is not None:
         yield next(kind for part, kind in NODE_KINDS.items() if part in node.name().lower())
         parameters, following = set(), None
@@ -169,7 +169,7 @@ def walk(node: Any, names: dict[int, str]) -> Iterator[str | list[str]]:
 
 
 def tutorial_net(library: Library, kernel_size: int) -> nn.Module:
-    """The network as the tutorials write it."""
+    """The network as it is written in the tutorials."""
     F = library.F
     side = {3: 6, 5: 5}[kernel_size]
 
@@ -197,7 +197,7 @@ def tutorial_net(library: Library, kernel_size: int) -> nn.Module:
 
 
 def lenet(library: Library, build: Callable[[Library], nn.Module]) -> Trace:
-    """The second tutorial with 3x3 kernels, the third with 5x5."""
+    """The second tutorial has 3x3 kernels, the third has 5x5."""
     net = build(library)
     yield "repr", repr(net)
     params = list(net.parameters())
@@ -279,7 +279,7 @@ def data() -> tuple[torch.Tensor, ...]:
 
 
 def by_hand(library: Library) -> Iterator[float]:
-    """On tensors, with the gradients by hand."""
+    """Trains on tensors, with gradients computed by hand."""
     matmul, relu = library.matmul, library.relu
     x, y, w1, w2 = data()
     for _ in range(STEPS):
@@ -297,7 +297,7 @@ def by_hand(library: Library) -> Iterator[float]:
 
 
 def in_numpy(library: Library) -> Iterator[float]:
-    """The same on numpy arrays; pyops shares their memory."""
+    """Trains on numpy arrays, with gradients computed by hand; pyops shares the memory of the arrays."""
     if library is STOCK:
         matmul, relu = np.dot, lambda a: np.maximum(a, 0)
     else:
@@ -324,7 +324,7 @@ def in_numpy(library: Library) -> Iterator[float]:
 
 
 def with_autograd(library: Library, relu: Callable[[Any], Any] | None = None) -> Iterator[float]:
-    """The gradients by autograd."""
+    """Trains with gradients computed by autograd."""
     relu = relu or library.relu
     x, y, w1, w2 = data()
     w1.requires_grad_()
@@ -340,7 +340,7 @@ def with_autograd(library: Library, relu: Callable[[Any], Any] | None = None) ->
 
 
 def with_my_relu(library: Library) -> Iterator[float]:
-    """With a Function of one's own."""
+    """Trains with a user-defined Function."""
     return with_autograd(library, library.MyReLU.apply)
 
 
@@ -349,7 +349,7 @@ def sequential(library: Library) -> nn.Module:
 
 
 def with_sequential(library: Library) -> Iterator[float]:
-    """As a module, with the update by hand."""
+    """Trains a module, with the update computed by hand."""
     x, y, *_ = data()
     model = sequential(library)
     for _ in range(STEPS):
@@ -378,7 +378,7 @@ def with_adam(library: Library) -> Iterator[float]:
 
 
 def with_custom_module(library: Library) -> Iterator[float]:
-    """A module of one's own, with a clamp for the ReLU."""
+    """Trains a user-defined module, with a clamp for the ReLU."""
 
     class TwoLayerNet(nn.Module):
         def __init__(self):
@@ -399,19 +399,19 @@ FORMS = [in_numpy, by_hand, with_autograd, with_my_relu, with_sequential, with_a
 
 @pytest.mark.parametrize("form", FORMS)
 def test_two_layer_net(dtype, form):
-    torch.set_num_threads(1)  # so small a network gains nothing by more, and loses much on a busy machine
+    torch.set_num_threads(1)  # a network this small gains nothing from more, and loses much on a busy machine
     curves = []
     for library in (STOCK, PYOPS):
         torch.manual_seed(0)
         curves.append(list(form(library)))
     stock, ours = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
     assert len(ours) == STEPS
-    # The square root of the loss is the norm of the residual y_pred - y, in which each rounding counts by the size of
-    # the numbers that were rounded, however small the residual has become: those of the first step are the largest.
+    # The square root of the loss is the norm of the residual y_pred - y. Each rounding error in it is proportional to
+    # the numbers that were rounded, however small the residual has become; those of the first step are the largest.
     rounding = 16 * torch.finfo(dtype).eps
     if form is with_adam and dtype is torch.float32:
-        # Adam moves a weight by the learning rate however small its gradient is: one whose gradient is little but
-        # rounding goes either way. Among 100,000 weights there are some in float32, and none in float64.
+        # Adam moves a weight by the learning rate however small its gradient is, so a weight whose gradient is mostly
+        # rounding error moves in either direction. Some of 100,000 weights do so in float32, and none in float64.
         rounding = ADAM_LEARNING_RATE
     torch.testing.assert_close(ours.sqrt(), stock.sqrt(), rtol=rounding, atol=rounding * stock[0].sqrt().item())
     assert ours[-1] < 1e-6 * ours[0]

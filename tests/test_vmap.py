@@ -1,4 +1,4 @@
-"""vmap: the batching rules, over every choice of tensors, nested, and under derivatives."""
+"""vmap's batching rules give right results over every choice of tensors, nested, and under derivatives."""
 
 import itertools
 
@@ -17,7 +17,7 @@ every_twin = pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
 @every_twin
 @pytest.mark.parametrize("inner", ["itself", "grad", "jvp"])
 def test_vmap_over_every_choice_of_tensors(twin, inner):
-    """Over the input, the weight, the bias and any of them together, in the first or another dimension."""
+    """vmap runs over the input, the weight, the bias and any of them together, in the first or another dimension."""
 
     def transformed(function, tensors):
         match inner:
@@ -41,7 +41,7 @@ def test_vmap_over_every_choice_of_tensors(twin, inner):
         torch.testing.assert_close(ours, stock, msg=lambda text, dims=in_dims: f"in_dims={dims}: {text}")
 
 
-CONVOLUTIONS = {  # shapes of input and weight, options
+CONVOLUTIONS = {  # the shapes of input and weight, and the options
     "unbatched": ((2, 5, 4), (3, 2, 3, 3), {"padding": 1}),
     "one image": ((1, 2, 6, 7), (3, 2, 2, 3), {"stride": 2}),
     "many images": ((9, 2, 4, 4), (3, 2, 3, 3), {"padding": (1, 0)}),
@@ -57,7 +57,7 @@ CONVOLUTIONS = {  # shapes of input and weight, options
 @pytest.mark.parametrize("name", ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"])
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_vmap_of_convolutions(case, name, layout):
-    """However many images a sample has: over images, weights, both, and with a gradient wanted of one or of all."""
+    """vmap runs over images, weights or both, for one gradient or all, however many images a sample has."""
     *shapes, options = CONVOLUTIONS[case]
     if case == "no images" and "pool" in name:
         pytest.skip("stock's max_pool2d refuses them")
@@ -86,7 +86,7 @@ def test_vmap_of_convolutions(case, name, layout):
 
 
 def test_vmap_over_nothing():
-    """No samples, and samples without channels, where stock fails."""
+    """There may be no samples, or samples without channels, for which stock fails."""
     images, weight = torch.ones(0, 2, 3, 4, 4), torch.ones(5, 3, 2, 2)
     f = pyops.functional
     assert func.vmap(f.conv2d, (0, None))(images, weight).shape == (0, 2, 5, 3, 3)  # stock's is (0, 0, 5, 3, 3)
@@ -115,7 +115,7 @@ def test_grad_of_vmap(twin):
     torch.testing.assert_close(ours, stock)
 
 
-BACKWARD_OPS = {  # of a call with these arguments: what its backward op is given between grad_output and the mask
+BACKWARD_OPS = {  # a call's arguments, and those of its backward op between grad_output and the options
     "linear": (((5, 4), (3, 4)), (), lambda x, w, kept: (x, w)),
     "linear_relu": (((5, 4), (3, 4)), (), lambda x, w, kept: (kept, x, w)),
     "conv2d": (((9, 2, 4, 4), (3, 2, 3, 3)), (1, 1, 1, 1), lambda x, w, kept: (x, w, x.shape, w.shape)),
@@ -130,7 +130,7 @@ BACKWARD_OPS = {  # of a call with these arguments: what its backward op is give
 
 @pytest.mark.parametrize("name", BACKWARD_OPS)
 def test_vmap_of_backward_operators(name):
-    """As operators that are not differentiated again, with a gradient wanted of one or of all; of many images."""
+    """Backward operators that are not differentiated again run under vmap, for one gradient or all, and many images."""
     shapes, options, arguments = BACKWARD_OPS[name]
     ops = torch.ops.pyops
     op, backward = getattr(ops, name), getattr(ops, name.removesuffix("_with_argmax") + "_backward")

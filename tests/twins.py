@@ -1,4 +1,4 @@
-"""Every function of pyops.functional next to what it stands for in torch, and every layer and network likewise."""
+"""Pairs each function of pyops.functional with its counterpart in torch, and each layer and network likewise."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,10 +20,10 @@ class Twin(NamedTuple):
 
     ours: Callable[..., torch.Tensor]
     stock: Callable[..., torch.Tensor]
-    shapes: tuple[tuple[int, ...], ...]  # of the tensors, one sample or a batch
+    shapes: tuple[tuple[int, ...], ...]  # the shapes of the tensors, for one sample or a batch
 
     def tensors(self, dtype: torch.dtype = torch.float64, *leading: int) -> list[torch.Tensor]:
-        """Random ones, no two values equal; `leading` dimensions are put in front of each."""
+        """Random tensors in which no two values are equal; `leading` dimensions are put in front of each."""
         return [gradcheck_input(*leading, *shape).detach().to(dtype) * 2 for shape in self.shapes]
 
 
@@ -59,17 +59,17 @@ def squares(function):
 
 
 def all_of(tensors):
-    """The argnums of all of them."""
+    """The argnums of all tensors."""
     return tuple(range(len(tensors)))
 
 
 def tangents(tensors):
-    """Directions, for forward mode."""
+    """Directions for forward mode."""
     return tuple(t.cos() for t in tensors)
 
 
 def lenets(fused: bool = False, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
-    """Our LeNet and stock's, with the same parameters."""
+    """Our LeNet and stock's, with equal parameters."""
     stock = StockLeNet().to(dtype)
     ours = pyops.LeNet(fused=fused).to(dtype)
     ours.load_state_dict(stock.state_dict())
@@ -77,7 +77,7 @@ def lenets(fused: bool = False, dtype: torch.dtype = torch.float64) -> tuple[nn.
 
 
 def training_pass(net: Callable[..., torch.Tensor], module: nn.Module, *inputs: torch.Tensor) -> list[Any]:
-    """Output, gradients of the inputs and of the parameters of `module`, which `net` runs."""
+    """The output, and the gradients of the inputs and of the parameters of `module`, which `net` runs."""
     module.zero_grad()
     inputs = tuple(each.detach().requires_grad_() for each in inputs)
     output = net(*inputs)

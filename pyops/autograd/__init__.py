@@ -1,6 +1,6 @@
-"""The ops as `torch.autograd.Function` subclasses: what the functionals and layers are made of.
+"""The ops as `torch.autograd.Function` subclasses, of which the functionals and layers are made.
 
-Each is used as the Functions of torch's tutorials are, by ``apply``:
+Like the Functions in torch's tutorials, each one is called through ``apply``:
 
 >>> import torch, pyops
 >>> pyops.autograd.ReLU.apply(torch.tensor([-1.0, 2.0]))

@@ -1,12 +1,13 @@
-"""What linear and conv2d share: output = product(input, weight) + bias, bilinear in input and weight.
+"""The derivatives that linear and conv2d share: output = product(input, weight) + bias is bilinear in input and weight.
 
-The gradients of such an op are bilinear too, each in two of (grad_output, input, weight), and derive from one another:
+The gradients of such an op are bilinear too, each in two of (grad_output, input, weight), and the derivatives of one
+are values of the others:
 
     d grad_input  = gradient by input  of the op at (d grad_output, weight), and at (grad_output, d weight)
     d grad_weight = gradient by weight of the op at (d grad_output, input),  and at (grad_output, d input)
     d output      = product(d input, weight) + product(input, d weight) + d bias
 
-So every derivative of any order, in reverse and in forward mode, is a sum of calls of the op and of its backward op.
+So every derivative, of any order, in reverse and in forward mode, is a sum of calls of the op and of its backward op.
 This module states that once; linear.py and conv2d.py add their arguments, shapes and batching rules.
 """
 
@@ -22,7 +23,7 @@ MaybeTensor = torch.Tensor | None
 
 
 def add(*terms: MaybeTensor) -> MaybeTensor:
-    """The sum of the terms that are there; None if there is none."""
+    """The sum of the terms that are not None, or None if all are."""
     present = [term for term in terms if term is not None]
     return sum(present[1:], start=present[0]) if present else None
 
@@ -36,19 +37,19 @@ class Bilinear(OpFunction):
     def save(
         cls, ctx: Any, inputs: tuple[Any, ...], sizes: tuple[Any, ...] = (), kept: tuple[torch.Tensor, ...] = ()
     ) -> None:
-        """`setup_context`; `sizes` are what the backward op is told of input and weight, which may not be saved, and
-        `kept` is what a fused op keeps besides them: its arguments after grad_output."""
+        """Implements `setup_context`. `sizes` are the sizes of input and weight for the backward op, because they may
+        not be saved themselves. `kept` holds what a fused op saves besides: the arguments after grad_output."""
         input, weight, _, *ctx.options = inputs
         ctx.sizes = sizes
         ctx.set_materialize_grads(False)
-        # The gradient of either needs the other; a frozen one saves nothing.
+        # The gradient of input needs weight, and that of weight needs input; a frozen operand saves nothing.
         by_input, by_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(*kept, input if by_weight else None, weight if by_input else None)
         ctx.save_for_forward(*kept, input, weight)
 
     @classmethod
     def pull_back(cls, ctx: Any, grad_output: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        """`backward`."""
+        """Implements `backward`."""
         grads: tuple[MaybeTensor, ...] = (None, None, None)
         if grad_output is not None:
             mask = list(ctx.needs_input_grad[:3])
@@ -57,7 +58,7 @@ class Bilinear(OpFunction):
 
     @classmethod
     def push_forward(cls, ctx: Any, *tangents: MaybeTensor) -> MaybeTensor:
-        """`jvp`."""
+        """Implements `jvp`."""
         input, weight = primals(ctx)[-2:]
         return cls.product_rule(input, weight, *tangents[:3], ctx.options)
 
@@ -71,7 +72,7 @@ class Bilinear(OpFunction):
         d_bias: MaybeTensor,
         options: list[Any],
     ) -> MaybeTensor:
-        """d_input * weight + input * d_weight + d_bias, of those that are there."""
+        """The sum d_input * weight + input * d_weight + d_bias, without the terms that are None."""
         terms = []
         for x, w in ((d_input, weight), (input, d_weight)):
             if x is not None and w is not None:
@@ -82,14 +83,14 @@ class Bilinear(OpFunction):
 
 
 class BilinearBackward(OpFunction):
-    """Its backward op: ``op(grad_output, input, weight, *sizes, *options, output_mask)``, the three gradients."""
+    """The backward op: ``op(grad_output, input, weight, *sizes, *options, output_mask)`` gives the three gradients."""
 
     forward_op: ClassVar[type[Bilinear]]
     size_count: ClassVar[int] = 0
 
     @classmethod
     def save(cls, ctx: Any, inputs: tuple[Any, ...]) -> None:
-        """`setup_context`."""
+        """Implements `setup_context`."""
         grad_output, input, weight, *ctx.rest, ctx.mask = inputs
         ctx.options = ctx.rest[cls.size_count :]
         ctx.set_materialize_grads(False)
@@ -98,10 +99,10 @@ class BilinearBackward(OpFunction):
 
     @staticmethod
     def mark_constants(ctx: Any, output: tuple[MaybeTensor, ...]) -> None:
-        """In `setup_context` of an op whose gradients stock computes by an op each: none of them requires grad unless
-        one of its own two factors does."""
+        """For `setup_context` of an op whose gradients stock torch computes by separate ops: a gradient requires grad
+        only if one of its own operands does."""
         if forward_ad._current_level >= 0 or in_transform():
-            return  # an output without derivatives could have no tangent either
+            return  # a non-differentiable output could not have a tangent either
         by_grad_output, by_input, by_weight = ctx.needs_input_grad[:3]
         differentiable = by_grad_output or by_weight, by_grad_output or by_input, by_grad_output
         constant = (grad for grad, needed in zip(output, differentiable, strict=True) if not needed)
@@ -111,7 +112,7 @@ class BilinearBackward(OpFunction):
     def pull_back(
         cls, ctx: Any, d_input: MaybeTensor, d_weight: MaybeTensor, d_bias: MaybeTensor
     ) -> tuple[MaybeTensor, ...]:
-        """`backward`: the arguments are the gradients of grad_input, grad_weight and grad_bias."""
+        """Implements `backward`; the arguments are the gradients of grad_input, grad_weight and grad_bias."""
         grad_output, input, weight = ctx.saved_tensors
         by_grad_output = by_input = by_weight = None
         if ctx.needs_input_grad[0]:
@@ -127,13 +128,13 @@ class BilinearBackward(OpFunction):
 
     @classmethod
     def push_forward(cls, ctx: Any, *tangents: MaybeTensor) -> tuple[MaybeTensor, ...]:
-        """`jvp`."""
+        """Implements `jvp`."""
         grad_output, input, weight = primals(ctx)
         d_grad_output, d_input, d_weight = tangents[:3]
         second: tuple[MaybeTensor, ...] = (None, None, None)
         if d_grad_output is not None:
             first = cls.call(d_grad_output, input, weight, *ctx.rest, ctx.mask)
-        else:  # torch wants a tangent, if only zeros, for every output
+        else:  # torch requires a tangent for every output, even if it is zeros
             shapes = cls.fake(grad_output, input, weight, *ctx.rest, ctx.mask)
             first = tuple(None if shape is None else torch.zeros_like(shape) for shape in shapes)
         mask = [ctx.mask[0] and d_weight is not None, ctx.mask[1] and d_input is not None, False]
@@ -143,5 +144,5 @@ class BilinearBackward(OpFunction):
 
     @classmethod
     def broadcast_bias(cls, bias: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """A bias repeated to the shape of an output."""
+        """A bias broadcast to the shape of an output."""
         raise NotImplementedError

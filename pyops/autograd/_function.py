@@ -1,4 +1,4 @@
-"""The base of the four ops' `torch.autograd.Function`s, which says once how an op is called and registered."""
+"""The base class of the ops' `torch.autograd.Function`s, and the code that registers an op with torch."""
 
 import functools
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class OpFunction(torch.autograd.Function):
 
     A subclass states everything about the op's derivatives as static methods: `forward`, `setup_context`, `backward`,
     `jvp` (forward mode), `vmap` (batching) and `fake` (the shape and strides of the output). The decorator
-    ``implements`` names the op and registers them with torch, so that the operator itself is differentiable, can be
-    batched and can be traced.
+    ``implements`` names the op and registers these methods with torch, so that the operator itself can be
+    differentiated, batched and traced.
 
     Derivatives are computed by calling further OpFunctions, so every op can be differentiated any number of times.
     """
@@ -30,12 +30,12 @@ class OpFunction(torch.autograd.Function):
 
     @staticmethod
     def fake(*args: Any) -> Any:
-        """Outputs with the right shape, dtype, device and strides, and no values."""
+        """Outputs that have the right shape, dtype, device and strides, but no values."""
         raise NotImplementedError
 
 
 def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
-    """Makes the decorated class the OpFunction of ``torch.ops.pyops.<name>``, and gives it its `call`."""
+    """Makes the decorated class the OpFunction of ``torch.ops.pyops.<name>`` and sets its `call`."""
 
     def register(cls: type[OpFunction]) -> type[OpFunction]:
         cls.call = getattr(torch.ops.pyops, name).default
@@ -48,9 +48,9 @@ def implements(name: str) -> Callable[[type[OpFunction]], type[OpFunction]]:
 
 
 def single_level(cls: type[OpFunction]) -> type[torch.autograd.function._SingleLevelFunction]:
-    """`cls` without what `torch.autograd.Function.apply` does first: it fills in default arguments, unwraps dead
-    functorch wrappers and hands the call to the transforms, in Python until torch 2.13, which costs 10 us. An
-    operator's call has all its arguments, and comes here from each transform already."""
+    """`cls` without the first steps of `torch.autograd.Function.apply`, which fills in default arguments, unwraps dead
+    functorch wrappers and hands the call to the transforms; until torch 2.13 it does so in Python, which is slow. The
+    call of an operator has all of its arguments, and each transform has already been applied."""
     names = ("forward", "setup_context", "backward", "jvp", "_compiled_autograd_key")
     methods = {name: staticmethod(getattr(cls, name)) for name in names}
     return type(cls.__name__, (torch.autograd.function._SingleLevelFunction,), methods)
@@ -59,9 +59,10 @@ def single_level(cls: type[OpFunction]) -> type[torch.autograd.function._SingleL
 def composition(
     name: str, fake: Callable[..., Any], vmap: Callable[..., Any]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Makes the decorated function the derivatives of ``torch.ops.pyops.<name>``, which computes the same at once.
+    """Registers the decorated function as the differentiable form of the fused operator ``torch.ops.pyops.<name>``.
 
-    Where nobody wants a derivative of it the operator is called; else the function, made of OpFunctions.
+    Both compute the same result. If no derivative is needed, the operator runs; otherwise the function runs, which
+    calls OpFunctions.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,8 +84,8 @@ def in_transform() -> bool:
 
 
 def below_this_level(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with recording on, as torch turns it off: nested transforms record the same call each on its level, and
-    for those outside of the one that is recording now nothing is recorded yet."""
+    """`forward` with recording enabled, which torch disables. Nested transforms each record the call on their own
+    level, and the transforms outside of the one that is recording now have not recorded it yet."""
 
     @functools.wraps(forward)
     def on_the_levels_below(*args: Any) -> Any:
@@ -97,8 +98,8 @@ def below_this_level(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def with_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
-    """`jvp` with forward mode on, as torch turns it off for all levels of nested transforms, not for its own alone; for
-    its own there are :func:`primals`."""
+    """`jvp` with forward mode enabled: torch disables it for all levels of nested transforms, although only the level
+    of this jvp must not record. For that level, :func:`primals` removes the tangents."""
 
     @functools.wraps(jvp)
     def inner(ctx: Any, *tangents: Any) -> Any:
@@ -111,19 +112,19 @@ def with_forward_mode(jvp: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def primals(ctx: Any) -> tuple[torch.Tensor | None, ...]:
-    """What was saved, without the tangents of the level that a jvp is computed for."""
+    """The saved tensors, without their tangents on the level that a jvp is computed for."""
     saved = ctx.saved_tensors
     return tuple(None if tensor is None else forward_ad.unpack_dual(tensor, level=0).primal for tensor in saved)
 
 
 def register_op(name: str, apply: Callable[..., Any], fake: Callable[..., Any], vmap: Callable[..., Any]) -> None:
-    """Tells torch of the derivatives, the shapes and the batching rule of ``torch.ops.pyops.<name>``."""
+    """Registers the derivatives, the fake kernel and the batching rule of ``torch.ops.pyops.<name>``."""
     APPLY[f"pyops::{name}"] = apply
     register_shapes(name, fake, vmap)
 
 
 def register_shapes(name: str, fake: Callable[..., Any], vmap: Callable[..., Any]) -> None:
-    """The same for an op that has no derivative."""
+    """Registers the fake kernel and the batching rule of an op; this is all for an op that has no derivative."""
     torch.library.register_fake(f"pyops::{name}", checked(name, fake))
     register_vmap(name, vmap)
 
@@ -132,9 +133,9 @@ LIBRARY = torch.library.Library("pyops", "FRAGMENT")
 
 
 def register_vmap(name: str, vmap: Callable[..., Any]) -> None:
-    """`torch.library.register_vmap` for an op whose arguments and results are tensors and lists of numbers: the same
-    contract (`custom_function_call_vmap_helper`), without the search for tensors in any structure, which takes longer
-    than most ops, of `vmap(grad)` of LeNet half the time. No op is random."""
+    """`torch.library.register_vmap` for an op whose arguments and results are tensors and lists of numbers. It has the
+    same contract (`custom_function_call_vmap_helper`), but does not search arbitrary structures for tensors, which
+    would take longer than most ops do. The randomness mode is irrelevant, because no op is random."""
     op = getattr(torch.ops.pyops, name).default
     check = checks(name)
     defaults = [argument.default_value for argument in op._schema.arguments]
@@ -142,7 +143,7 @@ def register_vmap(name: str, vmap: Callable[..., Any]) -> None:
     functorch = torch._C._functorch
 
     def kernel(*args: Any) -> Any:
-        check(*args)  # a batched tensor has the sizes of a sample
+        check(*args)  # a batched tensor shows the sizes of one sample
         interpreter = functorch.peek_interpreter_stack()
         level = interpreter.level()
         args += tuple(defaults[len(args) :])  # torch leaves out trailing arguments that have their default value
@@ -169,10 +170,10 @@ def register_vmap(name: str, vmap: Callable[..., Any]) -> None:
 
 
 def checks(name: str) -> Callable[..., None]:
-    """The checks that the operator (csrc/<op>.cpp) makes of its arguments, as a function of them.
+    """The checks that the operator (csrc/<op>.cpp) makes of its arguments, as a function of these arguments.
 
-    Where tensors or numbers have symbols for sizes, what is checked is the example that the tracer has of them. A size
-    that depends on data has none: then nothing is checked before the operator runs.
+    If sizes or numbers are symbolic, the examples that the tracer has for them are checked. A size that depends on data
+    has no example; then nothing is checked before the operator runs.
     """
     check_known = _load._C.bind_checks(getattr(torch.ops.pyops, name).default)
 
@@ -189,7 +190,7 @@ UNKNOWN = object()
 
 
 def example(argument: Any) -> Any:
-    """An argument of an operator with numbers in the place of symbols; UNKNOWN where one of them has no example."""
+    """An argument of an operator with its symbols replaced by numbers; UNKNOWN if a symbol has no example."""
     match argument:
         case torch.SymInt():
             return UNKNOWN if argument.node.hint is None else argument.node.hint
@@ -205,7 +206,7 @@ def example(argument: Any) -> Any:
 
 
 def checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
-    """`fake` after the checks that the real kernels make too. torch calls it if any tensor is on the meta device."""
+    """`fake`, preceded by the checks of the real kernels. torch also calls it if any tensor is on the meta device."""
     check = checks(name)
 
     def checked_fake(*args: Any) -> Any:
@@ -216,8 +217,8 @@ def checked(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def vmap_of_no_samples(op: Callable[..., Any], info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-    """The batching rule for a vmapped dimension of size 0, which no rule could infer other sizes from: results of the
-    shapes that those of one sample have, of zeros."""
+    """The batching rule for a vmapped dimension of size 0. No rule could infer other sizes from such an operand, so the
+    op runs on one sample of zeros, whose results have the right shapes but for the vmapped dimension."""
     sample = (a if dim is None else a.sum(dim, dtype=a.dtype) for a, dim in zip(args, in_dims, strict=True))
     results = op(*sample)
     if isinstance(results, torch.Tensor):
@@ -230,7 +231,7 @@ APPLY: dict[str, Callable[..., Any]] = {}
 
 
 def apply_function(name: str, args: tuple[Any, ...]) -> Any:
-    """What the operators' Autograd kernel (csrc/autograd/dispatch.cpp) calls where somebody wants a derivative."""
+    """Differentiable form of an operator; its Autograd kernel (csrc/autograd/dispatch.cpp) calls this if it records."""
     with enable_single_level_autograd_function():  # under torch.func.grad that kernel runs once for each level
         return APPLY[name](*args)
 
@@ -239,8 +240,8 @@ _load._C.set_autograd(apply_function)
 
 
 def with_path_to_output(grad_output: torch.Tensor) -> torch.Tensor:
-    """In the backward of a Function that does not save its output: grad_output with the path to the output that it has
-    with stock, whose derivative is zeros (`Path` in csrc/autograd/node.h)."""
+    """For the backward of a Function that does not save its output: grad_output with a path to the output in the graph,
+    as stock torch has it, with a derivative of zeros (`Path` in csrc/autograd/node.h)."""
     if is_differentiated():
         grad_output = grad_output.clone()
         _load._C.add_path_to_output(grad_output)
@@ -248,25 +249,25 @@ def with_path_to_output(grad_output: torch.Tensor) -> torch.Tensor:
 
 
 def add_path_to_input(grad_input: torch.Tensor) -> None:
-    """In the backward of a Function that does not save its input: gives its gradient such a path to that."""
+    """For the backward of a Function that does not save its input: gives the gradient such a path to the input."""
     if is_differentiated():
         _load._C.add_path_to_input(grad_input)
 
 
 def add_path_to_factors(gradient: torch.Tensor) -> None:
-    """In the backward of a convolution: gives one of its gradients a path to input and weight, whose derivative is
-    undefined; but the gradient requires grad if they do, as stock's."""
+    """For the backward of a convolution: gives one of its gradients a path to input and weight. The derivative along it
+    is undefined, but the gradient requires grad if input or weight does, as in stock torch."""
     if is_differentiated():
         _load._C.add_path_to_factors(gradient)
 
 
 def is_differentiated() -> bool:
-    """In a backward: whether it is recorded, which no compiler supports."""
+    """Whether the backward that calls this is recorded; compilers do not support that."""
     return torch.is_grad_enabled() and not is_compiling()
 
 
 def batch_first(tensor: torch.Tensor | None, dim: int | None, size: int) -> torch.Tensor | None:
-    """`tensor` with the vmapped dimension `dim` in front; where there is none, the tensor repeated by expansion."""
+    """`tensor` with the vmapped dimension `dim` in front; if it has none, the tensor is expanded to `size` samples."""
     if tensor is None:
         return None
     return tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
@@ -283,8 +284,8 @@ def unfold(tensor: torch.Tensor, *batch: int) -> torch.Tensor:
 
 
 def merge(tensor: torch.Tensor | None, dim: int, groups: int = 1) -> torch.Tensor | None:
-    """Merges the vmapped first dimension of a tensor into its negative dimension `dim`, inside of each of `groups`
-    parts of that: [B, .., groups * n, ..] becomes [.., groups * B * n, ..]."""
+    """Merges the vmapped first dimension of a tensor into its dimension `dim`, which is negative, inside of each of the
+    `groups` parts of that dimension: [B, .., groups * n, ..] becomes [.., groups * B * n, ..]."""
     if tensor is None:
         return None
     return tensor.unflatten(dim, (groups, -1)).movedim(0, dim - 1).flatten(dim - 2, dim)
@@ -298,13 +299,13 @@ def split(tensor: torch.Tensor | None, dim: int, size: int, groups: int = 1) -> 
 
 
 def dims_of(outputs: tuple[torch.Tensor | None, ...]) -> tuple[int | None, ...]:
-    """The vmapped dimension of each output, the first, where there is one."""
+    """The vmapped dimension of each output: 0, or None for an output that is None."""
     return tuple(None if output is None else 0 for output in outputs)
 
 
 def vmap_by_loop(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The batching rule of last resort: one call for each sample, the results stacked. `in_dims` may be those of the
-    tensors alone."""
+    """The batching rule of last resort: one call for each sample, whose results are stacked. `in_dims` may be shorter
+    than `args` and cover the tensors alone."""
     rows = [
         call(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip_longest(args, in_dims)))
         for i in range(info.batch_size)

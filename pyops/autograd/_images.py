@@ -8,14 +8,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 
 def channels_last(tensor: torch.Tensor) -> bool:
-    """Whether images are stored (N) H W C, by the rule that csrc/checks.h uses too."""
+    """Whether images are stored as (N) H W C, by the rule that csrc/checks.h uses too."""
     if tensor.dim() == 3:
         tensor = tensor.unsqueeze(0)
     return tensor.dim() == 4 and suggest_memory_format(tensor) == torch.channels_last
 
 
 def empty_images(like: torch.Tensor, size: Sequence[int], last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """An uninitialised batch of images on the device of `like`, stored N H W C if `last`."""
+    """An uninitialised batch of images on the device of `like`, stored as N H W C if `last`."""
     batch = size if len(size) == 4 else (1, *size)
     memory_format = torch.channels_last if last else torch.contiguous_format
     images = torch.empty(batch, dtype=dtype or like.dtype, device=like.device, memory_format=memory_format)
@@ -23,12 +23,12 @@ def empty_images(like: torch.Tensor, size: Sequence[int], last: bool, dtype: tor
 
 
 def is_empty(size: Sequence[int]) -> bool:
-    """Whether a batch of images is known to hold no image; conv2d's result is not channels-last then, as stock's."""
+    """Whether a batch is known to hold no images; conv2d's result is then not channels-last, as in stock torch."""
     return len(size) == 4 and statically_known_true(size[0] == 0)
 
 
 def pair(values: Sequence[int] | int) -> tuple[int, int]:
-    """One value for both dimensions, or one each."""
+    """The values for H and W; a single value stands for both."""
     if isinstance(values, Sequence):
         return values[0], values[-1]
     return values, values

@@ -36,10 +36,9 @@ def output_is_channels_last(input: torch.Tensor, weight: torch.Tensor) -> bool:
     return (channels_last(input) or channels_last(weight)) and not is_empty(input.shape)
 
 
-# Samples of fewer images, each with a weight of its own, are one convolution with as many groups; those of more fill
-# the vectors by themselves, and are convolved one after another. LeNet's second layer, 10 samples, one thread: of 1
-# image 0.04 ms instead of 0.11, of 8 0.29 instead of 0.33, of 64 3.0 instead of 2.1; its weight gradient 0.05 instead
-# of 0.15, 0.33 instead of 0.39, 3.0 instead of 2.0.
+# Samples that have weights of their own and fewer images than this are computed as one convolution with a group for
+# each sample. Samples with more images fill the vectors by themselves and are convolved one after another. The limit
+# was fitted to measurements.
 MANY_IMAGES = 8
 
 
@@ -48,8 +47,9 @@ def has_many_images(size: Sequence[int]) -> bool:
 
 
 def vmap_images(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[Any, ...]) -> tuple[Any, Any]:
-    """The batching rule of a convolution, also a fused one: images of a shared weight become one batch, weights of a
-    shared image one of as many more output channels; else each sample is a group of channels."""
+    """The batching rule of a convolution, also of a fused one. If all samples share weight and bias, their images form
+    one batch; if they share the images, their weights form one weight with more output channels. Otherwise each sample
+    becomes a group of channels or, if it has many images, is convolved by a call of its own."""
     input, weight, bias, stride, padding, dilation, groups, *pool = args
     by_input, by_weight, by_bias = in_dims[:3]
     size = int(info.batch_size)
@@ -62,7 +62,7 @@ def vmap_images(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[
             return unfold(output, *batch)
 
     else:
-        parts, x = groups, input  # the parts of the output channels that each have all samples in them
+        parts, x = groups, input  # in each of the parts, the output channels of all samples are neighbours
         if by_input is not None:
             x = input.movedim(by_input, 0)
             if has_many_images(x.shape[1:]):
@@ -108,7 +108,7 @@ class Conv2dBackward(BilinearBackward):
 
     @staticmethod
     def vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[Any, Any]:
-        """As `vmap_images`: which of the ways depends on the one of input and weight that a gradient is not of."""
+        """As `vmap_images`. Which case applies to the gradient of input depends on weight, and for weight on input."""
         grad_output, input, weight, input_size, weight_size, *window, groups, (want_input, *others) = args
         by_grad_output, by_input, by_weight = in_dims[:3]
         size = int(info.batch_size)
@@ -169,8 +169,8 @@ class Conv2d(Bilinear):
     """``Conv2d.apply(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)``: input [N, C, H, W] or
     [C, H, W], weight [O, C / groups, kH, kW], bias [O], of one floating dtype -> [N, O, H_out, W_out] or without N.
 
-    stride and dilation are one or two integers, padding too, or four: top, left, bottom, right. Saved for backward:
-    input if weight wants a gradient, weight if input does.
+    stride and dilation are one or two integers; padding is one, two or four (top, left, bottom, right). Saved for
+    backward: input if weight needs a gradient, weight if input needs one.
 
     >>> Conv2d.apply(torch.ones(1, 1, 32, 32), torch.ones(6, 1, 5, 5)).shape
     torch.Size([1, 6, 28, 28])
@@ -221,7 +221,7 @@ class Conv2d(Bilinear):
         groups: int = 1,
     ) -> torch.Tensor:
         size = output_size(input.shape[-2:], weight.shape[2:], stride, padding, dilation)
-        out_channels = weight.shape[0] if input.shape[-3] != 0 else 0  # stock: no channels in, no channels out
+        out_channels = weight.shape[0] if input.shape[-3] != 0 else 0  # as in stock: without channels in, none out
         return empty_images(input, (*input.shape[:-3], out_channels, *size), output_is_channels_last(input, weight))
 
 

@@ -21,14 +21,14 @@ def _backward_fake(grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) 
 
 @composition("conv2d_relu_backward", _backward_fake, _backward_vmap)
 def conv2d_relu_backward(grad_output: torch.Tensor, output: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
-    """``(grad_output, output, *as Conv2dBackward)`` -> the gradients of input, weight and bias."""
+    """``(grad_output, output, *rest)``, rest as in Conv2dBackward -> the gradients of input, weight and bias."""
     return Conv2dBackward.call(ReLUBackward.call(grad_output, output), *rest)
 
 
 @implements("conv2d_relu")
 class Conv2dReLU(Conv2d):
     """``Conv2dReLU.apply(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1)``:
-    ``ReLU.apply(Conv2d.apply(...))``, to the last bit.
+    equal to ``ReLU.apply(Conv2d.apply(...))`` to the last bit.
 
     Saved for backward: the output, whose sign is the mask of the gradient, and what :class:`Conv2d` saves.
 

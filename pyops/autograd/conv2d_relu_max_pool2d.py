@@ -10,12 +10,12 @@ from pyops.autograd._images import empty_images
 from pyops.autograd.conv2d import Conv2d, Conv2dBackward, output_is_channels_last, output_size, vmap_images
 from pyops.autograd.max_pool2d import MaxPool2d, MaxPool2dBackward, MaxPool2dGather
 
-CONV_OPTIONS = 4  # stride, padding, dilation, groups; those of the pooling come after
+CONV_OPTIONS = 4  # stride, padding, dilation, groups; the options of the pooling follow
 
 
 def _backward_fake(grad_output: torch.Tensor, argmax: torch.Tensor, *rest: Any) -> tuple[MaybeTensor, ...]:
     input, weight, input_size, weight_size, *options, mask = rest
-    like = torch.empty_like(argmax, dtype=grad_output.dtype)  # it tells the memory format where there is no input
+    like = torch.empty_like(argmax, dtype=grad_output.dtype)  # determines the memory format if there is no input
     return Conv2dBackward.fake(like, input, weight, input_size, weight_size, *options[:CONV_OPTIONS], mask)
 
 
@@ -45,11 +45,11 @@ def conv2d_relu_max_pool2d_backward(
 @implements("conv2d_relu_max_pool2d_with_argmax")
 class Conv2dReLUMaxPool2d(Bilinear):
     """``Conv2dReLUMaxPool2d.apply(input, weight, bias, stride, padding, dilation, groups, pool_kernel_size,
-    pool_stride, pool_padding, pool_dilation, ceil_mode)`` -> (output, argmax): ``MaxPool2d`` of ``ReLU`` of ``Conv2d``,
-    values and gradients to the last bit (but for the sign of a zero).
+    pool_stride, pool_padding, pool_dilation, ceil_mode)`` -> (output, argmax): ``MaxPool2d`` of ``ReLU`` of ``Conv2d``.
+    Values and gradients equal theirs to the last bit, except for the sign of a zero.
 
-    The maximum and the rectification change places, and a window whose maximum is not above 0 has an argmax that names
-    none of its taps. Saved for backward: argmax, and what :class:`Conv2d` saves.
+    The maximum is taken before the rectification. If the maximum of a window is neither above 0 nor NaN, the argmax
+    names none of its taps. Saved for backward: argmax, and what :class:`Conv2d` saves.
 
     >>> x, w = torch.ones(1, 1, 4, 4), torch.ones(2, 1, 3, 3)
     >>> Conv2dReLUMaxPool2d.apply(x, w, None, 1, 0, 1, 1, 2, 2, 0, 1, False)[0].flatten()
@@ -101,6 +101,6 @@ def _output_vmap(info: Any, in_dims: Dims, *args: Any) -> tuple[torch.Tensor, in
 
 @composition("conv2d_relu_max_pool2d", _output_fake, _output_vmap)
 def conv2d_relu_max_pool2d(*args: Any) -> torch.Tensor:
-    """The output alone of :class:`Conv2dReLUMaxPool2d`, whose argmax the operator does without where no derivative is
-    wanted."""
+    """The output of :class:`Conv2dReLUMaxPool2d` without argmax, which the operator does not compute if no derivative
+    is needed."""
     return Conv2dReLUMaxPool2d.call(*args)[0]

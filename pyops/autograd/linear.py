@@ -13,7 +13,7 @@ from pyops.autograd.linear_batched import LinearBatched, LinearBatchedBackward
 class LinearBackward(BilinearBackward):
     """``(grad_output, input, weight, output_mask)`` -> the gradients of input, weight and bias that the mask asks for.
 
-    grad_input = grad_output weight; grad_weight = grad_output^T input; grad_bias = the sum of grad_output's rows.
+    grad_input = grad_output weight, grad_weight = grad_output^T input, and grad_bias is the sum of grad_output's rows.
     """
 
     @staticmethod
@@ -37,8 +37,9 @@ class LinearBackward(BilinearBackward):
     def vmap(
         info: Any, in_dims: Dims, grad_output: torch.Tensor, input: MaybeTensor, weight: MaybeTensor, mask: list[bool]
     ) -> tuple[Any, Any]:
-        """Vectors of a shared weight are rows of it, and a shared input's gradients by the weight are as many more
-        output features; else each sample is a product of its own."""
+        """If all samples share the weight, the gradient of input is one product whose rows are those of all samples. If
+        they share the input, the gradients of their weights and biases are those of one weight with more output
+        features. Otherwise each sample is a product of its own (`LinearBatchedBackward`)."""
         size, (by_grad_output, by_input, by_weight, _) = info.batch_size, in_dims
         want_input, want_weight, want_bias = mask
         grads: list[MaybeTensor] = [None, None, None]
@@ -76,7 +77,7 @@ class Linear(Bilinear):
     """``Linear.apply(input, weight, bias=None)``: input [*, in_features], weight [out_features, in_features], bias
     [out_features], of one floating dtype -> [*, out_features].
 
-    Saved for backward: input if weight wants a gradient, weight if input does.
+    Saved for backward: input if weight needs a gradient, weight if input needs one.
 
     >>> Linear.apply(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(4)).shape
     torch.Size([2, 4])
@@ -104,8 +105,8 @@ class Linear(Bilinear):
     def vmap(
         info: Any, in_dims: Dims, input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor
     ) -> tuple[torch.Tensor, int]:
-        """An input that all samples share meets their weights as one with as many more output features; samples that
-        share the weight are rows of it."""
+        """If all samples share weight and bias, they are more rows of one input. If they share the input, their weights
+        become one weight with more output features. Otherwise each sample is a product of its own."""
         if in_dims[1] is None and in_dims[2] is None:
             return Linear.call(input.movedim(in_dims[0], 0), weight, bias), 0
         size, (by_input, *_) = info.batch_size, in_dims

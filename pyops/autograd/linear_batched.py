@@ -1,4 +1,4 @@
-"""linear_batched: linear of several samples, each with a weight of its own; what vmap makes of linear."""
+"""linear_batched: linear of several samples, each with a weight of its own. vmap turns linear into this op."""
 
 from typing import Any
 
@@ -65,8 +65,8 @@ class LinearBatchedBackward(BilinearBackward):
 @implements("linear_batched")
 class LinearBatched(Bilinear):
     """``LinearBatched.apply(input, weight, bias=None)``: input [samples, *, in_features], weight [samples,
-    out_features, in_features], bias [samples, out_features] -> [samples, *, out_features], of each sample what
-    :class:`Linear` gives.
+    out_features, in_features], bias [samples, out_features] -> [samples, *, out_features]. The result of each sample is
+    that of :class:`Linear`.
 
     >>> LinearBatched.apply(torch.ones(5, 2, 3), torch.ones(5, 4, 3), torch.zeros(5, 4)).shape
     torch.Size([5, 2, 4])

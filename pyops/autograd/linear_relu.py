@@ -27,7 +27,7 @@ def linear_relu_backward(grad_output: torch.Tensor, output: torch.Tensor, *rest:
 
 @implements("linear_relu")
 class LinearReLU(Linear):
-    """``LinearReLU.apply(input, weight, bias=None)``: ``ReLU.apply(Linear.apply(...))``, to the last bit.
+    """``LinearReLU.apply(input, weight, bias=None)``: equal to ``ReLU.apply(Linear.apply(...))`` to the last bit.
 
     Saved for backward: the output, whose sign is the mask of the gradient, and what :class:`Linear` saves.
 

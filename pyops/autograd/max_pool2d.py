@@ -1,8 +1,8 @@
 """max_pool2d: the largest value of each window, and its derivatives.
 
-The forward keeps the argmax only, a number within the window (one byte for up to 255 taps). With it, the backward
-scatters a gradient of the output to the elements that won, and the gather reads those elements of an image: two linear
-maps, each the other's transpose, so that each is the derivative of the other.
+The forward saves only the argmax, a number within the window (one byte for up to 255 taps). With it, the backward
+scatters a gradient of the output to the elements that won, and the gather reads those elements of an image. These are
+two linear maps, each the transpose of the other, so each is the derivative of the other.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Window = tuple[Any, ...]  # kernel_size, stride, padding, dilation, ceil_mode
 
 
 def output_size(image: Sequence[int], kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool):
-    """Number of windows along H and W."""
+    """The number of windows along H and W."""
     sizes = []
     windows = (pair(kernel_size), pair(stride or kernel_size), pair(padding), pair(dilation))
     for size, kernel, step, pad, spread in zip(image, *windows, strict=True):
@@ -39,7 +39,7 @@ def output_size(image: Sequence[int], kernel_size: Any, stride: Any, padding: An
 
 
 def vmap_images(function: type[OpFunction], info: Any, in_dims: Dims, tensors: Sequence[torch.Tensor], rest: Window):
-    """The batching rule of all these ops: the vmapped dimension is merged into the batch of images."""
+    """The batching rule of all ops of this module: the vmapped dimension is merged into the batch of images."""
     size = info.batch_size
     batched = [batch_first(t, d, size) for t, d in zip(tensors, in_dims, strict=False)]
     batch = batched[0].shape[:-3]
@@ -111,7 +111,7 @@ class MaxPool2d(OpFunction):
 
 @implements("max_pool2d_backward")
 class MaxPool2dBackward(OpFunction):
-    """``(grad_output, argmax, (H, W), *window)`` -> grad_input [.., H, W]: each element the sum over windows won."""
+    """``(grad_output, argmax, (H, W), *window)`` -> grad_input [.., H, W]: sums over the windows each element won."""
 
     @staticmethod
     def forward(grad_output: torch.Tensor, *args: Any) -> torch.Tensor:
@@ -144,7 +144,7 @@ class MaxPool2dBackward(OpFunction):
 
 @implements("max_pool2d_gather")
 class MaxPool2dGather(OpFunction):
-    """``(input, argmax, *window)`` -> the elements of input that argmax names: the transpose of the backward."""
+    """``(input, argmax, *window)`` -> the elements of input that argmax names. It is the transpose of the backward."""
 
     @staticmethod
     def forward(input: torch.Tensor, *args: Any) -> torch.Tensor:

@@ -18,7 +18,8 @@ from pyops.autograd._function import (
 
 
 def empty_like(tensor: torch.Tensor) -> torch.Tensor:
-    """With the strides of the kernels' results: those of a dense tensor, also of its dimensions of one element."""
+    """An uninitialised tensor with the strides that the kernels give their result for `tensor`: if it is dense, its own
+    strides, including those of dimensions of one element."""
     if is_non_overlapping_and_dense_or_false(tensor):
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return torch.empty_like(tensor)
@@ -26,12 +27,12 @@ def empty_like(tensor: torch.Tensor) -> torch.Tensor:
 
 @implements("relu")
 class ReLU(OpFunction):
-    r"""Rectified linear unit, :math:`\max(x, 0)` element by element; what the tutorials call MyReLU.
+    r"""Rectified linear unit, :math:`\max(x, 0)` element by element. The tutorials call it MyReLU.
 
-    ``ReLU.apply(input)``: a tensor of any shape, of a floating or integer dtype; the output has its shape and dtype.
-    NaN stays NaN and -0.0 stays -0.0. The gradient is that of the output where the output is not <= 0, and 0 elsewhere.
-    Saved for backward: the output by this Function, a mask of one bit for each element by the op itself, which the
-    function and the layer call.
+    ``ReLU.apply(input)`` takes a tensor of any shape, of a floating or integer dtype; the output has its shape and
+    dtype. NaN stays NaN and -0.0 stays -0.0. The gradient is that of the output where the output is not <= 0, and 0
+    elsewhere. Saved for backward: this Function saves the output; the op itself, which the function and the layer call,
+    saves a mask of one bit for each element.
 
     >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
     >>> ReLU.apply(x).sum().backward()
@@ -54,7 +55,7 @@ class ReLU(OpFunction):
         return None if grad_output is None else ReLUBackward.call(grad_output, *ctx.saved_tensors)
 
     @staticmethod
-    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:  # diagonal: the same as pulling a gradient back
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:  # the Jacobian is diagonal, so this is the backward op
         return ReLUBackward.call(tangent, *primals(ctx))
 
     @staticmethod
@@ -68,15 +69,15 @@ class ReLU(OpFunction):
 
 @implements("relu_")
 class InplaceReLU(ReLU):
-    """:class:`ReLU` that overwrites its input. A leaf that requires grad is refused, as by stock.
+    """:class:`ReLU` that overwrites its input. It refuses a leaf that requires grad, as stock torch does.
 
-    ``apply`` returns the input, the operator ``torch.ops.pyops.relu_`` nothing, because torch traces no custom operator
-    that returns what it was given.
+    ``apply`` returns the input, while the operator ``torch.ops.pyops.relu_`` returns nothing, because torch traces no
+    custom operator that returns its argument.
     """
 
     @staticmethod
     def forward(input: torch.Tensor) -> torch.Tensor:
-        if input.requires_grad and input.is_leaf:  # torch itself would only notice after the overwriting
+        if input.requires_grad and input.is_leaf:  # torch itself would notice only after the input is overwritten
             raise RuntimeError("relu_: a leaf Variable that requires grad is being used in an in-place operation.")
         torch.ops.pyops.relu_.default(input)
         return input
@@ -102,8 +103,8 @@ class InplaceReLU(ReLU):
 
 @implements("relu_backward")
 class ReLUBackward(OpFunction):
-    """grad_output where output is not <= 0, else 0. Linear in grad_output; its derivative by output is zeros, as
-    stock's, not None."""
+    """``(grad_output, output)`` -> grad_output where output is not <= 0, else 0. This is linear in grad_output; the
+    derivative with respect to output is zeros, as in stock torch, not None."""
 
     @staticmethod
     def forward(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -141,9 +142,9 @@ class ReLUBackward(OpFunction):
 
 @implements("relu_with_mask")
 class ReLUWithMask(OpFunction):
-    """``(input)`` -> (output, mask): :class:`ReLU` and which elements pass their gradient.
+    """``(input)`` -> (output, mask): the output of :class:`ReLU`, and which elements pass their gradient.
 
-    mask is of dtype int64 with one bit for each element, 64 in a number, in the order in which the output lies in
+    mask is of dtype int64 with one bit for each element, 64 in a number, in the order in which the output is stored in
     memory. Saved for backward: mask.
     """
 
@@ -180,7 +181,7 @@ class ReLUWithMask(OpFunction):
 
 @implements("relu_mask_backward")
 class ReLUMaskBackward(OpFunction):
-    """``(grad_output, mask, stride)`` -> grad_output where the mask says so, else 0, with the strides of the output."""
+    """``(grad_output, mask, stride)`` -> grad_output where the mask is set, else 0, with the strides of the output."""
 
     @staticmethod
     def forward(grad_output: torch.Tensor, mask: torch.Tensor, stride: Sequence[int]) -> torch.Tensor:

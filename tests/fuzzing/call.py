@@ -1,4 +1,4 @@
-"""A call of an op: its tensors, how they lie in memory, and what is compared."""
+"""A call of an op: its tensors, their memory layouts, and the derivatives that are compared."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -12,7 +12,7 @@ from fuzzing import geometry
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of a call: how large it is, how it lies in memory, and whether its gradient is wanted."""
+    """A tensor of a call: its shape, its memory layout, and whether its gradient is wanted."""
 
     shape: tuple[int, ...]
     layout: Layout
@@ -21,8 +21,8 @@ class Operand:
 
 @dataclass(frozen=True)
 class Call:
-    """`values` is a kind of geometry.draw_values or "ties"; `derivative` is what is compared besides the output:
-    gradients, second derivatives, or a tangent in forward mode."""
+    """A call of an op. `values` is a kind of geometry.draw_values or "ties". `derivative` says what is compared besides
+    the output: gradients, second derivatives, or a tangent in forward mode."""
 
     seed: int
     op: str
@@ -36,7 +36,7 @@ class Call:
     pool: dict[str, Any] = field(default_factory=dict)
 
     def tensors(self) -> list[torch.Tensor | None]:
-        """The operands; the same values each time."""
+        """The operands, with equal values each time."""
         seed_values(self.seed)
         return [None if operand is None else self._tensor(operand) for operand in self.operands]
 
@@ -48,7 +48,7 @@ class Call:
         return place(geometry.draw_values(operand.shape, self.dtype, self.values), operand.layout)
 
     def gradient(self, output: torch.Tensor) -> torch.Tensor:
-        """A gradient of the output; the same for every output of a shape and dtype."""
+        """A gradient of the output, equal for all outputs of one shape and dtype."""
         seed_values(self.seed + 1)
         kind = self.values if self.values in ("special", "integers") else "normal"
         values = geometry.draw_values(output.shape, output.dtype, kind)
@@ -56,11 +56,11 @@ class Call:
 
     @property
     def wanted(self) -> list[bool]:
-        """Of which operands the gradient is wanted."""
+        """Whether the gradient of each operand is wanted."""
         return [operand is not None and operand.wanted for operand in self.operands]
 
     def source(self) -> str:
-        """The call as an expression of Python."""
+        """The call as a Python expression."""
         lines = []
         for each in fields(self):
             value = getattr(self, each.name)
@@ -72,5 +72,5 @@ class Call:
 
 
 def seed_values(seed: int) -> None:
-    """torch.manual_seed for the CPU alone, without what that does for devices that are not there."""
+    """Does what torch.manual_seed does for the CPU, without its work for devices that are not there."""
     torch.default_generator.manual_seed(seed)

@@ -1,8 +1,8 @@
 """Runs problems in worker processes, so that a crash or a hang costs one problem and is reported like a wrong result.
 
-A worker takes every n-th seed. It notes the seed that it is at in a file, from which the parent learns what a worker
-that died or hangs was doing, and reports what it finds as lines of JSON. A worker that dies is replaced by one that
-goes on with its next seed.
+A worker takes every n-th seed. It writes its current seed to a file, which tells the parent what a worker that died or
+hangs was doing, and it reports its results as lines of JSON. A worker that dies is replaced by one that continues with
+the next seed.
 """
 
 import importlib
@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 HANG = 60.0  # seconds for one problem
-START = 600.0  # for a worker's imports, on a busy machine
+START = 600.0  # seconds for a worker's imports, on a busy machine
 TESTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a campaign draws, and where it runs."""
+    """The problems that a campaign draws, and where they run."""
 
     kind: str  # a module of this package
     first: int  # seed
     seconds: float
     op: str | None = None
-    capability: str | None = None  # None: the kernels that torch would choose
+    capability: str | None = None  # None means the kernels that torch would choose
     device: str = "cpu"
 
     def name(self) -> str:
@@ -41,7 +41,7 @@ class Settings:
         return " ".join(filter(None, (self.kind, self.op, where)))
 
     def replay(self, seed: int) -> str:
-        """The command that runs one problem of this campaign again."""
+        """The command that reruns one problem of this campaign."""
         options = ["" if self.kind == "ops" else f"--{self.kind}", f"--op {self.op}" if self.op else ""]
         options += [f"--device {self.device}" if self.device != "cpu" else ""]
         options += [f"--capability {self.capability}" if self.capability else "", f"--one {seed}"]
@@ -54,10 +54,10 @@ class Settings:
 
 @dataclass
 class Result:
-    """What a campaign has seen."""
+    """The results of a campaign."""
 
     problems: int = 0
-    failures: dict[int, str] = field(default_factory=dict)  # of a seed: what is wrong, and a test that shows it
+    failures: dict[int, str] = field(default_factory=dict)  # by seed: what is wrong, and a test that shows it
     algorithms: Counter[str] = field(default_factory=Counter)
 
 
@@ -73,16 +73,16 @@ def draw(settings: Settings, seed: int) -> Any:
 
 
 def on_device(settings: Settings, stack: ExitStack, seed: int) -> None:
-    """Makes the kernels of the settings' device those that run until `stack` is closed."""
+    """Installs the kernels of the settings' device until `stack` is closed."""
     if settings.device == "emulated":
         import emulated
 
-        limit = (20_000, 2_000, 1 << 31)[seed % 3]  # from which offsets are of 64 bits
+        limit = (20_000, 2_000, 1 << 31)[seed % 3]  # above it, offsets have 64 bits
         stack.enter_context(emulated.kernels(seed % 4, limit))
 
 
 def run_one(settings: Settings, seed: int) -> tuple[str, str] | None:
-    """Checks one problem: what is wrong with it, and a test that shows it; or None."""
+    """Checks one problem. Returns what is wrong and a test that shows it, or None."""
     problem = None
     try:
         problem = draw(settings, seed)
@@ -95,7 +95,7 @@ def run_one(settings: Settings, seed: int) -> tuple[str, str] | None:
 
 
 def work(settings: Settings, first: int, step: int, seconds: float, place: Path) -> None:
-    """The worker: problems first, first + step, ... until the time is over."""
+    """The work of a worker: it checks the problems first, first + step, ... until the time is over."""
     import faulthandler
     import warnings
 
@@ -129,13 +129,13 @@ def work(settings: Settings, first: int, step: int, seconds: float, place: Path)
 
 
 class Worker:
-    """A worker process, started anew after the problem that killed it."""
+    """A worker process, which is restarted after a problem that killed it."""
 
     def __init__(self, settings: Settings, index: int, count: int, folder: Path, result: Result):
         self.settings, self.count, self.result = settings, count, result
         self.place = folder / f"worker{index}"
         self.end = time.monotonic() + settings.seconds
-        self.algorithms: Counter[str] = Counter()  # of the process that runs now
+        self.algorithms: Counter[str] = Counter()  # counts of the current process
         self.finished = False
         self.start(settings.first + index)
 
@@ -178,7 +178,7 @@ class Worker:
             self.process.kill()
 
     def ended(self) -> bool:
-        """Takes note of a process that has ended; False: another one has taken its place."""
+        """Records the end of a process; returns False if another one has replaced it."""
         status = self.process.wait()
         log = self.read_log()
         self.result.algorithms.update(self.algorithms)
@@ -189,7 +189,7 @@ class Worker:
         hang = status == -9 and time.monotonic() - self.since > self.limit
         what = f"no end after {self.limit:.0f} s" if hang else f"the process died with status {status}"
         self.result.failures[seed] = f"{what}\n{log}"
-        if status > 0 or time.monotonic() >= self.end:  # an exception outside of a problem: the next one would fail too
+        if status > 0 or time.monotonic() >= self.end:  # an exception outside of a problem would recur
             return True
         self.start(seed + self.count)
         return False
@@ -203,11 +203,11 @@ class Worker:
 
 
 def run(settings: Settings, jobs: int, until_failure: bool = False) -> Result:
-    """Runs a campaign in `jobs` processes, to its end or until the first failure."""
+    """Runs a campaign in `jobs` processes, until its end or the first failure."""
     if settings.device == "emulated":
         import emulated
 
-        emulated.build_module()  # before a worker takes minutes for its first problem
+        emulated.build_module()  # otherwise the first problem of a worker would take minutes
     result = Result()
     with tempfile.TemporaryDirectory() as folder, selectors.DefaultSelector() as selector:
         for i in range(jobs):
@@ -232,7 +232,7 @@ def run(settings: Settings, jobs: int, until_failure: bool = False) -> Result:
 
 
 def capabilities() -> Iterator[str]:
-    """The instruction sets that were built and that this machine has, the lowest first."""
+    """The instruction sets that were built and that this machine supports, the lowest first."""
     import torch
 
     from pyops import _load

@@ -1,7 +1,7 @@
-"""What the problems of transforms.py do with a function: everything that torch can derive from it.
+"""The derivations that the problems of transforms.py apply to a function: everything that torch can derive from it.
 
-A function here takes tensors and returns a tuple of tensors, and so does what is made of it. The source text of these
-functions becomes a part of the tests that problems are printed as, which therefore need torch and pyops alone.
+A function takes tensors and returns a tuple of tensors, and so do the functions derived from it. A problem is printed
+as a test that contains the source text of these functions, so the test needs nothing but torch and pyops.
 """
 
 import torch
@@ -10,19 +10,19 @@ from torch.autograd import forward_ad
 
 
 def normal(seed, *shapes, dtype=torch.float64):
-    """Tensors of normal distribution."""
+    """Tensors of normally distributed values."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
 
 
 def direction(like):
-    """Numbers of no special value, the same for every tensor of a shape."""
+    """Numbers without special values, equal for all tensors of one shape."""
     numbers = torch.linspace(1.0, 0.3 + like.numel(), like.numel(), dtype=like.dtype, device=like.device)
     return numbers.cos().reshape(like.shape)
 
 
 def laid(tensor, layout):
-    """The values of the tensor, stored in another way."""
+    """The values of the tensor, stored in another layout."""
     match layout:
         case "channels_last":
             return tensor.movedim(-3, -1).contiguous().movedim(-1, -3)
@@ -35,11 +35,11 @@ def laid(tensor, layout):
     return tensor
 
 
-# ---- transforms of torch.func; each of them can be applied to what another one gives ----
+# ---- transforms of torch.func; each of them can be applied to the result of another one ----
 
 
 def pull(function, argnums, curved):
-    """Gradients of a scalar, linear in the results or not."""
+    """Gradients of a scalar that is linear in the results, or not if `curved`."""
 
     def value(*tensors):
         return sum((r.sin() if curved else r * direction(r)).sum() for r in function(*tensors))
@@ -48,7 +48,7 @@ def pull(function, argnums, curved):
 
 
 def vjp(function, argnums):
-    """The results, and what comes of pulling a direction back."""
+    """The results, and the gradients that a direction is pulled back to."""
 
     def pulled(*tensors):
         results, back = torch.func.vjp(function, *tensors)
@@ -59,7 +59,7 @@ def vjp(function, argnums):
 
 
 def push(function, argnums, curved):
-    """The tangents of the results, for tangents of some arguments that depend on these or not."""
+    """The tangents of the results for tangents of some arguments, which depend on these arguments if `curved`."""
 
     def pushed(*tensors):
         def of_chosen(*chosen):
@@ -75,7 +75,7 @@ def push(function, argnums, curved):
 
 
 def jacobian(function, mode, argnum, chunk_size):
-    """Of all results, by one argument."""
+    """The Jacobians of all results by one argument."""
     if mode == "forward":
         return torch.func.jacfwd(function, argnum)
     return torch.func.jacrev(function, argnum, chunk_size=chunk_size)
@@ -85,7 +85,7 @@ def jacobian(function, mode, argnum, chunk_size):
 
 
 def tangents(function, tensors, with_tangent, needs):
-    """Dual numbers: results, tangents, and the gradients of both by the tensors that need one."""
+    """The results and tangents of dual numbers, and the gradients of both by the tensors that need one."""
     leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     found = []
@@ -101,7 +101,7 @@ def tangents(function, tensors, with_tangent, needs):
 
 
 def second(function, tensors, needs, of, grad_needs, curved):
-    """Gradients by the tensors `of`, and their gradients, or None, by all that require grad, grad_output too."""
+    """Gradients by the tensors `of`, and their gradients, or None, by all tensors and grad_outputs that need one."""
     leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     (output,) = function(*leaves)
     grad_output = direction(output).requires_grad_(grad_needs)
@@ -115,7 +115,7 @@ def second(function, tensors, needs, of, grad_needs, curved):
 
 
 def batched(function, tensors, needs, count):
-    """Gradients for several grad_outputs at once."""
+    """Gradients for several values of grad_output in one call."""
     leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     (output,) = function(*leaves)
     grads = direction(output.expand(count, *output.shape))
@@ -123,7 +123,7 @@ def batched(function, tensors, needs, count):
 
 
 def gradients(function, tensors, needs, layout):
-    """The results, and the gradients for a gradient of the first one that has that layout."""
+    """The results, and the gradients if the gradient of the first result has that layout."""
     leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     results = function(*leaves)
     wanted = [t for t in leaves if t.requires_grad]
@@ -133,7 +133,7 @@ def gradients(function, tensors, needs, layout):
 
 
 def gradients_of_all(function, tensors, needs):
-    """The results, which other transforms have given, and the gradients of a scalar; zeros where there are none."""
+    """The results of a transformed function, and the gradients of a scalar, which are zeros if there are none."""
     leaves = [t.detach().requires_grad_(need) for t, need in zip(tensors, needs, strict=True)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
     results = function(*leaves)
@@ -156,7 +156,7 @@ LIMITS_OF_STOCK = (
 
 
 def compare(derive, ours, stock):
-    """Raises an AssertionError unless `derive` gives the same of both functions."""
+    """Raises an AssertionError unless `derive` gives equal results for both functions."""
     try:
         expected = derive(stock)
     except RuntimeError as error:
@@ -173,7 +173,7 @@ def compare(derive, ours, stock):
         a, e = a.detach().double(), e.detach().double()
         scale = max(1.0, float(e.abs().max())) if e.numel() else 1.0
         same = torch.isclose(a, e, rtol=0, atol=1e-10 * scale, equal_nan=True)
-        if not same.all():  # stock errs with channels-last weights in groups, and derivatives may magnify rounding
+        if not same.all():  # stock is wrong for grouped channels-last weights, and derivatives may amplify rounding
             e, rounded = (
                 derive(lambda *t, factor=factor: stock(*(x.contiguous() * factor for x in t)))[i].detach().double()
                 for factor in (1, 1 + 2**-50)
@@ -189,8 +189,8 @@ def compare(derive, ours, stock):
 
 def compare_with_fakes(derive, tensors, fake, exact):
     """Raises an AssertionError unless the results of `derive` for the tensors have the shapes, strides and dtypes of
-    those for meta or fake tensors; `exact`: also the strides of dimensions of one element, which torch's own operators
-    do not foretell."""
+    its results for meta or fake tensors. With `exact`, this includes the strides of dimensions of one element, which
+    torch's own operators do not predict."""
     real = derive(tensors)
     if fake:
         with FakeTensorMode() as mode:

@@ -1,4 +1,4 @@
-"""Random shapes, windows and memory layouts, weighted towards the edges of what the kernels treat in one way."""
+"""Random shapes, windows and memory layouts, which favour the sizes where the kernels change their algorithm."""
 
 import math
 import random
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from tensors import LAYOUTS, Layout, layout
 
-# Around the lengths of vectors (2 to 16 lanes) and what they leave over.
+# Sizes around the lengths of vectors (2 to 16 lanes), with and without tails.
 BATCHES = (1, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 17, 31, 32, 33, 40, 64, 65)
 CHANNELS = (1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 20, 24, 31, 32, 33, 40, 48, 64, 70, 130, 260, 300)
 GROUPS = (2, 2, 3, 4, 5, 7, 8, 9, 12, 16, 17)
 SIZES = (1, 1, 1, 2, 2, 3, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 15, 16, 17, 19, 20, 24, 28, 31, 33, 40)
-KERNELS = (1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 4, 5, 5, 7, 9, 11, 13)  # of 13 x 13 taps, a sum takes several chunks
+KERNELS = (1, 1, 1, 2, 2, 3, 3, 3, 3, 3, 4, 5, 5, 7, 9, 11, 13)  # a sum over 13 x 13 taps takes several chunks
 STRIDES = (1, 1, 1, 1, 1, 2, 2, 3, 4, 5)
 DILATIONS = (1, 1, 1, 1, 1, 2, 2, 3, 5)
 LAYERS = ((1, 2, 5, 8, 9, 17, 24), (1, 3, 6, 8, 16), (1, 3, 6, 8, 16))  # batch, input and output channels
@@ -35,7 +35,7 @@ class Axis:
         return self.size + sum(self.padding) - self.dilation * (self.kernel - 1) - 1
 
     def outputs(self, ceil_mode: bool = False) -> int:
-        """How many windows there are; 0 where the kernel is larger than the padded image."""
+        """The number of windows, which is 0 if the kernel is larger than the padded image."""
         if self.room < 0:
             return 0
         count = -(-self.room // self.stride) + 1 if ceil_mode else self.room // self.stride + 1
@@ -51,7 +51,7 @@ class Axis:
 
 
 def draw_axis(rng: random.Random, pooling: bool = False) -> Axis:
-    """An axis with at least one window; a pooling's padding is at most half of its kernel."""
+    """An axis with at least one window; the padding of a pooling is at most half of its kernel."""
     while True:
         kernel, dilation = rng.choice(KERNELS), rng.choice(DILATIONS)
         reach = dilation * (kernel - 1)
@@ -63,7 +63,7 @@ def draw_axis(rng: random.Random, pooling: bool = False) -> Axis:
 
 
 def draw_same_axis(rng: random.Random) -> Axis:
-    """An axis of padding "same"."""
+    """An axis with padding "same"."""
     kernel, dilation = rng.choice(KERNELS), rng.choice(DILATIONS)
     total = dilation * (kernel - 1)
     return Axis(rng.choice(SIZES), kernel, 1, (total // 2, total - total // 2), dilation)
@@ -91,15 +91,15 @@ def draw_convolution(rng: random.Random, most_products: int) -> Convolution:
     while True:
         same = rng.random() < 0.08
         h, w = (draw_same_axis(rng) if same else draw_axis(rng) for _ in range(2))
-        if rng.random() < 0.35:  # a square image and window, as most are
+        if rng.random() < 0.35:  # a square image and window, like most in practice
             w = h
-        if rng.random() < 0.1:  # the most common kernel, for which there is code of its own
+        if rng.random() < 0.1:  # the most common kernel, which has code of its own
             same, padding = False, rng.choice((0, 1, 1, 2))
             h, w = (Axis(axis.size, 3, 1, (padding, padding)) for axis in (h, w))
         groups = rng.choice(GROUPS) if rng.random() < 0.35 else 1
         kind = rng.random()
         in_channels, out_channels = rng.choice(CHANNELS), rng.choice(CHANNELS)
-        if groups > 1 and kind < 0.4:  # depthwise, some with a multiplier
+        if groups > 1 and kind < 0.4:  # depthwise, sometimes with a multiplier
             groups, in_channels, out_channels = rng.choice(CHANNELS[3:]), 1, rng.choice((1, 1, 1, 2, 3))
         elif groups > 1 and kind < 0.7:
             in_channels = out_channels = rng.choice((1, 2, 3, 4, 8, 16))
@@ -123,7 +123,7 @@ def draw_convolution(rng: random.Random, most_products: int) -> Convolution:
 
 
 def draw_layer(rng: random.Random) -> Convolution:
-    """A layer of a small network on a small batch: enough work for several threads, or for a batch cut into parts."""
+    """A layer of a small network on a small batch, with enough work for several threads, or for splitting the batch."""
     while True:
         kernel = rng.choice((3, 3, 5, 7))
         padding = rng.choice((0, 0, kernel // 2))
@@ -162,8 +162,8 @@ def _draw_pooling_axes(rng: random.Random) -> list[Axis]:
 
 
 def draw_pooling(rng: random.Random, size: tuple[int, int] | None = None) -> tuple[Pooling, tuple[int, int]]:
-    """A pooling and the size of its input, which may be given. Every window has a tap inside of the image: stock writes
-    out of bounds where one has none."""
+    """A pooling and the size of its input, which may be given. Every window has a tap inside of the image, because
+    stock writes out of bounds if a window has none."""
     ceil_mode = rng.random() < 0.3
     while True:
         h, w = _draw_pooling_axes(rng)
@@ -185,7 +185,7 @@ def draw_pooling(rng: random.Random, size: tuple[int, int] | None = None) -> tup
 
 
 def draw_layout(rng: random.Random, rank: int) -> Layout:
-    """Mostly contiguous or channels-last; else any named layout or arbitrary strides."""
+    """A layout that is mostly contiguous or channels-last, otherwise any named layout or one with arbitrary strides."""
     kind = rng.random()
     if kind < 0.4:
         return layout("contiguous", rank)
@@ -203,7 +203,7 @@ def draw_layout(rng: random.Random, rank: int) -> Layout:
 
 def draw_values(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> torch.Tensor:
     """Values of a kind: "normal"; "integers", whose sums are exact; "special", a few of which are NaN, infinite or
-    zeros of either sign; "tiny", whose products are denormal."""
+    zeros of either sign; or "tiny", whose products are denormal."""
     if kind == "integers":
         return torch.randint(-2, 3, shape).to(dtype)
     values = torch.randn(shape, dtype=torch.float64)

@@ -1,10 +1,10 @@
-"""Nonsense for every operator of `torch.ops.pyops` and every function of `pyops.functional`.
+"""Nonsensical calls of every operator of `torch.ops.pyops` and every function of `pyops.functional`.
 
-Most calls are a valid one with one or two arguments changed (`fuzzing.hostile_calls`). Whatever the arguments are, a
-call returns a result or raises what torch's own functions raise for bad arguments, and then has written nothing. It
-never crashes, and no failed internal assertion and no exception of Python's own comes out of it. The same call on meta
-tensors and on fake tensors, with and without symbols for sizes, has results of the same shapes, dtypes and strides, or
-is refused with the same type of exception. vmap refuses what it would refuse each sample.
+Most calls are valid ones in which one or two arguments were changed (`fuzzing.hostile_calls`). Whatever the arguments
+are, a call returns a result, or it raises the exception that torch's own functions raise for bad arguments and has
+written nothing. It never crashes, and it never fails an internal assertion or raises an exception of Python's own. If
+the call is made on meta tensors or fake tensors, with or without symbols for sizes, it has results of equal shapes,
+dtypes and strides, or raises an exception of equal type. vmap refuses a call that is refused for each sample.
 """
 
 import random
@@ -27,35 +27,36 @@ from pyops import functional
 
 # ---- outcomes ----
 
-Outcome = list[Any] | Exception  # the results, or how the call was refused
+Outcome = list[Any] | Exception  # the results, or the exception that refused the call
 
-# Messages that no refusal has: they tell of a fault within an implementation, not of a rule and what broke it. torch's
-# own conversion of a tensor into a list of integers ends in an internal assertion where sizes may be symbolic.
+# Messages that no refusal may have, because they report a fault of an implementation instead of a rule and the value
+# that broke it. torch's own conversion of a tensor into a list of integers fails an internal assertion if sizes may be
+# symbolic.
 FAULTY = re.compile(
     r"INTERNAL ASSERT(?!.*Expected IntList but got GenericList)|ArrayRef: invalid|vector::|basic_string|std::"
     r"|zip\(\) argument|unsupported operand|not supported between|' object |has no len|cannot unpack|values to unpack"
     r"|index out of range|missing .* required"
 )
-# What torch itself refuses before or after the operator runs, on one device and not on another: then the outcomes are
-# not compared.
+# Messages of refusals by torch itself, before or after the operator runs, which depend on the device. The outcomes are
+# not compared then.
 TORCHS_OWN = re.compile(
     "There were no tensor arguments"
-    "|but instead found type '(Fake)?Tensor'"  # a tensor of one value is a number where there is a value
-    "|must be Tensor, not None"  # in inference mode the kernel says what is wrong with an undefined tensor
-    "|Expected IntList but got GenericList|_local_scalar_dense|storage of BatchedTensorImpl"  # so are others
-    "|cannot be represented as a SymInt"  # a huge number that is checked where it is a plain integer
-    "|can't allocate memory"  # which tensors without values do not need
+    "|but instead found type '(Fake)?Tensor'"  # a tensor of one value converts to a number if it has a value
+    "|must be Tensor, not None"  # in inference mode the kernel reports an undefined tensor instead
+    "|Expected IntList but got GenericList|_local_scalar_dense|storage of BatchedTensorImpl"  # likewise
+    "|cannot be represented as a SymInt"  # a huge number is checked if it is a plain integer
+    "|can't allocate memory"  # tensors without values need none
     "|more than one element of the written-to tensor"  # in forward mode a tangent gets the strides of its primal
 )
-LARGEST = 1 << 24  # bytes of the results of a call that is made
+LARGEST = 1 << 24  # bytes; calls with larger results are not made
 
 
 def outcome(function: str, call: Callable[[], Any]) -> Outcome:
-    """What a call gives. An exception that is no refusal raises an AssertionError."""
+    """The outcome of a call. Raises an AssertionError for an exception that is no refusal."""
     try:
         return tree_leaves(call())
     except Exception as error:
-        message = str(error).partition("\n")[0]  # what follows comes from torch: a schema, a trace
+        message = str(error).partition("\n")[0]  # torch adds a schema or a trace after it
         faulty = FAULTY.search(message)
         allowed = isinstance(error, RuntimeError | TypeError | ValueError) and not isinstance(error, RecursionError)
         allowed |= isinstance(error, IndexError) and "Dimension" in message
@@ -76,7 +77,7 @@ def known(size: Any) -> tuple[int, ...]:
 
 
 def compare(what: str, other: Outcome, real: Outcome) -> None:
-    """The outcome on tensors without values, next to that on the CPU."""
+    """Compares the outcome on tensors without values with that on the CPU."""
     if any(isinstance(each, Exception) and TORCHS_OWN.search(str(each)) for each in (other, real)):
         return
     if isinstance(real, Exception) or isinstance(other, Exception):
@@ -92,7 +93,7 @@ def compare(what: str, other: Outcome, real: Outcome) -> None:
 
 
 def fake(mode: FakeTensorMode, arg: Any) -> Any:
-    """A fake tensor for a tensor, in its mode."""
+    """A fake tensor of that mode for a tensor."""
     if not isinstance(arg, torch.Tensor):
         return arg
     if arg.layout is not torch.strided:
@@ -105,7 +106,7 @@ def fake(mode: FakeTensorMode, arg: Any) -> Any:
 
 
 def with_symbols(mode: FakeTensorMode, arg: Any) -> Any:
-    """The same with a symbol for every size."""
+    """A fake tensor of that mode for a tensor, with a symbol for every size."""
     if not isinstance(arg, torch.Tensor):
         return arg
     context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * arg.dim())
@@ -113,7 +114,7 @@ def with_symbols(mode: FakeTensorMode, arg: Any) -> Any:
 
 
 def contents(args: list[Any]) -> list[torch.Tensor]:
-    """The bytes of the tensors that are strided."""
+    """The bytes of the strided tensors among the arguments."""
     tensors = [t.detach() for t in tensors_of(args) if t.layout is torch.strided and not t.is_nested]
     dense = [t.clone(memory_format=torch.contiguous_format) for t in tensors if not (t.is_quantized or t.is_meta)]
     return [t.reshape(-1).view(torch.uint8) for t in dense]
@@ -121,7 +122,7 @@ def contents(args: list[Any]) -> list[torch.Tensor]:
 
 # ---- problems ----
 
-# What is done with `call`, the arguments `args` and the positions `chosen` of some tensors among them.
+# The code that runs with `call`, the arguments `args`, and the positions `chosen` of some tensors among them.
 CONTEXTS = {
     "plain": "return call(*args)",
     "no_grad": "with torch.no_grad():\n    return call(*args)",
@@ -199,7 +200,7 @@ def test_hostile_{seed}():
 
 @dataclass(frozen=True)
 class Problem:
-    """A call and what it is made inside of."""
+    """A call and the context in which it is made."""
 
     seed: int
     function: str
@@ -210,7 +211,7 @@ class Problem:
     in_dims: tuple[int, ...] = ()
 
     def source(self, context: str) -> str:
-        """The functions `arguments`, of a device, and `run`, of arguments."""
+        """The source of the functions `arguments`, which takes a device, and `run`, which takes arguments."""
         arguments = (a.source() if isinstance(a, Placed) else literal(a) for a in self.arguments)
         options = ", ".join(f"{key}={literal(value)}" for key, value in self.options)
         return SOURCE.format(
@@ -259,18 +260,18 @@ class Problem:
     def without_values(
         self, args: list[Any], arguments: Callable[[str], list[Any]], run: Callable[[list[Any]], Any]
     ) -> dict[str, Outcome]:
-        """The outcomes on tensors that have none, as far as torch can make such tensors of the arguments."""
+        """The outcomes on tensors without values, as far as torch can make such tensors from the arguments."""
         tensors = [a for a in self.arguments if isinstance(a, Placed)]
         outcomes: dict[str, Outcome] = {}
         strided = not any(t.elsewhere or t.form for t in tensors)
-        if strided and self.context != "autocast":  # which is that of the CPU
+        if strided and self.context != "autocast":  # because autocast is the CPU's
             outcomes["meta"] = outcome(self.function, lambda: run(arguments("meta")))
         if all(t.form in ("", ".to_sparse()") for t in tensors):
             mode = FakeTensorMode()
             with mode:
                 fakes = [fake(mode, arg) for arg in args]
                 outcomes["fake"] = outcome(self.function, lambda: run(fakes))
-        # Symbols take long.
+        # Symbolic sizes are slow.
         if strided and self.seed % 4 == 0 and self.context in ("plain", "backward") and not self.writes():
             mode = FakeTensorMode(shape_env=ShapeEnv())
             symbolic = [with_symbols(mode, arg) for arg in args]
@@ -285,7 +286,7 @@ class Problem:
         return self.functions("plain")[1](args)
 
     def check_samples(self, args: list[Any], real: Outcome) -> None:
-        """vmap refuses what each sample is refused, and else has results of their shapes."""
+        """Checks that vmap refuses a call that samples are refused, and otherwise gives results of their shapes."""
         of_sample: Outcome | None = None
         for i in range(args[self.chosen[0]].shape[self.in_dims[0]]):
             own = list(args)
@@ -334,7 +335,8 @@ def draw(seed: int) -> Problem:
 
 
 def transformed(problem: Problem, rng: random.Random) -> Problem:
-    """The problem with tensors chosen for its transform, for vmap with a dimension more; plain if there are none."""
+    """The problem with tensors chosen for its transform, which get one more dimension for vmap. Without tensors, the
+    problem is plain."""
     arguments = list(problem.arguments)
     usual = [i for i, a in enumerate(arguments) if isinstance(a, Placed) and not a.form]
     if problem.context != "vmap":

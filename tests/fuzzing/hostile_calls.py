@@ -1,4 +1,4 @@
-"""Draws the calls of `fuzzing.hostile`: valid ones of every operator, and what mutations make of them."""
+"""Draws the calls of `fuzzing.hostile`: valid calls of every operator, and mutations of these."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -15,29 +15,29 @@ from pyops import functional
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATING, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16)
 DTYPES += (torch.complex64, torch.complex128, torch.float8_e4m3fn)
-# No number between the small and the huge: a padding of 10,000 is allowed, and gives outputs of gigabytes.
+# There is no number between the small and the huge ones: a padding of 10,000 is allowed and gives gigabytes of output.
 SMALL = (0, 1, 2, 3, 4, 5, -1, -2)
 HUGE = (2**31 - 1, 2**31, 2**32, 2**40, 2**62, 2**63 - 1, 2**63, 2**64, -(2**31), -(2**63), -(2**63) - 1)
-# Conversions to what is no strided tensor; nested tensors have none.
+# Conversions to tensors that are not strided. Quantized and nested tensors are made by calls instead of methods.
 FORMS = (".to_sparse()", ".to_mkldnn()", ".to_sparse_csr()", "nested", "quantized")
 
 
 @dataclass(frozen=True)
 class Placed:
-    """A tensor argument: strides over a memory of its own."""
+    """A tensor argument, given by strides over memory of its own."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     offset: int = 0
-    start: int = 0  # the memory holds the integers from -3 to 8, beginning with this one of them
-    scale: int = 1  # what they are multiplied by
-    grad: str = ""  # "leaf" or "inner": it requires grad
+    start: int = 0  # the memory holds the integers from -3 to 8 in turn, beginning with this one of them
+    scale: int = 1  # a factor of the integers
+    grad: str = ""  # "leaf" or "inner" if it requires grad
     form: str = ""
-    elsewhere: bool = False  # on the meta device, where the others are not
+    elsewhere: bool = False  # on the meta device, unlike the other tensors
 
     def source(self) -> str:
-        """The expression that makes it on `device`."""
+        """The expression that makes the tensor on `device`."""
         last = sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
         count = self.offset + (last + 1 if 0 not in self.shape else 0)
         place = f"as_strided({self.shape}, {self.strides}, {self.offset})"
@@ -55,7 +55,7 @@ class Placed:
         return f"{memory}.{place}" + ".requires_grad_()" * (self.grad == "leaf")
 
 
-Argument = Placed | Any  # any: a literal
+Argument = Placed | Any  # anything else is a literal
 
 
 def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ def images_program(name: str, rng: random.Random) -> tuple[Callable[..., Any], l
     pool = {"kernel_size": rng.choice((2, (2, 3), 3)), "stride": rng.choice((1, 2)), "padding": rng.choice((0, 1))}
     pool["ceil_mode"] = rng.random() < 0.3
     if name == "max_pool2d":
-        if rng.random() < 0.1:  # an argmax of int64
+        if rng.random() < 0.1:  # gives an argmax of int64
             pool |= {"kernel_size": (16, 17), "padding": (8, 8)}
         return partial(functional.max_pool2d, **pool, return_indices=True), [image]
     if name == "conv2d_relu_max_pool2d":
@@ -90,7 +90,7 @@ def images_program(name: str, rng: random.Random) -> tuple[Callable[..., Any], l
 
 
 def program(name: str, rng: random.Random) -> tuple[Callable[..., Any], list[tuple[int, ...]]]:
-    """The same of any function."""
+    """A call of any function, and the shapes of its tensors."""
     if name == "relu":
         shape = tuple(rng.randint(0, 5) for _ in range(rng.randint(0, 5)))
         return partial(functional.relu, inplace=rng.random() < 0.5), [shape]
@@ -138,7 +138,7 @@ WAYS = {
 
 
 class Recorder(TorchDispatchMode):
-    """The calls of pyops' operators meanwhile, with all their arguments."""
+    """Records the calls of pyops' operators, with all of their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,12 +151,12 @@ class Recorder(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-VARIANTS = 40  # of each program
+VARIANTS = 40  # the number of variants of each program
 
 
 @cache
 def recorded(name: str, way: str, variant: int) -> list[tuple[str, list[Argument]]]:
-    """The calls of operators that a function and its derivatives are made of."""
+    """The calls of operators that a function and its derivatives make."""
     rng = random.Random(variant)
     function, shapes = program(name, rng)
     dtype = rng.choice(FLOATING)
@@ -179,7 +179,7 @@ def operators() -> list[str]:
 
 @cache
 def programs() -> dict[str, list[tuple[str, str]]]:
-    """For each operator the functions, and what to do with them, that call it."""
+    """For each operator, the functions that call it and the kinds of calls that do."""
     found: dict[str, list[tuple[str, str]]] = {name: [] for name in operators()}
     for name in functional.__all__:
         for way in WAYS:
@@ -189,7 +189,7 @@ def programs() -> dict[str, list[tuple[str, str]]]:
 
 
 def valid_operator_call(op: str, rng: random.Random) -> list[Argument]:
-    """Of an operator that no function calls, arguments of the right types."""
+    """The arguments of a valid call of an operator, or arbitrary ones if no function calls it."""
     for _ in range(20 if programs()[op] else 0):
         calls = recorded(*rng.choice(programs()[op]), rng.randrange(VARIANTS))
         calls = [arguments for name, arguments in calls if name == op]
@@ -205,7 +205,7 @@ def valid_function_call(name: str, rng: random.Random) -> tuple[list[Argument], 
     return [Placed(shape, contiguous(shape), dtype) for shape in shapes], options
 
 
-# ---- what is wrong with them ----
+# ---- mutations ----
 
 
 def any_number(rng: random.Random) -> int:
@@ -247,7 +247,7 @@ def other_shape(tensor: Placed, rng: random.Random) -> Placed:
 
 
 def other_strides(tensor: Placed, rng: random.Random) -> Placed:
-    """In another order, with gaps, expanded, overlapping, or any."""
+    """The tensor with other strides: in another order, with gaps, expanded, overlapping, or arbitrary."""
     rank, strides = len(tensor.shape), list(tensor.strides)
     match rng.randrange(5):
         case 0:
@@ -318,7 +318,7 @@ def mutated(argument: Argument, rng: random.Random) -> Argument:
 
 
 def with_values(argument: Argument, rng: random.Random) -> Argument:
-    """Other values than the others have, and perhaps a gradient that is wanted."""
+    """The argument with values unlike those of other arguments, and perhaps with a gradient that is wanted."""
     if isinstance(argument, Placed):
         argument = replace(argument, start=rng.randrange(12))
     if isinstance(argument, Placed) and (argument.dtype.is_floating_point or argument.dtype.is_complex):

@@ -1,6 +1,6 @@
-"""Random layers as source text, with the shapes that they give: the pieces of which network_source.py builds networks.
+"""Random layers as source text, with the shapes of their results. network_source.py builds networks from them.
 
-A shape is that of one sample: (channels, height, width) of an image, (features,) of a vector.
+A shape is that of one sample: (channels, height, width) for an image, (features,) for a vector.
 """
 
 import random
@@ -10,8 +10,8 @@ Shape = tuple[int, ...]
 
 BATCHES = (1, 1, 2, 2, 3, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 64)
 CHANNELS = (1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8, 8, 9, 12, 15, 16, 16, 17, 24, 31, 32, 33, 64)
-MOST_ELEMENTS = 6_000  # of a batch of images
-MOST_PRODUCTS = 400_000  # of a convolution
+MOST_ELEMENTS = 6_000  # in a batch of images
+MOST_PRODUCTS = 400_000  # in a convolution
 
 
 class Layer(NamedTuple):
@@ -22,7 +22,7 @@ class Layer(NamedTuple):
 
 
 def arguments(*positional: Any, **named: tuple[Any, Any]) -> str:
-    """The arguments of a call: `named` ones are pairs of a value and the default, which is left out."""
+    """The arguments of a call. Named arguments are pairs of a value and the default, which is left out."""
     given = [f"{name}={value!r}" for name, (value, default) in named.items() if value != default]
     return ", ".join([*map(repr, positional), *given])
 
@@ -47,12 +47,12 @@ class Convolution(NamedTuple):
     channels: int
     outputs: int
     kernel: int | tuple[int, int]
-    options: dict[str, tuple[Any, Any]]  # of torch.nn.Conv2d, with the defaults
+    options: dict[str, tuple[Any, Any]]  # those of torch.nn.Conv2d, with the defaults
     shape: Shape
 
 
 def convolution(rng: random.Random, shape: Shape, batch: int, outputs: int | None = None) -> Convolution | None:
-    """One whose output has `outputs` channels and the size of the input, if that is given."""
+    """A convolution. If `outputs` is given, its output has that many channels and the size of the input."""
     channels, *image = shape
     kernel = some(rng, (1, 1, 2, 3, 3, 3, 3, 4, 5, 5, 7))
     dilation = some(rng, (1, 1, 1, 1, 1, 2, 3))
@@ -94,7 +94,7 @@ def convolution_layer(rng: random.Random, shape: Shape, batch: int, outputs: int
         paddings = [d * (k - 1) for k, d in zip(kernels, dilations, strict=True)]
     else:
         paddings = [0, 0] if padding == "valid" else list(pair(padding))
-    if any(p >= n for p, n in zip(paddings, shape[1:], strict=True)):  # of what is reflected there must be enough
+    if any(p >= n for p, n in zip(paddings, shape[1:], strict=True)):  # too few pixels to reflect
         mode = "zeros"
     options = drawn.options | {"bias": (rng.random() < 0.7, True), "padding_mode": (mode, "zeros")}
     return Layer(f"nn.Conv2d({arguments(drawn.channels, drawn.outputs, drawn.kernel, **options)})", drawn.shape)
@@ -108,7 +108,7 @@ class Pooling(NamedTuple):
 
 
 def pooled_size(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
-    """The number of windows, or 0 if one of them has no tap inside the image: there stock writes out of bounds."""
+    """The number of windows, or 0 if one has no tap inside the image, because stock then writes out of bounds."""
     room = size + 2 * padding - dilation * (kernel - 1) - 1
     count = (room + (stride - 1 if ceil_mode else 0)) // stride + 1
     if ceil_mode and (count - 1) * stride >= size + padding:
@@ -132,10 +132,10 @@ def pooling(rng: random.Random, shape: Shape) -> Pooling | None:
     return Pooling(arguments(kernel, **options, ceil_mode=(ceil_mode, False)), (channels, *size))
 
 
-# ---- what stands between them ----
+# ---- other layers ----
 
-# With each, whether its output may be overwritten though it is differentiated: neither it nor what it is a view of is
-# saved for the backward.
+# Each activation comes with whether its output may be overwritten although it is differentiated. It may if neither the
+# output nor a tensor that it is a view of is saved for the backward.
 RELU_LAYERS = ("nn.ReLU()", "nn.ReLU()", "nn.ReLU(inplace=True)")
 RELU_CALLS = ("F.relu({})", "torch.relu({})", "{}.relu()")
 RELU_CALLS_IN_PLACE = ("F.relu({}, inplace=True)", "F.relu_({})", "torch.relu_({})", "{}.relu_()")
@@ -161,8 +161,8 @@ def average_layer(rng: random.Random, shape: Shape) -> Layer:
 
 
 def view(rng: random.Random, shape: Shape, batched: bool) -> tuple[str, Shape, bool]:
-    """An expression that shows the elements in another order, some of them or some repeatedly, its shape, and whether
-    it may be overwritten where what it shows may be."""
+    """An expression for a value's elements in another order, for some of them, or for repeated ones; its shape; and
+    whether it may be overwritten if the value may be."""
     channels, height, width = shape
     ways = [
         ("{}.transpose(-1, -2)", (channels, width, height), True),

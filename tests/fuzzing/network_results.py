@@ -1,4 +1,4 @@
-"""What a network gives and leaves, and how two of them are compared."""
+"""The results of a network, its state after training, and the comparison of two networks."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 Results = dict[str, Tensor]
 
 
-# These two are printed into the tests that are made of problems, so they use nothing else of this module.
+# Tests that are printed for problems contain these two functions, so they use nothing else of this module.
 
 
 def fill(net: nn.Module) -> None:
-    """Random parameters and buffers."""
+    """Fills parameters and buffers with random values."""
     for name, value in net.state_dict().items():
         if value.is_floating_point():
             drawn = torch.randn(value.shape, dtype=torch.float64) / max(value[0].numel(), 4) ** 0.5
@@ -28,12 +28,12 @@ def results(
     training: bool,
     run: Callable[..., Any] | None = None,
 ) -> dict[str, Tensor]:
-    """All that two steps of SGD and a pass in evaluation mode give and leave. `run` calls the network in its stead."""
+    """The results of two steps of SGD and a pass in evaluation mode, and the final state. `run` replaces `net`."""
     found = {}
     optimizer = torch.optim.SGD(net.parameters(), lr=0.02, momentum=0.9)
     for step in range(3):
         net.train(training and step < 2)
-        torch.default_generator.manual_seed(step)  # for dropout
+        torch.default_generator.manual_seed(step)  # determines dropout
         leaf = x.detach().clone().requires_grad_(needs_grad)
         outputs = (net if run is None else run)(leaf)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -52,16 +52,16 @@ def results(
 
 
 class Tolerance(NamedTuple):
-    """What a result may be off by without an explanation, relative to the magnitude of its tensor and of the largest
-    tensor, and the level of noise that is no smaller than the rounding errors of each op."""
+    """The error of a result that needs no explanation, relative to the magnitude of its tensor and of the largest
+    tensor, and a level of noise that is no smaller than the rounding errors of each op."""
 
     of_tensor: float
     of_largest: float
     noise: float
 
 
-# A tensor in float64 is held against the reference element by element, relative to its largest; in other dtypes as a
-# whole, by its norm, because a value near a kink changes some elements altogether.
+# A tensor in float64 is compared with the reference element by element, relative to its largest element. In other
+# dtypes it is compared as a whole, by its norm, because a value near a kink changes some elements completely.
 TOLERANCES = {
     torch.float64: Tolerance(1e-9, 1e-14, 1e-11),
     torch.float32: Tolerance(1e-4, 1e-6, 1e-6),
@@ -70,7 +70,7 @@ TOLERANCES = {
 
 
 def magnitude(values: Tensor, dtype: torch.dtype) -> float:
-    """The measure of the results and errors of a network in that dtype."""
+    """The magnitude of a result or an error of a network in that dtype."""
     if values.numel() == 0:
         return 0.0
     values = values.double()
@@ -84,9 +84,9 @@ def assert_same(
     noisy: Callable[[float], Iterable[Results]],
     strides: bool = True,
 ) -> None:
-    """Compares the results of a network in that dtype with those of stock in float64. Where they differ by more than
-    rounding usually does, `noisy` gives results of stock in that dtype under noise of some level: no larger differences
-    are wrong.
+    """Compares the results of a network in that dtype with those of stock in float64. If they differ by more than the
+    usual rounding, `noisy` gives results of stock in that dtype under noise of some level, and only differences more
+    than three times as large as theirs are errors.
     """
     one_sided = actual.keys() ^ expected.keys()
     assert not one_sided, f"there is {sorted(one_sided)} in only one of them"
@@ -113,7 +113,7 @@ def assert_same(
 
 
 def worst(actual: Tensor, expected: Tensor) -> str:
-    """The element that differs most."""
+    """A description of the element that differs most."""
     errors = (actual.double() - expected).abs().nan_to_num(nan=torch.inf)
     at = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
     return f"{actual[at].item()!r} instead of {expected[at].item()!r} at {at}"

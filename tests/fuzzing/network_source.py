@@ -1,4 +1,4 @@
-"""Random networks as source text: classes of layers and functions of torch, which a test can print as they were run."""
+"""Random networks as source text: classes of layers and functions of torch. Tests contain the text as it was run."""
 
 import random
 from collections.abc import Callable
@@ -27,8 +27,8 @@ FEATURES = (1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 31, 32, 33)
 
 
 class Value(NamedTuple):
-    """What is computed so far: a variable, its shape, and whether it may be overwritten (neither it nor what it is a
-    view of is needed by the backward of what came before, or by another branch that was computed before)."""
+    """The value that is computed so far: a variable, its shape, and whether it may be overwritten. It may if neither
+    the value nor a tensor that it is a view of is needed by an earlier step's backward or by an earlier branch."""
 
     name: str
     shape: Shape
@@ -47,12 +47,12 @@ class Body:
         depth: int = 0,
         calls: bool = True,
     ) -> None:
-        """`batch` is None for one sample alone; without `calls`, layers are used and no functions."""
+        """`batch` is None for a single sample without that dimension. Without `calls`, only layers are used."""
         self.rng, self.classes, self.value, self.depth, self.calls = rng, classes, value, depth, calls
         self.batched, self.batch = batch is not None, batch or 1
         self.layers: list[str] = []
         self.lines: list[str] = []
-        self.names: list[str] = []  # of the values so far
+        self.names: list[str] = []  # the names of the values so far
         self.counts: dict[str, int] = {}
 
     # ---- writing ----
@@ -78,7 +78,7 @@ class Body:
         self.assign(f"{self.register(stem, constructor)}({named}{self.value.name})", shape, fresh)
 
     def shared(self, constructor: str) -> str:
-        """A layer that all calls in this class share."""
+        """The name of a layer that all calls in this class share."""
         name = "self.shared_" + "".join(c for c in constructor.removeprefix("nn.") if c.isalnum()).lower()
         if not any(line.startswith(f"{name} =") for line in self.layers):
             self.layers.append(f"{name} = {constructor}")
@@ -142,7 +142,7 @@ class Body:
             self.assign(f"{function}.max_pool2d({name}, {drawn.arguments})", drawn.shape, fresh=True)
 
     def usual(self) -> None:
-        """A convolution or linear layer with what usually follows, in one of the usual orders."""
+        """A convolution or linear layer with the layers that usually follow, in one of the usual orders."""
         self.weighted()
         image = len(self.value.shape) == 3
         orders: tuple[tuple[Callable[[], None], ...], ...] = (
@@ -172,7 +172,7 @@ class Body:
         self.assign(expression.format(name), shape, fresh and overwritable)
 
     def overwrite(self) -> None:
-        """A ReLU in place whose result is not used, of all elements or of some."""
+        """A ReLU in place, on all elements or some, whose result is not used."""
         name, shape, fresh = self.value
         if fresh:
             part = self.rng.choice((name, f"{name}[..., ::2]", f"{name}[..., 1:]" if shape[-1] > 1 else name))
@@ -188,7 +188,7 @@ class Body:
             self.assign(self.rng.choice(("{}.flatten(-3)", "torch.flatten({}, -3)")).format(name), features, fresh)
 
     def reuse(self) -> None:
-        """A layer with weights that is called twice, or two with one weight."""
+        """A layer with weights that is called twice, or two layers that share one weight."""
         shape = self.value.shape
         drawn: Layer | None = Layer(f"nn.Linear({shape[-1]}, {shape[-1]})", shape)
         if len(shape) == 3:
@@ -224,19 +224,19 @@ class Body:
         self.assign(f"{function}({name}, {weight}, {bias}{given})", shape, fresh=True)
 
     def by_mode(self) -> None:
-        """Something else in training than in evaluation."""
+        """A step that differs between training and evaluation."""
         name, shape, _ = self.value
         self.assign(name, shape, fresh=False)
         self.lines.append(f"if self.training:\n    {self.value.name} = {self.value.name} + 0.25")
 
     def untraceable(self) -> None:
-        """What torch.fx cannot trace, though it depends on no values."""
+        """A step that torch.fx cannot trace, although it depends on no values."""
         self.lines.append(f"assert {self.value.name}.dim() > 0")
 
     # ---- steps that are made of steps ----
 
     def adapted(self, value: Value, shape: Shape) -> str:
-        """An expression for a value in that shape."""
+        """An expression that brings a value into that shape."""
         expression = value.name
         if value.shape[1:] != shape[1:]:
             expression = f"F.adaptive_avg_pool2d({expression}, {shape[1:]})"
@@ -311,7 +311,7 @@ class Body:
         return self.batch if self.batched else None
 
     def steps(self, count: int) -> None:
-        """So many steps of those that fit the shape."""
+        """Adds `count` steps that fit the shape."""
         for _ in range(count):
             weights = IMAGE_STEPS if len(self.value.shape) == 3 else FEATURE_STEPS
             if self.depth >= 2:
@@ -330,10 +330,10 @@ SEQUENTIAL_STEPS = ("usual", "weighted", "norm", "relu", "pool", "average", "act
 
 
 def sequential(body: Body, count: int) -> tuple[list[str], Value]:
-    """The children of a torch.nn.Sequential that is called on the body's value, and what it gives.
+    """The children of a torch.nn.Sequential that is called on the body's value, and the value that it gives.
 
-    They are drawn as the lines of a class that call one layer each; a layer that is called again becomes a child again,
-    under a name that the first of them is assigned to.
+    They are drawn as the lines of a class that call one layer each. A layer that is called again becomes a child again,
+    by a name that is assigned at its first call.
     """
     inner = Body(body.rng, [], body.value, body.batch_or_none, calls=False)
     children: list[str] = []

@@ -1,4 +1,4 @@
-"""Random small networks: converted, fused, reverted, patched or compiled, against the same network of stock torch."""
+"""Random small networks that are converted, fused, reverted, patched or compiled, and compared with stock torch."""
 
 import copy
 import functools
@@ -20,7 +20,7 @@ from fuzzing.network_results import Results, assert_same, fill, results
 from fuzzing.network_source import FEATURES, Body, Value, sequential
 from fuzzing.rounding import Noise
 
-COMPILED = 0.02  # of the networks: Dynamo takes a second for each
+COMPILED = 0.02  # the fraction of networks that is compiled, because Dynamo is slow
 SIDES = (1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 14, 16, 17)
 MOST_FROZEN = 24  # few networks have more parameters
 IMPORTS = """import copy
@@ -38,15 +38,15 @@ STOCK_LAYERS = (nn.ReLU, nn.Linear, nn.Conv2d, nn.MaxPool2d)
 
 @dataclass(frozen=True)
 class Problem:
-    """A network, how it is called, and what is asked of it."""
+    """A network, how it is called, and which gradients are needed."""
 
-    seed: int  # of all values
-    source: str  # makes `net`
-    size: tuple[int, ...]  # of the input
+    seed: int  # determines all values
+    source: str  # the code that makes `net`
+    size: tuple[int, ...]  # the size of the input
     dtype: torch.dtype
     training: bool
-    needs_grad: bool  # of the input
-    frozen: tuple[int, ...]  # numbers of the parameters that are not trained
+    needs_grad: bool  # whether the input needs a gradient
+    frozen: tuple[int, ...]  # the numbers of the parameters that are not trained
     channels_last: tuple[str, ...]  # which of "input" and "model" are
     compiled: bool
 
@@ -70,7 +70,7 @@ class Problem:
         return results(net, x, self.needs_grad, self.training, **options)
 
     def ways(self, stock: nn.Module, x: Tensor) -> dict[str, Callable[[], Results]]:
-        """How to get the results of the network by every way to our kernels, and by the way back."""
+        """Functions that give the network's results by each route to our kernels, and after reverting."""
 
         @functools.cache
         def fused() -> nn.Module:
@@ -103,7 +103,7 @@ class Problem:
 
     def check(self) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about even kernels with padding="same"
+            warnings.simplefilter("ignore")  # torch warns of even kernels with padding="same"
             # oneDNN overruns buffers in the float32 gradients of strided 1x1 convolutions with channels-last weights.
             with torch.backends.mkldnn.flags(enabled=False):
                 self._check()
@@ -112,7 +112,7 @@ class Problem:
         stock, x = self.network()
 
         def noisy(level: float) -> Iterator[Results]:
-            yield self.run(copy.deepcopy(stock), x)  # in a dtype that rounds more than the reference
+            yield self.run(copy.deepcopy(stock), x)  # in the problem's dtype, which rounds more than the reference
             for seed in range(12):
                 with Noise(level, seed, forward=seed % 3 > 0):
                     yield self.run(copy.deepcopy(stock), x)
@@ -122,11 +122,11 @@ class Problem:
         except RuntimeError as error:
             if "inplace operation" not in str(error) and "in-place operation" not in str(error):
                 raise
-            return  # stock refuses what is overwritten though it saved it; we need not have saved it
+            return  # stock refuses to overwrite a tensor that it saved; we may not have saved it
         if not all(value.isfinite().all() for value in expected.values()):
             return  # two steps were enough to diverge
-        # Stock's memory formats in float32 and bfloat16 are those of oneDNN, and in float64 its convolutions join the
-        # results of groups by torch.cat, which takes channels-last 1x1 maps for contiguous ones.
+        # In float32 and bfloat16, stock's memory formats are those of oneDNN. In float64, its convolutions join the
+        # results of groups by torch.cat, which treats channels-last 1x1 maps as contiguous.
         strides = self.dtype == torch.float64 and "groups=" not in self.source
         for way, run in self.ways(stock, x).items():
             try:
@@ -136,7 +136,7 @@ class Problem:
                 raise AssertionError(f"{way}: {kind}{error}") from error
 
     def as_test(self) -> str:
-        """A test that trains the network in every way and compares with stock, together with its imports."""
+        """A test, with its imports, that trains the network by every route and compares with stock."""
         asked = f"needs_grad={self.needs_grad}, training={self.training}"
         bounds = {torch.float64: "rtol=1e-7, atol=1e-9", torch.float32: "rtol=1e-3, atol=1e-3"}
         body = [inspect.getsource(fill), inspect.getsource(results), self.source, ""]
@@ -207,7 +207,7 @@ def draw(seed: int) -> Problem:
 
 
 def draw_source(rng: random.Random, value: Value, batch: int | None) -> str:
-    """A torch.nn.Sequential of layers alone, or a class, which may have classes of blocks."""
+    """The source of a torch.nn.Sequential of layers, or of a class, which may use further classes of blocks."""
     classes: list[str] = []
     body = Body(rng, classes, value, batch)
     if rng.random() < 0.2:

@@ -1,5 +1,5 @@
-"""What must be true of a call of each op: its output and its gradients are those of stock in float64, and of a fused
-op those of the single ops, bit by bit."""
+"""The checks of a call of each op. Output and gradients must agree with stock's in float64; those of a fused op must
+equal those of the single ops, bit by bit."""
 
 import math
 from collections.abc import Callable
@@ -39,14 +39,14 @@ def check_threads(call: Call) -> None:
 
 
 def check_product(call: Call) -> None:
-    """linear and conv2d."""
+    """Checks linear and conv2d."""
     tensors = call.tensors()
     if call.derivative != "gradients":
         return check_derivative(call, getattr(F, call.op), getattr(S, call.op))
     reference = None
-    if call.op == "conv2d" and call.values == "special":  # stock multiplies the padding with infinities
+    if call.op == "conv2d" and call.values == "special":  # stock multiplies the padding by infinities
         reference = partial(oracle.conv2d_unfolded, inside=True)
-    elif call.options.get("groups", 1) > 4:  # stock takes one group after the other
+    elif call.options.get("groups", 1) > 4:  # stock computes one group after the other
         reference = oracle.conv2d_unfolded
     sizes = [math.prod(operand.shape) for operand in call.operands if operand is not None]
     oracle.check(
@@ -61,7 +61,7 @@ def check_product(call: Call) -> None:
 
 
 def check_relu(call: Call) -> None:
-    """The very bits of stock."""
+    """Output and gradient must have the bits of stock's."""
     (input,) = call.tensors()
     if call.derivative != "gradients":
         return check_derivative(call, F.relu, S.relu)
@@ -78,7 +78,7 @@ def check_relu(call: Call) -> None:
 
 
 def check_max_pool2d(call: Call) -> None:
-    """Values and indices bit for bit, gradients as sums over the windows that an element won."""
+    """Compares values and indices bit for bit, and gradients as sums over the windows that an element won."""
     (input,) = call.tensors()
     options = call.options
     if call.derivative != "gradients":
@@ -105,7 +105,7 @@ def check_max_pool2d(call: Call) -> None:
 
 
 def check_fused(call: Call) -> None:
-    """The bits of the single ops one after the other, which are compared with stock as calls of their own."""
+    """The result must have the bits of the single ops in turn. Calls of their own compare the single ops with stock."""
     fused = getattr(F, call.op)
     single = {"linear_relu": F.linear}.get(call.op, F.conv2d)
     options, pool = call.options, call.pool
@@ -122,8 +122,8 @@ def check_fused(call: Call) -> None:
     tensors = call.tensors()
     expected, expected_grads = oracle.output_and_gradients(composed, tensors, call.gradient, call.wanted)
     actual, grads = oracle.output_and_gradients(ours, tensors, call.gradient, call.wanted)
-    # Where the input is not saved, the pooled output tells the layout of the images. One value has both layouts:
-    # then the sums may be taken in another order.
+    # If the input is not saved, the pooled output determines the layout of the images. A single value has both layouts,
+    # and then the order of the sums may differ.
     ambiguous = bool(pool) and not call.wanted[1] and actual.shape[-3:].numel() == 1
     names = ("output", "gradient of input", "gradient of weight", "gradient of bias")
     for name, a, e in zip(names, (actual, *grads), (expected, *expected_grads), strict=False):
@@ -131,13 +131,13 @@ def check_fused(call: Call) -> None:
             atol = 100 * torch.finfo(e.dtype).eps * float(e.abs().nan_to_num(0, 0, 0).max()) if ambiguous else 0.0
             assert_same_numbers(name, a, e, atol)
     oracle.assert_same_strides("output", actual, expected)
-    with torch.no_grad():  # no argmax is written
+    with torch.no_grad():  # so that no argmax is written
         assert_same_numbers("output without argmax", ours(*tensors), actual)
     return None
 
 
 def assert_same_numbers(what: str, actual: torch.Tensor, expected: torch.Tensor, atol: float = 0.0) -> None:
-    """The same dtype, shape and values, but for the sign of a zero."""
+    """Asserts equal dtype, shape and values, except for the sign of a zero."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} instead of {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     right = oracle.same(actual, expected)
@@ -147,7 +147,7 @@ def assert_same_numbers(what: str, actual: torch.Tensor, expected: torch.Tensor,
 
 
 def check_linear_batched(call: Call) -> None:
-    """Of every sample the bits of linear."""
+    """Every sample must have the bits of linear."""
     input, weight, bias = call.tensors()
     ops = torch.ops.pyops
     biases = [None] * len(input) if bias is None else bias
@@ -166,7 +166,7 @@ def check_linear_batched(call: Call) -> None:
 
 
 def check_derivative(call: Call, ours: Callable[..., Any], stock: Callable[..., Any]) -> None:
-    """Second derivatives, or a tangent, in float64."""
+    """Compares second derivatives, or a tangent, in float64."""
     tensors = [t.contiguous() if torch._debug_has_internal_overlap(t) else t for t in call.tensors() if t is not None]
     options = call.options if call.op in ("linear", "conv2d") else {}
     results = []

@@ -1,4 +1,4 @@
-"""Random calls of the ops against stock in float64; fused ops against the single ops, bit by bit."""
+"""Random calls of the ops, compared with stock in float64; fused ops are compared with the single ops, bit by bit."""
 
 import math
 import random
@@ -10,7 +10,7 @@ from tensors import FLOATING, INTEGER
 from fuzzing import geometry, op_checks
 from fuzzing.call import Call, Operand
 
-# How often each op is drawn.
+# The weights with which the ops are drawn.
 WEIGHTS = {
     "conv2d": 44,
     "max_pool2d": 16,
@@ -24,11 +24,11 @@ WEIGHTS = {
 VALUES = ("normal",) * 11 + ("integers",) * 4 + ("special",) * 3 + ("tiny",) * 1
 DERIVATIVES = ("gradients",) * 18 + ("second", "forward")
 THREADS = (1,) * 17 + (2, 2, 3)
-LARGE = 200_000  # products, of which more are worth several threads
+LARGE = 200_000  # products; the kernels use several threads for more
 
 
 class Problem(Call):
-    """A call that is to be checked."""
+    """A call, with the check that it has to pass."""
 
     def check(self) -> None:
         threads = torch.get_num_threads()
@@ -45,7 +45,7 @@ class Problem(Call):
 
 
 def draw(seed: int, op: str | None = None, small: bool = False) -> Problem:
-    """The problem of a seed; `small`: for the emulator, which is some hundred times slower than the CPU kernels."""
+    """The problem of a seed, which is `small` for the emulator: that is far slower than the CPU kernels."""
     rng = random.Random(seed)
     op = op or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     most_products = 10_000 if small else rng.choices((20_000, 200_000, 1_000_000, 15_000_000), (60, 34, 5.7, 0.3))[0]
@@ -61,7 +61,7 @@ def _draw_linear(rng: random.Random, op: str, most_products: int) -> Drawn:
         leading = [rng.choice(geometry.FEATURES)] if rng.random() < 0.7 else [rng.randint(0, 5) for _ in range(3)]
         leading = [] if rng.random() < 0.05 else leading
         inputs, outputs = rng.choice(geometry.FEATURES), rng.choice(geometry.FEATURES)
-        if op == "linear" and rng.random() < 0.02:  # a weight too large to be read where it lies, which is packed
+        if op == "linear" and rng.random() < 0.02:  # a weight too large to be read in place, which is packed
             leading, inputs, outputs, most_products = [rng.choice((1, 5, 5, 17, 70, 200, 450))], 600, 700, 200_000_000
         samples = rng.choice((1, 2, 3, 5, 16)) if op == "linear_batched" else 1
         if samples * math.prod(leading) * inputs * outputs <= most_products:
@@ -106,7 +106,7 @@ def _draw_call(
     drawn: Drawn,
     most_products: int,
 ) -> Problem:
-    """What is independent of the geometry: dtype, values, layouts, and what is asked for."""
+    """Draws what does not depend on the geometry: dtype, values, layouts, and the gradients that are wanted."""
     shapes, options, pool, rank = drawn
     elementwise = op in ("relu", "max_pool2d")
     derivative = rng.choice(DERIVATIVES) if op != "linear_batched" else "gradients"
@@ -120,9 +120,9 @@ def _draw_call(
         if elementwise and rng.random() < 0.5:
             values = "ties"
         if values == "special" and most_products > 200_000:
-            values = "normal"  # the reference keeps every term
+            values = "normal"  # because the reference for special values keeps every term
         if values == "tiny" and dtype in (torch.bfloat16, torch.float16):
-            values = "normal"  # products of pairs of bfloat16 take denormal numbers for zeros, as the CPU does
+            values = "normal"  # products of bfloat16 pairs treat denormal numbers as zeros, as the CPU does
     present = [shape is not None for shape in shapes]
     all_wanted = rng.random() < 0.6 or derivative != "gradients"
     wanted = [p and dtype.is_floating_point and (all_wanted or rng.random() < 0.5) for p in present]
@@ -132,7 +132,7 @@ def _draw_call(
     )
     grad_layout = geometry.draw_layout(rng, rank)
     if any(operand is not None and operand.layout.expanded for operand in operands):
-        # A sum of equal products would be rounded in the same direction every time.
+        # The partial sums of equal products would all be rounded in one direction.
         grad_layout = grad_layout._replace(expanded=())
     return Problem(
         seed,

@@ -1,8 +1,8 @@
-"""How far rounding can move the results of a network: its ops are run with noise on what they compute.
+"""Estimates how far rounding can move the results of a network, by running its ops with noise on their results.
 
-A network's results are no sums whose rounding errors could be bounded from its shapes: a value next to a kink of ReLU,
-two that nearly tie in a pooling, or a gradient that cancels out, make them as inexact as they like. So what was found
-to differ is held against the same stock network under noise that is larger than any rounding error.
+The rounding errors of a network cannot be bounded from its shapes, as those of a sum can: a value next to a kink of
+ReLU, two values that nearly tie in a pooling, or a gradient that cancels out can make them arbitrarily large. So
+results that differ are compared with those of the stock network under noise that is larger than any rounding error.
 """
 
 from typing import Any
@@ -12,18 +12,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# What computes new values. The others pass on values that they are given, in order, in part, or zeros in their place;
-# equal values remain equal there, and the rules for ties stay stock's.
+# The functions that compute new values. The others return values of their arguments, some of them, or zeros in their
+# place; they get no noise, so that equal values remain equal and the rules for ties stay stock's.
 _COMPUTE = {F.linear, torch.conv2d, F.batch_norm, F.adaptive_avg_pool2d, F.avg_pool2d, torch.tanh, torch.sigmoid}
 _COMPUTE |= {F.gelu, F.leaky_relu, torch.add, Tensor.add, Tensor.__add__, Tensor.__iadd__, Tensor.__mul__, Tensor.mul}
 
 
 class Noise(TorchFunctionMode):
-    """Adds noise to the gradient of each op's result and, if `forward`, to the result: `level` times the largest
-    magnitude of the tensor, times a normal variable. Zeros stay zeros: what is zero without cancellation is exact.
+    """Adds noise to the gradient of each op's result and, if `forward`, to the result. The noise is `level` times the
+    largest magnitude of the tensor, times a normal variable. Zeros stay zeros, because a value that is zero without
+    cancellation is exact.
 
-    Noise in the forward can be left out, as it is no model of rounding where all values of a channel are equal, such as
-    behind a ReLU that lets nothing through: a batch normalization of them has much larger gradients without noise.
+    Noise in the forward can be left out, because it is no model of rounding if all values of a channel are equal, for
+    example after a ReLU that passes nothing: a batch normalization of such values has much larger gradients without
+    noise.
     """
 
     def __init__(self, level: float, seed: int, forward: bool) -> None:

@@ -1,7 +1,7 @@
-"""Random derivations of the ops, the fused ones too, against the same of stock in float64: transforms of torch.func,
-nested in any order; forward mode; second derivatives; and the shapes and strides that tensors without values foretell.
+"""Random derivations of the ops, including the fused ones, compared with those of stock in float64: transforms of
+torch.func, nested in any order; forward mode; second derivatives; and the shapes and strides of tensors without values.
 
-A problem is a short program, the body of the test that it is printed as.
+A problem is a short program, which is the body of the test that it is printed as.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import torch
 import pyops
 from fuzzing import derivations, geometry
 
-# How often each op is drawn, and each kind of problem.
+# The weights with which the ops and the kinds of problems are drawn.
 OPS = {
     "conv2d": 30,
     "conv2d_relu_max_pool2d": 15,
@@ -27,7 +27,7 @@ OPS = {
 }
 KINDS = {"chain": 60, "second": 15, "tangents": 8, "shapes": 8, "gradients": 5, "batched": 4}
 LAYOUTS = ("contiguous", "contiguous", "channels_last", "channels_last", "transposed", "sliced", "expanded")
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # of problems that compare no values
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # for problems that compare no values
 IMPORTS = """\
 import pyops
 import torch
@@ -38,7 +38,7 @@ from torch.autograd import forward_ad
 
 @dataclass(frozen=True)
 class Problem:
-    """`program` is what a test consists of, written with the functions of derivations.py."""
+    """A problem whose `program` is the body of a test, written with the functions of derivations.py."""
 
     seed: int
     name: str
@@ -68,14 +68,14 @@ class Problem:
 
 @dataclass
 class Call:
-    """An op and the shapes of its tensors, of one sample; what has been drawn of a problem so far."""
+    """An op and the shapes of its tensors for one sample: the part of a problem that has been drawn so far."""
 
     op: str
     shapes: list[tuple[int, ...]]
     options: dict[str, Any]
     pool: dict[str, Any]
     output: tuple[int, ...]
-    with_indices: bool = False  # where there are any
+    with_indices: bool = False  # whether indices, if there are any, are returned
 
     def ours(self) -> str:
         name = "conv2d_relu_max_pool2d" if self.pool else self.op
@@ -93,7 +93,7 @@ class Call:
         return f"lambda *t: ({value},)"
 
     def results(self, function: str, tensors: str, options: dict[str, Any]) -> str:
-        """A call as a tuple of its results."""
+        """The source of a call, as a tuple of its results."""
         if options.get("inplace"):
             tensors = "t[0] * 1"
         call = f"{function}({', '.join(filter(None, [tensors, arguments(options)]))})"
@@ -165,18 +165,19 @@ def draw_linear(rng: random.Random, op: str, most_products: int) -> Call:
 
 
 def some(rng: random.Random, count: int) -> tuple[int, ...]:
-    """A choice of the numbers below `count`, at least one."""
+    """A random choice of at least one of the numbers below `count`."""
     return tuple(sorted(rng.sample(range(count), rng.randint(1, count))))
 
 
 def flags(rng: random.Random, count: int) -> tuple[bool, ...]:
-    """At least one of them is set."""
+    """Random flags, of which at least one is set."""
     chosen = some(rng, count)
     return tuple(i in chosen for i in range(count))
 
 
 def draw_tensors(rng: random.Random, seed: int, call: Call, more: str = "", usual: bool = True) -> list[str]:
-    """`usual`: mostly contiguous, and no element of them in two places, for which torch has no tangents."""
+    """The lines that make the tensors. If `usual`, they are mostly contiguous, and no two elements share their memory,
+    because torch has no tangents for such tensors."""
     lines = [f"tensors = normal({', '.join(map(repr, (seed, *call.shapes)))}{more})"]
     layouts = [draw_layout(rng, shape) for shape in call.shapes]
     if usual:
@@ -187,12 +188,12 @@ def draw_tensors(rng: random.Random, seed: int, call: Call, more: str = "", usua
 
 
 def draw_layout(rng: random.Random, shape: tuple[int, ...]) -> str:
-    """One that a tensor of this shape can have."""
+    """A layout that a tensor of this shape can have."""
     return rng.choice([n for n in LAYOUTS if len(shape) >= {"channels_last": 3, "contiguous": 0}.get(n, 2)])
 
 
 def draw_chain(rng: random.Random, seed: int, call: Call, _: str) -> list[str]:
-    """Transforms one after the other, the innermost first."""
+    """A program that applies transforms in turn, the innermost first."""
     chain = Chain(rng, call)
     for _ in range(rng.choices((1, 2, 3, 4), (25, 40, 28, 7))[0]):
         chain.add(rng.choices(list(chain.STEPS), [weight for weight, _ in chain.STEPS.values()])[0])
@@ -210,8 +211,8 @@ def draw_chain(rng: random.Random, seed: int, call: Call, _: str) -> list[str]:
 
 
 class Chain:
-    """Transforms, and the shapes of the arguments and results that they leave. The call's shapes become those of the
-    arguments of all."""
+    """Transforms, and the shapes of arguments and results after them. The shapes of the call are replaced by those of
+    the arguments of the whole chain."""
 
     def __init__(self, rng: random.Random, call: Call):
         self.rng, self.shapes = rng, call.shapes
@@ -237,9 +238,9 @@ class Chain:
             self.shapes[i] = (*shape[:at], samples, *shape[at:])
         rank = min(len(shape) for shape in self.results)
         out_dim = rng.choice((0, 0, rng.randint(-rank - 1, rank)))
-        if not self.only_vmap():  # torch fails, or crashes, where a result does not depend on what is batched
+        if not self.only_vmap():  # torch fails or crashes if a result does not depend on the batched arguments
             out_dim = 0
-        self.results = [(samples, *shape) for shape in self.results]  # somewhere
+        self.results = [(samples, *shape) for shape in self.results]  # the position of `samples` does not matter
         options = f", out_dims={out_dim}" if out_dim else ""
         options += f", chunk_size={rng.randint(1, samples)}" if chunks and rng.random() < 0.08 else ""
         self.steps.append(f"torch.func.vmap(f, {tuple(in_dims)}{options})")
@@ -272,7 +273,7 @@ class Chain:
 
     def functionalize(self) -> None:
         step = "torch.func.functionalize(f)"
-        if step not in self.steps:  # torch fails inside of another one
+        if step not in self.steps:  # torch fails if it is nested
             self.steps.append(step)
 
     STEPS: ClassVar = {
@@ -294,8 +295,8 @@ def draw_of_autograd(rng: random.Random, seed: int, call: Call, kind: str) -> li
 
 
 def draw_options(rng: random.Random, call: Call, kind: str, linear: bool = False) -> str:
-    """What a function of derivations.py takes besides the function and its tensors; `linear`: so that it does nothing
-    to the results of the op."""
+    """The arguments of a function of derivations.py besides the function and its tensors. If `linear`, they are chosen
+    so that it applies no further operation to the results of the op."""
     count = len(call.shapes)
     needs = flags(rng, count)
     match kind:
@@ -313,7 +314,8 @@ def draw_options(rng: random.Random, call: Call, kind: str, linear: bool = False
 
 
 def draw_shapes(rng: random.Random, seed: int, call: Call, _: str) -> list[str]:
-    """Of any layout and dtype. No operator of torch may be in between, unless it foretells what it does."""
+    """A program for tensors of any layout and dtype, which compares shapes and strides. It uses no operator of torch
+    whose fake kernel predicts these wrongly."""
     fake = rng.random() < 0.5
     if rng.random() < 0.3:
         chain = Chain(rng, call)

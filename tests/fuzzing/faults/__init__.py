@@ -1,6 +1,6 @@
 """Faults that tests/mutate.py plants in the CPU kernels, one at a time, and that tests/fuzz.py has to find.
 
-The table follows the code: where a text is not found any more, the same mistake has to be written for the new code.
+The table follows the code: if a text is no longer found, an equivalent mistake has to be written for the new code.
 """
 
 from fuzzing.faults import avx512, conv2d, conv2d_gradients, elementwise, max_pool2d, products

@@ -1,4 +1,4 @@
-"""In what is written for AVX-512 alone."""
+"""Faults in the code for AVX-512 alone."""
 
 from fuzzing.faults.fault import Fault
 

@@ -1,4 +1,4 @@
-"""In what computes a convolution or the gradient of its input."""
+"""Faults in the code that computes a convolution or the gradient of its input."""
 
 from fuzzing.faults.fault import Fault
 

@@ -1,4 +1,4 @@
-"""In what computes gradients of convolutions alone."""
+"""Faults in the code that computes only gradients of convolutions."""
 
 from fuzzing.faults.fault import Fault
 

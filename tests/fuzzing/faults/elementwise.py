@@ -1,4 +1,4 @@
-"""In relu."""
+"""Faults in relu."""
 
 from fuzzing.faults.fault import Fault
 

@@ -1,15 +1,15 @@
-"""What a fault is."""
+"""The definition of a fault."""
 
 from typing import NamedTuple
 
 
 class Fault(NamedTuple):
-    """A text in one of the files of csrc/cpu, in which it occurs once, and what takes its place."""
+    """A text that occurs once in one of the files of csrc/cpu, and the text that replaces it."""
 
     name: str
     file: str
     old: str
     new: str
-    op: str  # the problems of this op find it
-    algorithm: str | None = None  # the one that has it, by its name in algorithms.h; None: it is in what several share
-    capability: str | None = None  # the only instruction set that has this code; None: every one has it
+    op: str  # the op whose problems find the fault
+    algorithm: str | None = None  # the algorithm that has it, as named in algorithms.h, or None for shared code
+    capability: str | None = None  # the only instruction set that has this code, or None for all of them

@@ -1,4 +1,4 @@
-"""In max_pool2d, and in the op that fuses it with a convolution."""
+"""Faults in max_pool2d, and in the op that fuses it with a convolution."""
 
 from fuzzing.faults.fault import Fault
 

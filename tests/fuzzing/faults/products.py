@@ -1,4 +1,4 @@
-"""In matrix products and what they share with convolutions."""
+"""Faults in matrix products and in the code that they share with convolutions."""
 
 from fuzzing.faults.fault import Fault
 
