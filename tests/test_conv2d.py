@@ -224,7 +224,7 @@ BORDERS = [
         pytest.param((4, 3), 1, id="few"),
         pytest.param((32, 24), 8, id="groups", marks=pytest.mark.not_emulated),
         pytest.param((40, 34), 1, id="pairs", marks=pytest.mark.not_emulated),
-        pytest.param((8, 470), 1, id="triples", marks=pytest.mark.not_emulated),
+        pytest.param((8, 470), 1, id="direct_3wide", marks=pytest.mark.not_emulated),
     ],
 )
 def test_the_border_is_not_multiplied(channels, groups, infinite, options, where, dtype):
@@ -252,14 +252,14 @@ def test_the_border_is_not_multiplied(channels, groups, infinite, options, where
     tensors = [input, weight]
     doubles, magnitudes = [t.double() for t in tensors], [t.double().abs() for t in tensors]
     assert_close("output", ours(*tensors), reference(*doubles), reference(*magnitudes))
-    triples = zip(
+    compared = zip(
         ("input", "weight"),
         gradients(ours, tensors, grad),
         gradients(reference, doubles, grad.double()),
         gradients(reference, magnitudes, grad.double().abs()),
         strict=True,
     )
-    for name, actual, expected, magnitude in triples:
+    for name, actual, expected, magnitude in compared:
         assert_close(f"gradient of {name}", actual, expected, magnitude)
 
 

@@ -153,8 +153,8 @@ WgradLanes choose_lanes(const WeightGradient<T>& x) {
   const double inputs = share(x.depth(), row / lanes) * fraction_inside(x.input) / (1 + transpose);
   // Channels-first, both operands of vectors along the outputs are copied.
   const double outputs = share(x.out(), ceil_div(x.out(), lanes)) * (channels_last ? 1 : 0.9);
-  const double along_x = 0.35 * lane_utilization<C>(x.shape.OW);
-  if (along_x > std::max(inputs, outputs)) return WgradLanes::width;
+  const double width = 0.35 * lane_utilization<C>(x.shape.OW);
+  if (width > std::max(inputs, outputs)) return WgradLanes::width;
   return inputs > outputs && x.out() <= 2 * lanes ? WgradLanes::inputs : WgradLanes::outputs;
 }
 
