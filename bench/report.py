@@ -21,10 +21,10 @@ SCRIPTS = ("lenet", "ops", "compile")
 
 # The rows of the README's table: each case, and its name in that table.
 HEADLINE = {
-    "LeNet(fused=True) training, batch 64": "LeNet with fused blocks, training step, batch 64",
-    "LeNet training, batch 64": "LeNet with drop-in layers, training step, batch 64",
+    "LeNet(fused=True) training, batch 64": "LeNet with fused blocks, forward and backward, batch 64",
+    "LeNet training, batch 64": "LeNet with drop-in layers, forward and backward, batch 64",
     "LeNet(fused=True) inference, batch 1": "LeNet with fused blocks, inference, batch 1",
-    "conv2d_relu_max_pool2d 64x1x32x32 6x1x5x5 forward": "conv2d + ReLU + pooling, 64x1x32x32, 5x5, forward",
+    "conv2d_relu_max_pool2d 64x1x32x32 6x1x5x5 forward": "conv2d + ReLU + pooling, 64x1x32x32 to 6 channels, forward",
     "conv2d 64x6x14x14 16x6x5x5 grad_weight": "conv2d 64x6x14x14 to 16 channels, 5x5, grad_weight",
     "conv2d 8x64x56x56 64x64x3x3 1,1 forward": "conv2d 8x64x56x56 to 64 channels, 3x3, forward",
     "max_pool2d 8x64x112x112 3,2,1 forward": "max_pool2d 8x64x112x112, 3x3, stride 2, forward",

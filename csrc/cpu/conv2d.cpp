@@ -24,8 +24,8 @@ ConvProblem<T> forward_problem(const Conv2dArgs& x) {
 
 void conv2d(const Conv2dArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
-    const auto correlation = forward_problem<decltype(zero)>(x);
-    convolve(&correlation, 1);
+    const auto problem = forward_problem<decltype(zero)>(x);
+    convolve(&problem, 1);
   });
 }
 

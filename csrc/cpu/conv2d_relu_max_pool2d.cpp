@@ -56,12 +56,12 @@ class PooledBlock {
   static constexpr int64_t lanes = kLanes<T>;
 
  public:
-  PooledBlock(const ConvProblem<T>& correlation, const MaxPool2dShape& pool) : correlation_(correlation), pool_(pool) {}
+  PooledBlock(const ConvProblem<T>& problem, const MaxPool2dShape& pool) : problem_(problem), pool_(pool) {}
 
   // Computes one block. A null argmax is not written.
   void operator()(const C* source, C* pooled, uint8_t* argmax, const Team& team) const {
-    C* unpooled = scratch<C>(Scratch::output_block, correlation_.output_size() * lanes);
-    team.share([&](Share share) { correlation_(source, unpooled, share); });
+    C* unpooled = scratch<C>(Scratch::output_block, problem_.output_size() * lanes);
+    team.share([&](Share share) { problem_(source, unpooled, share); });
     team.share([&](Share share) {
       const Range channels = share.of(pool_.C);
       argmax ? pool<uint8_t>(unpooled, pooled, argmax, channels) : pool<void>(unpooled, pooled, argmax, channels);
@@ -79,7 +79,7 @@ class PooledBlock {
         [&](const auto& best, int64_t window) { store_max(best, pooled, argmax, window * lanes); });
   }
 
-  const BatchLanesConvolution<T> correlation_;
+  const BatchLanesConvolution<T> problem_;
   const MaxPool2dShape& pool_;
 };
 
@@ -190,20 +190,20 @@ void forward_of_all(Conv2dReluMaxPool2dArgs x) {
   constexpr int64_t lanes = kLanes<T>, most_elements = (1 << 20) / sizeof(Compute<T>);
   const Conv2dShape& s = x.conv.shape;
   x.conv.relu = false;  // the pooling rectifies
-  const ConvProblem<T> correlation = forward_problem<T>(x.conv);
+  const ConvProblem<T> problem = forward_problem<T>(x.conv);
   const int64_t in = s.C * s.H * s.W, between = s.O * s.OH * s.OW, out = s.O * x.pool.OH * x.pool.OW;
-  const double flops = 2.0 * static_cast<double>(s.N * between * correlation.depth());
+  const double flops = 2.0 * static_cast<double>(s.N * between * problem.depth());
   // Batch lanes sum in the order of the filters, without pairs. The result must be conv2d's to the last bit, so conv2d
   // must sum in this way too.
-  const bool same_sums = sums_in_order(correlation) && !multiplies_pairs(correlation);
+  const bool same_sums = sums_in_order(problem) && !multiplies_pairs(problem);
   if (s.N < lanes || !is_tiled(x.pool) || !same_sums) return forward_of_chunks<T>(x, flops);
-  if (Pooled2x2<T>::takes(correlation, x.pool) && (in + out) * lanes <= 2 * most_elements) {
+  if (Pooled2x2<T>::takes(problem, x.pool) && (in + out) * lanes <= 2 * most_elements) {
     count_run(Algorithm::fused_pool_2x2);
-    return forward_of_blocks<T>(x, flops, Pooled2x2<T>(correlation, x.pool));
+    return forward_of_blocks<T>(x, flops, Pooled2x2<T>(problem, x.pool));
   }
   if (s.O / s.groups <= lanes && (in + between) * lanes <= most_elements) {
     count_run(Algorithm::fused_batch_lanes);
-    return forward_of_blocks<T>(x, flops, PooledBlock<T>(correlation, x.pool));
+    return forward_of_blocks<T>(x, flops, PooledBlock<T>(problem, x.pool));
   }
   forward_of_chunks<T>(x, flops);
 }
