@@ -45,6 +45,7 @@ TORCHS_OWN = re.compile(
     "|must be Tensor, not None"  # in inference mode the kernel reports an undefined tensor instead
     "|Expected IntList but got GenericList|_local_scalar_dense|storage of BatchedTensorImpl"  # likewise
     "|cannot be represented as a SymInt"  # a huge number is checked if it is a plain integer
+    "|a function that has non-empty output"  # jvp refuses a backward op of which no gradient is asked for
     "|can't allocate memory"  # tensors without values need none
     "|more than one element of the written-to tensor"  # in forward mode a tangent gets the strides of its primal
 )
