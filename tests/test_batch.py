@@ -28,6 +28,13 @@ def assert_independent(function, samples: torch.Tensor, layout: torch.memory_for
         assert torch.equal(run(samples[which]), everything[which]), f"{n} samples of {len(samples)}"
 
 
+def input_gradient(function, others, images: torch.Tensor) -> torch.Tensor:
+    """The gradient of the images, for the output as its own gradient, computed together with that of the others."""
+    images = images.detach().requires_grad_()
+    output = function(images)
+    return torch.autograd.grad(output, [images, *others], output.detach())[0]
+
+
 def _layers():
     """The benchmark's shapes without their batches, each once."""
     shapes = (parameter.values[0] for parameter in SHAPES)
@@ -58,6 +65,10 @@ CONVS = [  # a sample, the weight, options
     ((1, 40, 41), (1, 1, 3, 3), {}),
     ((2, 1, 1), (3, 2, 1, 1), {}),
     ((3, 14, 13), (3, 1, 13, 13), {"groups": 3}),  # more taps than a chunk of K
+    ((12, 4, 4), (12, 1, 3, 3), {"groups": 12}),
+    ((4, 6, 6), (4, 2, 3, 3), {"groups": 2}),
+    ((8, 15, 14), (8, 4, 13, 13), {"groups": 2}),
+    ((6, 8, 9), (16, 6, 3, 3), {}),
 ]
 
 
@@ -68,7 +79,10 @@ CONVS = [  # a sample, the weight, options
 def test_conv2d(dtype, sample, weight, options, weight_where, layout):
     parameters = {"weight": random(weight, dtype, weight_where), "bias": random(weight[:1], dtype)}
     function = partial(functional.conv2d, **parameters, **options)
-    assert_independent(function, random((SIZES[-1], *sample), dtype), layout)
+    samples = random((SIZES[-1], *sample), dtype)
+    assert_independent(function, samples, layout)
+    for others in ([], [parameters["weight"].requires_grad_()]):
+        assert_independent(partial(input_gradient, function, others), samples, layout)
 
 
 @both_formats
@@ -88,7 +102,9 @@ def test_conv2d_relu_max_pool2d(dtype, sample, weight, options, layout):
         functional.conv2d_relu_max_pool2d, weight=random(weight, dtype), bias=random(weight[:1], dtype), **options,
         pool_kernel_size=2,
     )  # fmt: skip
-    assert_independent(function, random((SIZES[-1], *sample), dtype), layout)
+    samples = random((SIZES[-1], *sample), dtype)
+    assert_independent(function, samples, layout)
+    assert_independent(partial(input_gradient, function, []), samples, layout)
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (10, 84), (37, 53), (300, 17), (17, 1030), (130, 260), (64, 4096)], ids=str)

@@ -269,8 +269,13 @@ bool should_use_batch_lanes_backward(const Conv2dBackwardArgs& x) {
   if (s.N < lanes || std::max(s.C, s.O) / s.groups > most_channels<T>(x) || depthwise) return false;
   if ((x.grad_bias && !x.grad_weight) || (x.grad_input && !one_phase)) return false;
   const ConvInput<T> source = conv_input<T>(s, x.input);
-  return source.tap_count > 0 && !reaches_outside(source, ReceptiveField(source)) &&
-         (s.C * s.H * s.W + s.O * s.OH * s.OW) * lanes <= most_elements;
+  if (source.tap_count == 0 || reaches_outside(source, ReceptiveField(source)) ||
+      (s.C * s.H * s.W + s.O * s.OH * s.OW) * lanes > most_elements)
+    return false;
+  if (!x.grad_input) return true;
+  // A smaller batch takes another algorithm, which has to sum in the same order.
+  const ConvProblem<T>& input_gradient = *input_gradient_phases<T>(x).first;
+  return sums_in_order(input_gradient) && !multiplies_pairs(input_gradient);
 }
 
 template <class T>
