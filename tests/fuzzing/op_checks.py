@@ -23,6 +23,25 @@ def check(call: Call) -> None:
     CHECKS[call.op](call)
     if call.threads > 1 and call.derivative == "gradients" and call.op != "linear_batched":
         check_threads(call)
+    if call.seed % 8 == 0 and call.derivative == "gradients" and call.op in BATCHED and call.operands[0].shape[0] > 1:
+        check_batch(call)
+
+
+def check_batch(call: Call) -> None:
+    """The first images of a batch have the same results alone as with the others."""
+    images, *others = call.tensors()
+    if images.dim() < 4 or images[:1].is_contiguous() == images[:1].is_contiguous(memory_format=torch.channels_last):
+        return  # images that have both memory formats may be summed in either order
+    function = partial(getattr(F, call.op), **call.options, **call.pool)
+    count = call.seed // 8 % (len(images) - 1) + 1
+    grad = call.gradient(function(images, *others))
+    of_all, of_some = (
+        oracle.output_and_gradients(function, [images[:n], *others], lambda _, n=n: grad[:n], call.wanted)
+        for n in (len(images), count)
+    )
+    assert_same_numbers(f"output of {count} images", of_some[0], of_all[0][:count])
+    if call.operands[0].wanted:
+        assert_same_numbers(f"gradient of {count} images", of_some[1][0], of_all[1][0][:count])
 
 
 def check_threads(call: Call) -> None:
@@ -190,6 +209,7 @@ def check_derivative(call: Call, ours: Callable[..., Any], stock: Callable[..., 
         assert same, f"{call.derivative} derivative, result {i} of {len(results[0])}"
 
 
+BATCHED = ("conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "max_pool2d")
 CHECKS: dict[str, Callable[[Call], None]] = {
     "conv2d": check_product,
     "linear": check_product,
