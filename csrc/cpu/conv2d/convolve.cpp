@@ -43,10 +43,10 @@ bool is_depthwise(const ConvProblem<T>& x) {
          (x.channels_last || x.out_pixels().x_stride == 1);
 }
 
-// Whether a convolution that is depthwise sums in another order than the batch lanes would.
+// Whether convolve_depthwise takes each sum in one chain where the other algorithms take it in chunks of KC terms.
 template <class T>
-bool has_order_of_its_own(const ConvProblem<T>& x) {
-  return is_depthwise(x) && !sums_depthwise_in_order(x);
+bool has_long_chains(const ConvProblem<T>& x) {
+  return is_depthwise(x) && x.depth() > KC;
 }
 
 // Whether the batch should be in the lanes: the lanes that other algorithms would leave idle or spend on the zeros
@@ -56,7 +56,7 @@ bool should_use_batch_lanes(const ConvProblem<T>& x, int64_t count) {
   const ConvInput<T>& s = x.input;
   constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(Compute<T>);
   const int64_t out = x.groups * x.out_channels * s.pixels();
-  if (count < lanes || (s.image_stride + out) * lanes > most_elements || has_order_of_its_own(x)) return false;
+  if (count < lanes || (s.image_stride + out) * lanes > most_elements || has_long_chains(x)) return false;
   const double inside = fraction_inside(s), products = inside * static_cast<double>(out * x.depth());
   const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
   // The factors are fitted to measurements. Vectors along the width end at every row. Along the channels, a tile that
@@ -294,8 +294,7 @@ bool multiplies_pairs(const ConvProblem<T>& x) {
 template <class T>
 bool sums_in_order(const ConvProblem<T>& x) {
   const ConvAlgorithm algorithm = choose_algorithm(&x, 1);
-  return algorithm != ConvAlgorithm::grouped_lanes && algorithm != ConvAlgorithm::direct_3wide &&
-         !has_order_of_its_own(x);
+  return algorithm != ConvAlgorithm::grouped_lanes && algorithm != ConvAlgorithm::direct_3wide && !has_long_chains(x);
 }
 
 template <class T>

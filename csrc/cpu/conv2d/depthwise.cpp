@@ -240,33 +240,30 @@ bool sums_3x3(const Conv2dShape& s, const ConvInput<T>& source, const T* grad_ou
   return false;
 }
 
-// Whether conv2d/depthwise_3x3.h has code for this convolution.
-template <class T>
-bool has_3x3_kernel(const ConvProblem<T>& x) {
+// Runs the kernel of conv2d/depthwise_3x3.h, or returns false if there is none for this convolution.
+template <bool reversed, class T>
+bool convolve_3x3(const ConvProblem<T>& x, const Taps3x3& taps, const T* weight) {
+  if (x.channels_last) {
+    depthwise_channels_3x3<reversed>(x, taps, weight);
+    return true;
+  }
 #ifdef CPU_CAPABILITY_AVX512
-  constexpr bool has_planes = std::is_same_v<Compute<T>, float>;
-#else
-  constexpr bool has_planes = false;
+  if constexpr (std::is_same_v<Compute<T>, float>) {
+    depthwise_planes_3x3<reversed>(x, taps, weight);
+    return true;
+  }
 #endif
-  return Taps3x3::fit(x.input) && (x.channels_last || has_planes);
+  return false;
 }
 
 }  // namespace
 
 template <class T>
-bool sums_depthwise_in_order(const ConvProblem<T>& x) {
-  if (has_3x3_kernel(x)) return x.input.taps[0].dy < x.input.taps[8].dy;  // an input gradient has them in reverse
-  return x.depth() <= KC;
-}
-
-template <class T>
 void convolve_depthwise(const ConvProblem<T>& x, const T* weight) {
-  if (has_3x3_kernel(x)) {
-    count_run(Algorithm::conv2d_depthwise_3x3);
-    if (x.channels_last) return depthwise_channels_3x3(x, weight);
-#ifdef CPU_CAPABILITY_AVX512
-    if constexpr (std::is_same_v<Compute<T>, float>) return depthwise_planes_3x3(x, weight);
-#endif
+  if (Taps3x3::fit(x.input)) {
+    const Taps3x3 taps(x.input);
+    if (taps.reversed() ? convolve_3x3<true>(x, taps, weight) : convolve_3x3<false>(x, taps, weight))
+      return count_run(Algorithm::conv2d_depthwise_3x3);
   }
   count_run(Algorithm::conv2d_depthwise);
   x.channels_last ? depthwise_channels(x, weight) : depthwise_planes(x, weight);
@@ -326,7 +323,6 @@ void weight_gradient_depthwise(const Conv2dShape& s, const ConvInput<T>& source,
 }
 
 #define INSTANTIATE(T)                                               \
-  template bool sums_depthwise_in_order(const ConvProblem<T>&);      \
   template void convolve_depthwise(const ConvProblem<T>&, const T*); \
   template void weight_gradient_depthwise(const Conv2dShape&, const ConvInput<T>&, const T*, T*);
 FOR_EACH_FLOATING(INSTANTIATE)

@@ -6,7 +6,8 @@
 // each. Nothing is copied: where a tap leaves the image its value is a zero, from a mask or a register, or the row is
 // skipped.
 //
-// A sum runs over the taps row by row; a weight gradient sums over the pixels of each image.
+// A sum runs over the taps in the order of the filter, which for an input gradient is the reverse of that of the image,
+// so that it has the bits of other algorithms. A weight gradient sums over the pixels of each image.
 #pragma once
 
 #include "problem.h"
@@ -31,6 +32,7 @@ struct Taps3x3 {
     top = e.top, left = e.left;
     for (int64_t t = 0; t < 9; ++t) order[(s.taps[t].dy - top) * 3 + s.taps[t].dx - left] = t;
   }
+  bool reversed() const { return order[0] == 8; }
 };
 
 // ---- channels-last: vectors along the channels, one pixel at a time; columns of input values slide with it ----
@@ -75,13 +77,13 @@ C10_ALWAYS_INLINE void for_each_pixel_3x3(const ConvInput<T>& s, const Taps3x3& 
   }
 }
 
-template <class T>
-void depthwise_channels_3x3(const ConvProblem<T>& x, const T* weight) {
+// `reversed` is that of the taps, which is known at compile time so that their order costs nothing.
+template <bool reversed, class T>
+void depthwise_channels_3x3(const ConvProblem<T>& x, const Taps3x3& taps, const T* weight) {
   using C = Compute<T>;
   using V = Vec<C>;
   constexpr int64_t lanes = V::size();
   const ConvInput<T>& s = x.input;
-  const Taps3x3 taps(s);
   const int64_t channels = x.groups, lines = s.count * s.out_height;
   const Axis pixels = x.out_pixels();
   C* by_tap = scratch<C>(Scratch::weight, 9 * channels);
@@ -97,16 +99,14 @@ void depthwise_channels_3x3(const ConvProblem<T>& x, const T* weight) {
       const V bias = x.bias ? load(x.bias + c, count) : V(0);
       for_each_pixel_3x3(s, taps, s.images + n * s.image_stride, y, c, count,
                          [&](int64_t column, const auto& a, const auto& b, const auto& right) {
+                           const V values[9] = {a.top,        b.top,    right.top, a.middle,    b.middle,
+                                                right.middle, a.bottom, b.bottom,  right.bottom};
                            V sum(0);
-                           sum = at::vec::fmadd(a.top, w[0], sum);
-                           sum = at::vec::fmadd(b.top, w[1], sum);
-                           sum = at::vec::fmadd(right.top, w[2], sum);
-                           sum = at::vec::fmadd(a.middle, w[3], sum);
-                           sum = at::vec::fmadd(b.middle, w[4], sum);
-                           sum = at::vec::fmadd(right.middle, w[5], sum);
-                           sum = at::vec::fmadd(a.bottom, w[6], sum);
-                           sum = at::vec::fmadd(b.bottom, w[7], sum);
-                           sum = at::vec::fmadd(right.bottom, w[8], sum);
+#pragma GCC unroll 9
+                           for (int t = 0; t < 9; ++t) {
+                             const int tap = reversed ? 8 - t : t;
+                             sum = at::vec::fmadd(values[tap], w[tap], sum);
+                           }
                            if (x.bias) sum = sum + bias;
                            if (x.relu) sum = at::vec::clamp_min(sum, V(0));
                            store(output + column * pixels.x_stride + c, sum, count);
@@ -165,18 +165,20 @@ struct Columns3x3 {
   __mmask16 exist() const { return static_cast<__mmask16>((1u << count) - 1); }
 };
 
-template <class T, int rows>
+template <bool reversed, class T, int rows>
 void rows_of_plane_3x3(const ConvInput<T>& s, const Taps3x3& taps, const Columns3x3& columns, const T* plane,
                        const __m512 (&w)[9], int64_t y, Vec<float> (&sum)[rows]) {
 #pragma GCC unroll 4
   for (int j = 0; j < rows; ++j) sum[j] = Vec<float>(0);
 #pragma GCC unroll 6
-  for (int r = 0; r < rows + 2; ++r) {
+  for (int i = 0; i < rows + 2; ++i) {
+    const int r = reversed ? rows + 1 - i : i;
     const int64_t image_y = y + taps.top + r;
     if (image_y < 0 || image_y >= s.height) continue;
     const T* row = plane + image_y * s.y_stride + columns.x + taps.left;
 #pragma GCC unroll 3
-    for (int dx = 0; dx < 3; ++dx) {
+    for (int k = 0; k < 3; ++k) {
+      const int dx = reversed ? 2 - k : k;
       const __m512 value = load_floats(row + dx, columns.met[dx]);
 #pragma GCC unroll 4
       for (int j = 0; j < rows; ++j)
@@ -185,11 +187,10 @@ void rows_of_plane_3x3(const ConvInput<T>& s, const Taps3x3& taps, const Columns
   }
 }
 
-template <class T>
-void depthwise_planes_3x3(const ConvProblem<T>& x, const T* weight) {
+template <bool reversed, class T>
+void depthwise_planes_3x3(const ConvProblem<T>& x, const Taps3x3& taps, const T* weight) {
   using V = Vec<float>;
   const ConvInput<T>& s = x.input;
-  const Taps3x3 taps(s);
   const Axis pixels = x.out_pixels();
   const int64_t planes = s.count * x.groups;
   for_each_task(planes, 18.0 * planes * s.pixels(), [&](int64_t task) {
@@ -204,7 +205,7 @@ void depthwise_planes_3x3(const ConvProblem<T>& x, const T* weight) {
       const Columns3x3 columns(s, taps, column);
       const auto rows_from = [&](int64_t y, auto rows) {
         V sum[decltype(rows)::value];
-        rows_of_plane_3x3<T>(s, taps, columns, plane, w, y, sum);
+        rows_of_plane_3x3<reversed, T>(s, taps, columns, plane, w, y, sum);
 #pragma GCC unroll 4
         for (int j = 0; j < decltype(rows)::value; ++j) {
           if (x.bias) sum[j] = sum[j] + bias;

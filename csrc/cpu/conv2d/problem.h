@@ -131,11 +131,6 @@ void convolve(const ConvProblem<T>* phases, int64_t count);
 template <class T>
 void convolve_depthwise(const ConvProblem<T>& x, const T* weight);
 
-// Whether it sums over the taps in the order of the filters in memory and in chunks of at most KC terms, as the batch
-// lanes and the implicit GEMMs do.
-template <class T>
-bool sums_depthwise_in_order(const ConvProblem<T>& x);
-
 // Computes grad_weight of a depthwise convolution.
 template <class T>
 void weight_gradient_depthwise(const Conv2dShape& s, const ConvInput<T>& source, const T* grad_output, T* grad_weight);
