@@ -29,6 +29,7 @@ SANITIZE = os.environ.get("PYOPS_SANITIZE") == "1"
 
 AVAILABLE = platform.machine() == "x86_64"
 needed = pytest.mark.skipif(not AVAILABLE, reason="the emulator is for x86-64")
+installed = False  # whether the CUDA kernels compute on CPU tensors at the moment
 
 COMPILER = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-fPIC", "-fno-strict-aliasing"]
 # The kernels ask for every contraction by fma, and nvcc contracts nothing else, so neither does this compiler. With
@@ -99,8 +100,11 @@ def kernels(order: int = ALTERNATING, largest_32_bit_offset: int = 20_000, tf32:
     module.set_order(order)
     module.set_largest_32_bit_offset(largest_32_bit_offset)
     module.set_tf32(tf32)
+    global installed
     pyops._C.set_cpu_kernels(module.kernels)
+    installed = True
     try:
         yield
     finally:
         pyops._C.set_cpu_kernels(pyops._load.cpu_kernels)
+        installed = False

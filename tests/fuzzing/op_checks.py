@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import emulated
 import oracle
 import torch
 from tensors import place
@@ -23,13 +24,15 @@ def check(call: Call) -> None:
     CHECKS[call.op](call)
     if call.threads > 1 and call.derivative == "gradients" and call.op != "linear_batched":
         check_threads(call)
-    if call.seed % 8 == 0 and call.derivative == "gradients" and call.op in BATCHED and call.operands[0].shape[0] > 1:
+    if call.seed % 8 == 0 and call.derivative == "gradients" and call.op in BATCHED and not emulated.installed:
         check_batch(call)
 
 
 def check_batch(call: Call) -> None:
-    """The first images of a batch have the same results alone as with the others."""
+    """The first images of a batch have the same results alone as with the others. Only the CPU's kernels promise it."""
     images, *others = call.tensors()
+    if len(images) < 2:
+        return
     if images.dim() < 4 or images[:1].is_contiguous() == images[:1].is_contiguous(memory_format=torch.channels_last):
         return  # images that have both memory formats may be summed in either order
     function = partial(getattr(F, call.op), **call.options, **call.pool)
