@@ -80,7 +80,7 @@ def extension(name: str, sources: list[str], flags: list[str]) -> setuptools.Ext
     return setuptools.Extension(
         f"pyops.{name}",
         sources=sorted(sources),
-        depends=glob("csrc/**/*.h", recursive=True) + glob("cuda/*.h"),
+        depends=glob("csrc/**/*.h", recursive=True) + glob("cuda/**/*.h", recursive=True),
         extra_compile_args=flags,
         language="c++",
     )
@@ -105,7 +105,7 @@ def reason_against_cuda() -> str | None:
 
 
 if torch_fits and reason_against_cuda() is None:
-    EXTENSIONS.append(extension("_cuda", glob("cuda/*.cpp") + glob("cuda/*.cu"), ["-O2"]))
+    EXTENSIONS.append(extension("_cuda", ["cuda/module.cpp", *glob("cuda/**/*.cu", recursive=True)], ["-O2"]))
 
 
 class build_ext(BuildExtension):

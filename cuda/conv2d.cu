@@ -3,22 +3,21 @@
 //   output[n, o, y, x] = bias[o] + sum over c, i, j of
 //     weight[o, c, i, j] input[n, c, y stride + i dilation - padding, ..]
 //
-// conv_way (conv2d.h) chooses the algorithm by the shape. The generic one, in this file, has one thread for each
-// output.
+// The table below lists the algorithms. The direct one, which supports every shape, has one thread for each output.
 //
 // Sums are taken in float (in double for double) over the taps inside the image, in an order that depends only on the
-// shape, and are rounded once. On sm_80 and sm_90 the generic kernel takes 56 to 114 registers, so that an SM holds two
+// shape, and are rounded once. On sm_80 and sm_90 the direct kernel takes 56 to 114 registers, so that an SM holds two
 // blocks of 256 threads; for double at most 148, one block. It takes no shared memory.
-#include "conv2d_generic.h"
-#include "conv2d_product.h"
+#include "conv2d/direct.h"
+#include "conv2d/implicit_gemm.h"
 
 namespace pyops::cuda {
 namespace {
 
 template <class T, class Index>
 __global__ void __launch_bounds__(block_threads, 1)
-    generic_forward(const __grid_constant__ Conv<Index> conv, const T* input, const T* weight, const T* bias, T* output,
-                    bool relu) {
+    direct_forward(const __grid_constant__ Conv<Index> conv, const T* input, const T* weight, const T* bias, T* output,
+                   bool relu) {
   const int64_t number = thread_number();
   if (number >= conv.output.count) return;
   const Position<Index> at = conv.output.position(static_cast<Index>(number));
@@ -26,24 +25,71 @@ __global__ void __launch_bounds__(block_threads, 1)
   output[number] = relu ? narrow<T>(rectified(widen(value))) : value;
 }
 
-}  // namespace
+using Problem = Launch<Conv2dArgs>;
 
-cudaError_t conv2d(const Conv2dArgs& x, Workspace& workspace, cudaStream_t stream) {
-  const ConvWay way = conv_way(x.shape);
-  if (way == ConvWay::tiny) return tiny_forward(x, stream);
-  if (way == ConvWay::depthwise) return depthwise_correlation(x, stream);
-  if (way == ConvWay::grouped) return grouped_correlation(x, stream);
+bool is_direct_small(const Problem& x) {
+  const Conv2dShape& s = x.args.shape;
+  return !needs_wide_offsets(s) && supports_direct_small(s, s.C, s.O);
+}
+
+bool is_implicit_gemm(const Problem& x) {
+  return !needs_wide_offsets(x.args.shape) && x.args.shape.groups == 1;
+}
+
+bool is_depthwise_convolution(const Problem& x) {
+  return !needs_wide_offsets(x.args.shape) && is_depthwise(x.args.shape);
+}
+
+bool is_narrow_convolution(const Problem& x) {
+  return !needs_wide_offsets(x.args.shape) && is_narrow(x.args.shape, x.args.shape.C);
+}
+
+cudaError_t run_implicit_gemm(const Problem& x) {
+  return dispatch_floating(x.args.dtype,
+                           [&](auto t) { return implicit_gemm_forward<decltype(t)>(x.args, x.workspace, x.stream); });
+}
+
+cudaError_t run_direct(const Problem& problem) {
+  const Conv2dArgs& x = problem.args;
   return dispatch_floating(x.dtype, [&](auto t) {
     using T = decltype(t);
-    if (way == ConvWay::product) return product_forward<T>(x, workspace, stream);
     return dispatch_index(largest_conv_offset(x.shape), [&](auto index) {
       using Index = decltype(index);
       const Conv<Index> conv(x.shape);
-      return launch_for(generic_forward<T, Index>, conv.output.count, stream, conv, static_cast<const T*>(x.input),
-                        static_cast<const T*>(x.weight), static_cast<const T*>(x.bias), static_cast<T*>(x.output),
-                        x.relu);
+      return launch_for(direct_forward<T, Index>, conv.output.count, problem.stream, conv,
+                        static_cast<const T*>(x.input), static_cast<const T*>(x.weight), static_cast<const T*>(x.bias),
+                        static_cast<T*>(x.output), x.relu);
     });
   });
+}
+
+constexpr Algorithm<Problem> algorithms[] = {
+    // Few channels would leave most of a tensor core's tile empty.
+    {"direct_small", "cuda/conv2d/direct_small.cu", is_direct_small, always<Problem>,
+     [](const Problem& x) { return direct_small_forward(x.args, x.stream); }},
+    // Tensor cores multiply.
+    {"implicit_gemm", "cuda/conv2d/implicit_gemm.h", is_implicit_gemm, always<Problem>, run_implicit_gemm},
+    // A group would be a matrix of one row.
+    {"depthwise", "cuda/conv2d/depthwise.cu", is_depthwise_convolution, always<Problem>,
+     [](const Problem& x) { return depthwise_convolution(x.args, x.stream); }},
+    // Groups with few channels would be small matrices.
+    {"grouped", "cuda/conv2d/grouped.cu", is_narrow_convolution, always<Problem>,
+     [](const Problem& x) { return grouped_convolution(x.args, x.stream); }},
+    // Other groups, and images that need 64-bit offsets.
+    {"direct", "cuda/conv2d/direct.h", always<Problem>, always<Problem>, run_direct},
+};
+
+[[maybe_unused]] const bool listed = choices::conv2d.list(algorithms);
+
+}  // namespace
+
+cudaError_t conv2d(const Conv2dArgs& x, Workspace& workspace, cudaStream_t stream) {
+  const Problem problem{x, workspace, stream};
+  return choose(choices::conv2d, algorithms, problem).run(problem);
+}
+
+const char* algorithm_of(const Problem& x) {
+  return algorithms[chosen_row(choices::conv2d, algorithms, x)].name;
 }
 
 }  // namespace pyops::cuda

@@ -5,15 +5,18 @@
 //   grad_weight[N, K] = grad_output^T input
 //   grad_bias[N]      = column sums of grad_output
 //
-// All matrices are row-major. One kernel (gemm.h) computes the three products, whose operands differ in which dimension
-// is contiguous.
+// All matrices are row-major. One kernel (gemm/gemm.h) computes the three products, whose operands differ in which
+// dimension is contiguous.
 //
 // Each sum is taken in float (in double for double), in an order that depends only on the shape. Registers and shared
-// memory are those of gemm.h and sums.h.
-#include "gemm.h"
-#include "sums.h"
+// memory are those of gemm/gemm.h and common/sums.h.
+#include "common/sums.h"
+#include "gemm/gemm.h"
 
 namespace pyops::cuda {
+
+[[maybe_unused]] static const bool listed =
+    choices::gemm.list(gemm_algorithms<SplitMma, Matrix<float, true>, Matrix<float, true>, StoreRows<float>>);
 
 cudaError_t linear(const LinearArgs& x, Workspace& workspace, cudaStream_t stream) {
   return dispatch_floating(x.dtype, [&](auto t) {

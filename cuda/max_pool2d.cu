@@ -16,7 +16,8 @@
 // element. With a byte argmax and 32-bit offsets, the kernels take at most 64 registers on sm_80 and sm_90, so that an
 // SM holds four blocks of 256 threads; for integers 96, two blocks; in other cases at most 134. They take no shared
 // memory.
-#include "max_pool2d.h"
+#include "algorithms.h"
+#include "max_pool2d/running_max.h"
 
 namespace pyops::cuda {
 namespace {
@@ -41,7 +42,7 @@ struct Pool {
 };
 
 template <class T, class A, class Index, int count>
-__device__ __forceinline__ void store_winners(const Winner<T, Index> (&winners)[count], int64_t number, T* output,
+__device__ __forceinline__ void store_winners(const RunningMax<T, Index> (&winners)[count], int64_t number, T* output,
                                               A* argmax, bool rectify, A dead) {
   Vector<T, count> values;
   Vector<A, count> taps;
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(block_threads, 1)
   const auto dilation_w = pool.dilation_w.value();
   const Taps<Index> rows(h0, pool.kernel_h, dilation_h, pool.input.height());
   const Taps<Index> columns(w0, pool.kernel_w, dilation_w, pool.input.width());
-  Winner<T, Index> winners[pack];
+  RunningMax<T, Index> winners[pack];
 #pragma unroll
   for (auto& winner : winners) winner.tap = rows.begin * pool.kernel_w + columns.begin;
   for (Index i = rows.begin; i < rows.end; ++i) {
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(block_threads, 1)
       const T* taps = input + pool.input.offset(at.n, at.c, h0 + i * dilation_h, w0 + j * dilation_w);
       const auto values = *reinterpret_cast<const Vector<T, pack>*>(taps);
 #pragma unroll
-      for (int e = 0; e < pack; ++e) winners[e].meet(widen(values.values[e]), i * pool.kernel_w + j);
+      for (int e = 0; e < pack; ++e) winners[e].update(widen(values.values[e]), i * pool.kernel_w + j);
     }
   }
   store_winners(winners, number, output, argmax, rectify, dead);
@@ -88,14 +89,14 @@ __global__ void __launch_bounds__(block_threads, 1)
   const int64_t number = thread_number() * (pack / 2);
   if (number >= pool.output.count) return;
   const Position<int32_t> at = pool.output.position(static_cast<int32_t>(number));
-  Winner<T, int32_t> winners[pack / 2];
+  RunningMax<T, int32_t> winners[pack / 2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int32_t h = at.h * 2 + i;
     if (h >= pool.input.height()) break;
     const auto values = *reinterpret_cast<const Vector<T, pack>*>(input + pool.input.offset(at.n, at.c, h, at.w * 2));
 #pragma unroll
-    for (int e = 0; e < pack; ++e) winners[e / 2].meet(widen(values.values[e]), i * 2 + e % 2);
+    for (int e = 0; e < pack; ++e) winners[e / 2].update(widen(values.values[e]), i * 2 + e % 2);
   }
   store_winners(winners, number, output, argmax, rectify, dead);
 }
@@ -155,7 +156,7 @@ __device__ __forceinline__ T sum_of_one(T term) {
 // writes all its elements.
 template <class T, class A, class Index, int pack>
 __global__ void __launch_bounds__(block_threads, 1)
-    backward_side_by_side(Pool<Index> pool, const T* grad_output, const A* argmax, T* grad_input) {
+    backward_of_tiles(Pool<Index> pool, const T* grad_output, const A* argmax, T* grad_input) {
   const int64_t number = thread_number() * pack;
   if (number >= pool.output.count) return;
   const Position<Index> at = pool.output.position(static_cast<Index>(number));
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(block_threads, 1) indices(Pool<Index> pool, co
   result[number] = element < 0 ? 0 : element;  // 0 is a valid index
 }
 
-bool side_by_side(const MaxPool2dShape& s) {
+bool is_tiled(const MaxPool2dShape& s) {
   return s.stride_h == s.kernel_h && s.stride_w == s.kernel_w && s.dilation_h == 1 && s.dilation_w == 1 &&
          s.padding_h == 0 && s.padding_w == 0 && s.OH * s.kernel_h == s.H && s.OW * s.kernel_w == s.W;
 }
@@ -294,11 +295,13 @@ cudaError_t launch_forward(const MaxPool2dArgs& x, bool rectify, cudaStream_t st
   });
 }
 
+using BackwardProblem = Launch<MaxPool2dBackwardArgs>;
+
+// `tiles`: every window writes its own elements, which cover the image.
 template <class T>
-cudaError_t launch_backward(const MaxPool2dBackwardArgs& x, cudaStream_t stream) {
+cudaError_t launch_backward(const MaxPool2dBackwardArgs& x, bool tiles, cudaStream_t stream) {
   const auto* grad_output = static_cast<const T*>(x.grad_output);
   auto* grad_input = static_cast<T*>(x.grad_input);
-  const bool covered = side_by_side(x.shape);
   return dispatch(x.shape, [&](auto a, auto index) {
     using A = decltype(a);
     using Index = decltype(index);
@@ -311,14 +314,28 @@ cudaError_t launch_backward(const MaxPool2dBackwardArgs& x, cudaStream_t stream)
       constexpr int pack = Pack<T>::size;
       const auto [along, count] = neighbours<T>(x.shape, grad_input, grad_output, x.argmax);
       if (along == Neighbours::channels)
-        return covered ? run(backward_side_by_side<T, A, Index, pack>, windows / count)
-                       : run(backward<T, A, Index, pack>, elements / count);
-      if (along == Neighbours::columns && covered)
+        return tiles ? run(backward_of_tiles<T, A, Index, pack>, windows / count)
+                     : run(backward<T, A, Index, pack>, elements / count);
+      if (along == Neighbours::columns && tiles)
         return count == 2 ? run(backward_2x2<T, 2>, windows) : run(backward_2x2<T, pack>, windows / (count / 2));
     }
-    return covered ? run(backward_side_by_side<T, A, Index, 1>, windows) : run(backward<T, A, Index, 1>, elements);
+    return tiles ? run(backward_of_tiles<T, A, Index, 1>, windows) : run(backward<T, A, Index, 1>, elements);
   });
 }
+
+template <bool tiles>
+cudaError_t run_backward(const BackwardProblem& x) {
+  return dispatch_floating(x.args.dtype, [&](auto t) { return launch_backward<decltype(t)>(x.args, tiles, x.stream); });
+}
+
+constexpr Algorithm<BackwardProblem> backward_algorithms[] = {
+    // No search for the windows of an element.
+    {"tiles", "cuda/max_pool2d.cu", [](const BackwardProblem& x) { return is_tiled(x.args.shape); },
+     always<BackwardProblem>, run_backward<true>},
+    {"gather", "cuda/max_pool2d.cu", always<BackwardProblem>, always<BackwardProblem>, run_backward<false>},
+};
+
+[[maybe_unused]] const bool listed = choices::max_pool2d_backward.list(backward_algorithms);
 
 }  // namespace
 
@@ -330,8 +347,9 @@ cudaError_t max_pool2d_rectified(const MaxPool2dArgs& x, cudaStream_t stream) {
   return dispatch_floating(x.dtype, [&](auto t) { return launch_forward<decltype(t)>(x, true, stream); });
 }
 
-cudaError_t max_pool2d_backward(const MaxPool2dBackwardArgs& x, Workspace&, cudaStream_t stream) {
-  return dispatch_floating(x.dtype, [&](auto t) { return launch_backward<decltype(t)>(x, stream); });
+cudaError_t max_pool2d_backward(const MaxPool2dBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
+  const BackwardProblem problem{x, workspace, stream};
+  return choose(choices::max_pool2d_backward, backward_algorithms, problem).run(problem);
 }
 
 cudaError_t max_pool2d_gather(const MaxPool2dGatherArgs& x, Workspace&, cudaStream_t stream) {

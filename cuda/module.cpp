@@ -1,7 +1,7 @@
-// The Python module pyops._cuda. Its one attribute, `kernels`, is a capsule of the table of CUDA kernels. Each call
-// runs on the current stream of the current device (csrc/device.h has made the tensors' device the current one) and
-// raises torch's error if CUDA returns one. Workspaces are torch tensors: they are freed as soon as the launcher
-// returns, and their memory is reused in stream order.
+// The Python module pyops._cuda. `kernels` is a capsule of the table of CUDA kernels, and the functions are those of
+// csrc/algorithms_module.h. Each call runs on the current stream of the current device (csrc/device.h has made the
+// tensors' device the current one) and raises torch's error if CUDA returns one. Workspaces are torch tensors: they are
+// freed as soon as the launcher returns, and their memory is reused in stream order.
 #include <ATen/ops/empty.h>
 #include <Python.h>
 #include <c10/cuda/CUDAException.h>
@@ -9,7 +9,8 @@
 
 #include <vector>
 
-#include "launchers.h"
+#include "../csrc/algorithms_module.h"
+#include "algorithms.h"
 
 namespace {
 
@@ -33,7 +34,25 @@ struct Run<launcher> {
 
 constexpr pyops::Kernels kernels = pyops::cuda::kernel_table<Run>();
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyObject* algorithms(PyObject*, PyObject*) {
+  return pyops::algorithms(pyops::cuda::choices::all);
+}
+
+PyObject* force_algorithm(PyObject*, PyObject* args) {
+  return pyops::force_algorithm(pyops::cuda::choices::all, args);
+}
+
+PyObject* algorithm_counts(PyObject*, PyObject*) {
+  return pyops::algorithm_counts(pyops::cuda::choices::all);
+}
+
+PyMethodDef methods[] = {
+    {"algorithms", algorithms, METH_NOARGS, "{op: [(name of an algorithm, its file)]}"},
+    {"force_algorithm", force_algorithm, METH_VARARGS, "(op, name or None): computes the op by this algorithm alone"},
+    {"algorithm_counts", algorithm_counts, METH_NOARGS, "{op:name of an algorithm: how often it has run}"},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_cuda", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

@@ -24,7 +24,8 @@ from pyops import _C
 cpu_capability = torch.backends.cpu.get_cpu_capability()
 if cpu_capability not in build_info.cpu_capabilities:
     cpu_capability = "DEFAULT"
-cpu_kernels = importlib.import_module(f"pyops._cpu_{cpu_capability.lower()}").kernels
-_C.set_cpu_kernels(cpu_kernels)
-if build_info.cuda:
-    _C.set_cuda_kernels(importlib.import_module("pyops._cuda").kernels)
+cpu_module = importlib.import_module(f"pyops._cpu_{cpu_capability.lower()}")
+_C.set_cpu_kernels(cpu_module.kernels)
+cuda_module = importlib.import_module("pyops._cuda") if build_info.cuda else None
+if cuda_module:
+    _C.set_cuda_kernels(cuda_module.kernels)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pyops import __version__, _load
+from pyops import __version__, _algorithms, _load, functional
 from pyops.data import DataError, load_digits, load_mnist
 from pyops.lenet import LeNet, StockLeNet
 from pyops.train import Epoch, accuracy, make_optimizer, train
@@ -63,6 +63,19 @@ def _parser() -> argparse.ArgumentParser:
     description = "print what pyops was built with and what it runs on"
     sub = commands.add_parser("info", help=description, description=description.capitalize() + ".")
     sub.set_defaults(command=_info, parser=sub)
+    sub.add_argument(
+        "--algorithm",
+        nargs="+",
+        metavar=("OP", "SHAPE"),
+        help="instead tell by which algorithms an op computes tensors of these shapes, such as "
+        "conv2d 64x1x32x32 6x1x5x5, linear 64x400 120x400 or max_pool2d 64x6x28x28",
+    )
+    call = sub.add_argument_group("the call of --algorithm")
+    for option in ("kernel-size", "stride", "padding", "dilation"):
+        call.add_argument(f"--{option}", metavar="N[,N]", type=_pair)
+    call.add_argument("--groups", metavar="N", type=_positive_integer)
+    call.add_argument("--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32")
+    call.add_argument("--channels-last", action="store_true")
     return parser
 
 
@@ -150,6 +163,8 @@ def _plot(path: Path, curves: Mapping[str, Sequence[Epoch]]) -> None:
 
 
 def _info(args: argparse.Namespace) -> None:
+    if args.algorithm:
+        return _explain(args)
     build = _load.build_info
     cuda = f"built with CUDA {build.cuda} for {', '.join(build.cuda_archs)}" if build.cuda else "not built"
     facts = {
@@ -163,6 +178,38 @@ def _info(args: argparse.Namespace) -> None:
     }
     for name, fact in facts.items():
         print(f"{name:<13} {fact}")
+
+
+def _explain(args: argparse.Namespace) -> None:
+    op, *shapes = args.algorithm
+    options = {name: getattr(args, name) for name in ("kernel_size", "stride", "padding", "dilation", "groups")}
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        tensors = [torch.zeros(tuple(map(int, shape.split("x"))), dtype=getattr(torch, args.dtype)) for shape in shapes]
+        if args.channels_last:
+            tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+        function = {"conv2d": functional.conv2d, "linear": functional.linear, "max_pool2d": functional.max_pool2d}[op]
+
+        def call() -> None:
+            output = function(*(tensor.requires_grad_() for tensor in tensors), **options)
+            torch.autograd.grad(output, tensors, torch.zeros_like(output))
+
+        used = _algorithms.run_by(call)
+    except KeyError:
+        args.parser.error(f"argument --algorithm: no op {op!r} (choose from conv2d, linear, max_pool2d)")
+    except (RuntimeError, TypeError, ValueError) as error:
+        args.parser.error(f"argument --algorithm: {error}")
+    for name, rows in used.items():
+        for row in rows:
+            print(f"{name:24} {row.name:24} {row.file}")
+        others = [row.name for row in _algorithms.supporting(name, call) if row not in rows]
+        if others:
+            print(f"{'':24} also: {', '.join(others)}")
+
+
+def _pair(text: str) -> int | tuple[int, ...]:
+    numbers = tuple(map(int, text.split(",")))
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _positive_integer(text: str) -> int:

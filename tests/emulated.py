@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels so that they run without a GPU: g++ compiles cuda/*.cu on the emulator of tests/emulator.
+"""Builds the CUDA kernels so that they run without a GPU: g++ compiles the .cu files on the emulator of tests/emulator.
 
 The objects are kept in build/ and rebuilt if their sources are newer. PYOPS_SANITIZE=1 builds with AddressSanitizer and
 UndefinedBehaviorSanitizer (tests/sanitize.py).
@@ -21,6 +21,7 @@ from types import ModuleType
 import pytest
 
 import pyops
+from pyops import _algorithms
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "tests" / "emulator"
@@ -29,9 +30,9 @@ SANITIZE = os.environ.get("PYOPS_SANITIZE") == "1"
 
 AVAILABLE = platform.machine() == "x86_64"
 needed = pytest.mark.skipif(not AVAILABLE, reason="the emulator is for x86-64")
-installed = False  # whether the CUDA kernels compute on CPU tensors at the moment
 
-COMPILER = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-fPIC", "-fno-strict-aliasing"]
+COMPILER = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+COMPILER += ["-fno-strict-aliasing"]
 # The kernels ask for every contraction by fma, and nvcc contracts nothing else, so neither does this compiler. With
 # -mfma, fma is an instruction instead of a function call.
 COMPILER += ["-O2", "-ffp-contract=off", "-mfma", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -47,7 +48,8 @@ if SANITIZE:
 
 def _compile(target: Path, sources: list[Path], *options: str) -> Path:
     """Compiles `target`, unless it is newer than everything that it can depend on."""
-    inputs = [*sources, *ROOT.glob("cuda/*.h"), *FOLDER.glob("*.h"), ROOT / "csrc" / "kernels.h", Path(__file__)]
+    headers = [*ROOT.glob("cuda/**/*.h"), *FOLDER.glob("*.h"), *ROOT.glob("csrc/*.h")]
+    inputs = [*sources, *headers, Path(__file__)]
     if not target.exists() or target.stat().st_mtime < max(path.stat().st_mtime for path in inputs):
         target.parent.mkdir(parents=True, exist_ok=True)
         finished = target.with_suffix(f".{os.getpid()}")  # another process may build this target at the same time
@@ -67,9 +69,9 @@ def _build_folder() -> Path:
 
 
 def build_module() -> Path:
-    """Builds the Python module of the kernels in cuda/*.cu."""
+    """Builds the Python module of the kernels."""
     folder = _build_folder()
-    sources = {path: path.stem for path in sorted(ROOT.glob("cuda/*.cu"))} | {FOLDER / "module.cpp": "module"}
+    sources = {path: path.stem for path in sorted(ROOT.glob("cuda/**/*.cu"))} | {FOLDER / "module.cpp": "module"}
     include = f"-I{sysconfig.get_path('include')}"
 
     def compile_one(path: Path) -> Path:
@@ -89,6 +91,11 @@ def load() -> ModuleType:
     return module
 
 
+def installed() -> bool:
+    """Whether the CUDA kernels compute on CPU tensors at the moment."""
+    return load.cache_info().currsize > 0 and load() in _algorithms.modules
+
+
 @contextmanager
 def kernels(order: int = ALTERNATING, largest_32_bit_offset: int = 20_000, tf32: bool = False) -> Iterator[None]:
     """While the context lasts, the CUDA kernels compute on CPU tensors, with threads and blocks in the given order.
@@ -100,11 +107,10 @@ def kernels(order: int = ALTERNATING, largest_32_bit_offset: int = 20_000, tf32:
     module.set_order(order)
     module.set_largest_32_bit_offset(largest_32_bit_offset)
     module.set_tf32(tf32)
-    global installed
     pyops._C.set_cpu_kernels(module.kernels)
-    installed = True
+    of_cpu, _algorithms.modules[:] = _algorithms.modules[:], [module]
     try:
         yield
     finally:
-        pyops._C.set_cpu_kernels(pyops._load.cpu_kernels)
-        installed = False
+        pyops._C.set_cpu_kernels(pyops._load.cpu_module.kernels)
+        _algorithms.modules[:] = of_cpu

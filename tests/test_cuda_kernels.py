@@ -67,7 +67,7 @@ def test_same_bits_in_every_order_of_threads_and_blocks(case, dtype, where):
             assert torch.equal(actual, first), f"result {i} differs in order {order}"
 
 
-# Input, weight and options of convolutions for which different algorithms are chosen; see cuda/conv2d.h.
+# Input, weight and options of convolutions for which different algorithms are chosen; see cuda/conv2d.cu.
 WAYS = {
     "product, 16 bytes at a time": ((2, 24, 7, 6), (40, 24, 3, 3), {"padding": 1}),
     "product, rows of images in several tiles": ((1, 8, 14, 13), (33, 8, 2, 3), {"stride": (2, 1), "dilation": 2}),

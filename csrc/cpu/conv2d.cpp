@@ -1,37 +1,46 @@
-// The forward of conv2d: output = conv2d(input, weight) + bias, rectified if asked for. It is a single phase of
-// convolve (conv2d/convolve.cpp), which chooses the algorithm and states the guarantees.
-#include "conv2d/problem.h"
+// The forward of conv2d: output = conv2d(input, weight) + bias, rectified if asked for. It is a single phase of the
+// convolution whose algorithms are listed in conv2d/algorithms.h. The guarantees are those of gemm/gemm.h.
+#include "conv2d/algorithms.h"
 
 namespace pyops::cpu {
+
+[[maybe_unused]] static const bool listed =
+    choices::conv2d.list(convolution_algorithms<float>) && choices::conv2d_planes.list(convolution_algorithms<float>);
 
 template <class T>
 ConvProblem<T> forward_problem(const Conv2dArgs& x) {
   const Conv2dShape& s = x.shape;
   const Layout out(s.O, s.OH, s.OW, s.channels_last);
   const WeightLayout w(s);
-  return {conv_input<T>(s, x.input),
-          {static_cast<const T*>(x.weight), s.O / s.groups * w.out_stride, w.out_stride, w.channel_stride, w.tap_stride,
-           s.O * w.out_stride},
-          s.channels_last,
-          s.groups,
-          s.O / s.groups,
-          static_cast<T*>(x.output),
-          out.channel_stride,
-          {s.OW, s.OH * s.OW, out.image_stride, out.y_stride, out.x_stride},
-          static_cast<const T*>(x.bias),
-          x.relu};
+  return {
+      .input = conv_input<T>(s, x.input),
+      .filters = {.data = static_cast<const T*>(x.weight),
+                  .group_stride = s.O / s.groups * w.out_stride,
+                  .out_stride = w.out_stride,
+                  .channel_stride = w.channel_stride,
+                  .tap_stride = w.tap_stride,
+                  .count = s.O * w.out_stride},
+      .channels_last = s.channels_last,
+      .groups = s.groups,
+      .out_channels = s.O / s.groups,
+      .output = static_cast<T*>(x.output),
+      .out_channel_stride = out.channel_stride,
+      .out_lines = {s.OW, s.OH * s.OW, out.image_stride, out.y_stride, out.x_stride},
+      .bias = static_cast<const T*>(x.bias),
+      .relu = x.relu,
+  };
 }
 
 void conv2d(const Conv2dArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
-    const auto problem = forward_problem<decltype(zero)>(x);
-    convolve(&problem, 1);
+    using T = decltype(zero);
+    const ConvProblem<T> problem = forward_problem<T>(x);
+    convolve(choices::conv2d, Phases<T>{&problem, 1});
   });
 }
 
-template ConvProblem<float> forward_problem(const Conv2dArgs&);
-template ConvProblem<double> forward_problem(const Conv2dArgs&);
-template ConvProblem<c10::BFloat16> forward_problem(const Conv2dArgs&);
-template ConvProblem<c10::Half> forward_problem(const Conv2dArgs&);
+#define INSTANTIATE(T) template ConvProblem<T> forward_problem(const Conv2dArgs&);
+FOR_EACH_FLOATING(INSTANTIATE)
+#undef INSTANTIATE
 
 }  // namespace pyops::cpu

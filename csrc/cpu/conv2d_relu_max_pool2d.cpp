@@ -1,12 +1,12 @@
 // output = relu(max_pool2d(conv2d(input, weight, bias))) and its gradients, a few images at a time: what the
 // convolution writes is still in cache when the pooling reads it. All operands share one layout, NCHW or NHWC.
 //
-// forward_of_all chooses between three algorithms. The first two are for non-overlapping windows and work on CHWN
-// blocks of images (conv2d/chwn.h), of which only the input and the pooled output are transposed. For 2x2 windows, if
-// no tap leaves the image, the maximum is taken in registers (conv2d/fused_pool_2x2.h). Otherwise, with few channels, a
-// block is convolved, and then the maxima of whole vectors are taken. In all other cases, convolution and pooling run
-// one after the other on as many images as half an L2 cache holds. The backward works on CHWN blocks too, where the
-// gradient of the convolution's output stays in cache.
+// The forward has three algorithms. The first two are for non-overlapping windows and work on CHWN blocks of images
+// (conv2d/chwn.h), of which only the input and the pooled output are transposed. For 2x2 windows, if no tap leaves the
+// image, the maximum is taken in registers (conv2d/fused_pool_2x2.h). Otherwise, with few channels, a block is
+// convolved, and then the maxima of whole vectors are taken. In all other cases, convolution and pooling run one after
+// the other on as many images as half an L2 cache holds. The backward works on CHWN blocks too, where the gradient of
+// the convolution's output stays in cache.
 //
 // The maximum is taken before the rectification, with which it commutes. The gradient then needs nothing but the
 // argmax, in which one extra number marks the windows that pass no gradient. The values, and the argmax of windows
@@ -168,16 +168,29 @@ void forward(const Conv2dReluMaxPool2dArgs& x, int64_t n, int64_t count, T* betw
   rectify<T, A>(output, argmax, count * pooled, static_cast<A>(dead_window(pool.taps())));
 }
 
+// The problem, and the convolution in it.
 template <class T>
-void forward_of_chunks(const Conv2dReluMaxPool2dArgs& x, double flops) {
-  count_run(Algorithm::fused_chunks);
+struct FusedProblem {
+  Conv2dReluMaxPool2dArgs args;
+  ConvProblem<T> conv;
+
+  const Conv2dShape& shape() const { return args.conv.shape; }
+  int64_t in() const { return shape().C * shape().H * shape().W; }
+  int64_t between() const { return shape().O * shape().OH * shape().OW; }
+  int64_t out() const { return shape().O * args.pool.OH * args.pool.OW; }
+  double flops() const { return 2.0 * static_cast<double>(shape().N * between() * conv.depth()); }
+};
+
+template <class T>
+void forward_of_chunks(const FusedProblem<T>& problem) {
+  const Conv2dReluMaxPool2dArgs& x = problem.args;
   // As many images as half an L2 cache of 1 MB holds. If that is at least a vector's lanes of images, it is rounded
   // down to a multiple of them, for convolutions with the batch in lanes (conv2d/batch_lanes.cpp).
   constexpr int64_t lanes = Vec<T>::size(), cached = (512 << 10) / sizeof(T);
-  const Conv2dShape& s = x.conv.shape;
-  const int64_t image = s.O * s.OH * s.OW, fitting = std::max(cached / image, int64_t{1});
+  const Conv2dShape& s = problem.shape();
+  const int64_t image = problem.between(), fitting = std::max(cached / image, int64_t{1});
   const int64_t count = std::min(fitting >= lanes ? fitting / lanes * lanes : fitting, s.N);
-  for_each_task(ceil_div(s.N, count), flops, [&](int64_t task) {
+  for_each_task(ceil_div(s.N, count), problem.flops(), [&](int64_t task) {
     const int64_t n = task * count, images = std::min(count, s.N - n);
     T* between = scratch<T>(Scratch::between, count * image);
     max_pool2d_argmax_is_u8(x.pool.taps()) ? forward<T, uint8_t>(x, n, images, between)
@@ -185,45 +198,97 @@ void forward_of_chunks(const Conv2dReluMaxPool2dArgs& x, double flops) {
   });
 }
 
+// Whether blocks of images in lanes give the bits of conv2d, which chooses its algorithm by itself.
 template <class T>
-void forward_of_all(Conv2dReluMaxPool2dArgs x) {
-  constexpr int64_t lanes = kLanes<T>, most_elements = (1 << 20) / sizeof(Compute<T>);
-  const Conv2dShape& s = x.conv.shape;
-  x.conv.relu = false;  // the pooling rectifies
-  const ConvProblem<T> problem = forward_problem<T>(x.conv);
-  const int64_t in = s.C * s.H * s.W, between = s.O * s.OH * s.OW, out = s.O * x.pool.OH * x.pool.OW;
-  const double flops = 2.0 * static_cast<double>(s.N * between * problem.depth());
-  // Batch lanes sum in the order of the filters, without pairs. The result must be conv2d's to the last bit, so conv2d
-  // must sum in this way too.
-  const bool same_sums = sums_in_order(problem) && !multiplies_pairs(problem);
-  if (s.N < lanes || !is_tiled(x.pool) || !same_sums) return forward_of_chunks<T>(x, flops);
-  if (Pooled2x2<T>::takes(problem, x.pool) && (in + out) * lanes <= 2 * most_elements) {
-    count_run(Algorithm::fused_pool_2x2);
-    return forward_of_blocks<T>(x, flops, Pooled2x2<T>(problem, x.pool));
-  }
-  if (s.O / s.groups <= lanes && (in + between) * lanes <= most_elements) {
-    count_run(Algorithm::fused_batch_lanes);
-    return forward_of_blocks<T>(x, flops, PooledBlock<T>(problem, x.pool));
-  }
-  forward_of_chunks<T>(x, flops);
+bool supports_blocks(const FusedProblem<T>& x) {
+  const Phases<T> conv{&x.conv, 1};
+  const size_t row = chosen_row(choices::conv2d, convolution_algorithms<T>, conv);
+  return is_tiled(x.args.pool) && agrees_with_batch_lanes(convolution_algorithms<T>[row].sums_in_order(conv), x.conv);
 }
+
+constexpr int64_t block_bytes = 1 << 20;  // of the blocks that are in use at a time
+
+template <class T>
+struct InRegisters2x2 {
+  static bool supports(const FusedProblem<T>& x) {
+    return supports_blocks(x) && Pooled2x2<T>::takes(x.conv, x.args.pool);
+  }
+  static bool profitable(const FusedProblem<T>& x) {
+    const int64_t bytes = (x.in() + x.out()) * kLanes<T> * int64_t{sizeof(Compute<T>)};
+    return x.shape().N >= kLanes<T> && bytes <= 2 * block_bytes;
+  }
+  static void run(const FusedProblem<T>& x) {
+    forward_of_blocks<T>(x.args, x.flops(), Pooled2x2<T>(x.conv, x.args.pool));
+  }
+};
+
+template <class T>
+struct PooledBlocks {
+  static bool supports(const FusedProblem<T>& x) { return supports_blocks(x); }
+  static bool profitable(const FusedProblem<T>& x) {
+    const int64_t bytes = (x.in() + x.between()) * kLanes<T> * int64_t{sizeof(Compute<T>)};
+    return x.shape().N >= kLanes<T> && x.shape().O / x.shape().groups <= kLanes<T> && bytes <= block_bytes;
+  }
+  static void run(const FusedProblem<T>& x) {
+    forward_of_blocks<T>(x.args, x.flops(), PooledBlock<T>(x.conv, x.args.pool));
+  }
+};
+
+template <class T>
+constexpr Algorithm<FusedProblem<T>> forward_algorithms[] = {
+    // The convolution is never stored.
+    algorithm<InRegisters2x2<T>, FusedProblem<T>>("in_registers_2x2", "csrc/cpu/conv2d/fused_pool_2x2.h"),
+    // The convolution of a block stays in cache, and is not transposed.
+    algorithm<PooledBlocks<T>, FusedProblem<T>>("batch_lanes", "csrc/cpu/conv2d_relu_max_pool2d.cpp"),
+    // With many channels, vectors along them are as good.
+    {"chunks", "csrc/cpu/conv2d_relu_max_pool2d.cpp", always<FusedProblem<T>>, always<FusedProblem<T>>,
+     forward_of_chunks<T>},
+};
+
+[[maybe_unused]] const bool listed_forward = choices::conv2d_relu_max_pool2d.list(forward_algorithms<float>);
+
+// ---- backward ----
+
+template <class T>
+struct BackwardOfPooledBlocks {
+  using Args = Conv2dReluMaxPool2dBackwardArgs;
+  // The gradients have to be conv2d's to the last bit.
+  static bool supports(const Args& x) { return is_tiled(x.pool) && uses_batch_lanes_backward<T>(x.conv); }
+  static bool profitable(const Args&) { return true; }
+  static void run(const Args& x) { backward_of_pooled_blocks<T>(x); }
+};
+
+// The last one leaves the gradients to the two backward ops.
+template <class T>
+constexpr Algorithm<Conv2dReluMaxPool2dBackwardArgs> backward_algorithms[] = {
+    algorithm<BackwardOfPooledBlocks<T>, Conv2dReluMaxPool2dBackwardArgs>("batch_lanes",
+                                                                          "csrc/cpu/conv2d_relu_max_pool2d.cpp"),
+    {"two_ops", "csrc/conv2d_relu_max_pool2d.cpp", always<Conv2dReluMaxPool2dBackwardArgs>,
+     always<Conv2dReluMaxPool2dBackwardArgs>, nullptr},
+};
+
+[[maybe_unused]] const bool listed_backward = choices::conv2d_relu_max_pool2d_backward.list(backward_algorithms<float>);
 
 }  // namespace
 
-void conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs& x) {
-  dispatch_floating(x.conv.dtype, [&](auto zero) { forward_of_all<decltype(zero)>(x); });
+void conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs& args) {
+  dispatch_floating(args.conv.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    Conv2dReluMaxPool2dArgs x = args;
+    x.conv.relu = false;  // the pooling rectifies
+    const FusedProblem<T> problem{x, forward_problem<T>(x.conv)};
+    choose(choices::conv2d_relu_max_pool2d, forward_algorithms<T>, problem).run(problem);
+  });
 }
 
 bool conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dBackwardArgs& x) {
-  bool taken = false;
+  bool computed = false;
   dispatch_floating(x.conv.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    taken = is_tiled(x.pool) && should_use_batch_lanes_backward<T>(x.conv);
-    if (!taken) return;
-    count_run(Algorithm::fused_backward_batch_lanes);
-    backward_of_pooled_blocks<T>(x);
+    const auto run = choose(choices::conv2d_relu_max_pool2d_backward, backward_algorithms<decltype(zero)>, x).run;
+    computed = run != nullptr;
+    if (computed) run(x);
   });
-  return taken;
+  return computed;
 }
 
 }  // namespace pyops::cpu

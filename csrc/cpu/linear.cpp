@@ -29,10 +29,26 @@ void input_gradient(const LinearBackwardArgs& x) {
        [&](int64_t) { return GemmArgs<T, T, F>{{grad_output, x.N, 1}, {weight, x.K, 1}, out, 0, x.N}; });
 }
 
-// The weight gradient of one sample is an outer product, whose only cost is to write it.
+// ---- the weight gradient ----
+
 template <class T>
-void weight_gradient_of_one(const LinearBackwardArgs& x) {
+struct WeightGradientOfLinear {
+  const LinearBackwardArgs& args;
+
+  Matrix<T> a() const { return {static_cast<const T*>(args.grad_output), 1, args.N}; }
+  Matrix<T> b() const { return {static_cast<const T*>(args.input), args.K, 1}; }
+  Output<T> out() const { return {static_cast<T*>(args.grad_weight), Axis::plain(args.K), Axis::plain(1)}; }
+  // The number of parts of the batch that make enough tasks, which depends on the shape only.
+  int64_t parts() const {
+    const int64_t blocks = ceil_div(args.N, MC) * ceil_div(args.K, NC), chunks = ceil_div(args.M, KC);
+    return std::min(ceil_div(enough_tasks, blocks), chunks);
+  }
+};
+
+template <class T>
+void outer_product(const WeightGradientOfLinear<T>& problem) {
   using V = Vec<Compute<T>>;
+  const LinearBackwardArgs& x = problem.args;
   const T *grad_output = static_cast<const T*>(x.grad_output), *input = static_cast<const T*>(x.input);
   for_each_task(x.N, 2.0 * x.N * x.K, [&](int64_t n) {
     T* row = static_cast<T*>(x.grad_weight) + n * x.K;
@@ -44,31 +60,47 @@ void weight_gradient_of_one(const LinearBackwardArgs& x) {
   });
 }
 
-// A small weight has too few blocks for the threads. Then the batch is split too (split K), into a number of parts that
-// depends on the shape only, and the sums of the parts are added in order.
-template <class T, class F>
-void weight_gradient(const LinearBackwardArgs& x) {
+template <class T>
+void split_k(const WeightGradientOfLinear<T>& problem) {
   using C = Compute<T>;
-  if (x.M == 1) {
-    count_run(Algorithm::linear_outer_product);
-    return weight_gradient_of_one<T>(x);
-  }
-  const T *grad_output = static_cast<const T*>(x.grad_output), *input = static_cast<const T*>(x.input);
-  const Matrix<T> a{grad_output, 1, x.N}, b{input, x.K, 1};
-  const Output<T> out{static_cast<T*>(x.grad_weight), Axis::plain(x.K), Axis::plain(1)};
-  const int64_t blocks = ceil_div(x.N, MC) * ceil_div(x.K, NC), chunks = ceil_div(x.M, KC);
-  const int64_t parts = std::min(ceil_div(enough_tasks, blocks), chunks);
-  if (parts <= 1) return gemm(1, x.N, x.K, x.M, [&](int64_t) { return GemmArgs<T, T, F>{a, b, out, 0, x.M}; });
-
-  count_run(Algorithm::linear_split_k);
-  const int64_t part = ceil_div(chunks, parts) * KC;
+  const LinearBackwardArgs& x = problem.args;
+  const int64_t parts = problem.parts(), part = ceil_div(ceil_div(x.M, KC), parts) * KC;
   C* sums = scratch<C>(Scratch::partial_sums, parts * x.N * x.K);
-  gemm(parts, x.N, x.K, part, [&](int64_t i) {
-    const Output<C> partial{sums + i * x.N * x.K, Axis::plain(x.K), Axis::plain(1)};
-    return GemmArgs<T, C, F>{a, b, partial, std::min(i * part, x.M), std::min((i + 1) * part, x.M)};
+  dispatch_operand<T>([&](auto operand) {
+    gemm(parts, x.N, x.K, part, [&](int64_t i) {
+      const Output<C> partial{sums + i * x.N * x.K, Axis::plain(x.K), Axis::plain(1)};
+      const int64_t begin = std::min(i * part, x.M), end = std::min((i + 1) * part, x.M);
+      return GemmArgs<T, C, decltype(operand)>{problem.a(), problem.b(), partial, begin, end};
+    });
   });
-  sum_parts(out, sums, parts, x.N * x.K, x.N, x.K);
+  sum_parts(problem.out(), sums, parts, x.N * x.K, x.N, x.K);
 }
+
+template <class T>
+void single_product(const WeightGradientOfLinear<T>& problem) {
+  const LinearBackwardArgs& x = problem.args;
+  dispatch_operand<T>([&](auto operand) {
+    gemm(1, x.N, x.K, x.M,
+         [&](int64_t) { return GemmArgs<T, T, decltype(operand)>{problem.a(), problem.b(), problem.out(), 0, x.M}; });
+  });
+}
+
+template <class T>
+constexpr Algorithm<WeightGradientOfLinear<T>> weight_gradient_algorithms[] = {
+    // The product of one sample costs no more than to write it.
+    {"outer_product", "csrc/cpu/linear.cpp", [](const WeightGradientOfLinear<T>& x) { return x.args.M == 1; },
+     always<WeightGradientOfLinear<T>>, outer_product<T>},
+    // A small weight has too few blocks for the threads. Then the batch is split too, and the sums of the parts are
+    // added
+    // in order.
+    {"split_k", "csrc/cpu/linear.cpp", [](const WeightGradientOfLinear<T>& x) { return x.parts() > 1; },
+     always<WeightGradientOfLinear<T>>, split_k<T>},
+    {"single_product", "csrc/cpu/linear.cpp", always<WeightGradientOfLinear<T>>, always<WeightGradientOfLinear<T>>,
+     single_product<T>},
+};
+
+[[maybe_unused]] const bool listed = choices::linear_weight_gradient.list(weight_gradient_algorithms<float>) &&
+                                     choices::gemm.list(gemm_algorithms<float, float, float>);
 
 }  // namespace
 
@@ -82,11 +114,11 @@ void linear(const LinearArgs& x) {
 void linear_backward(const LinearBackwardArgs& x) {
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    dispatch_operand<T>([&](auto operand) {
-      using F = decltype(operand);
-      if (x.grad_input) input_gradient<T, F>(x);
-      if (x.grad_weight) weight_gradient<T, F>(x);
-    });
+    if (x.grad_input) dispatch_operand<T>([&](auto operand) { input_gradient<T, decltype(operand)>(x); });
+    if (x.grad_weight) {
+      const WeightGradientOfLinear<T> problem{x};
+      choose(choices::linear_weight_gradient, weight_gradient_algorithms<T>, problem).run(problem);
+    }
     if (x.grad_bias) sum_rows(static_cast<T*>(x.grad_bias), static_cast<const T*>(x.grad_output), x.M, x.N);
   });
 }

@@ -2,7 +2,7 @@
 //   input[n, c, y stride_h - padding_h + i dilation_h, x stride_w - padding_w + j dilation_w]
 // and argmax = i kernel_w + j of the tap that won. All operands are NCHW, or all are NHWC.
 //
-// `pool` picks the algorithm. The obvious loop takes windows one by one and branches on every tap. Here a vector holds
+// The obvious loop takes windows one by one and branches on every tap. Here a vector holds
 // one tap of many windows, and the running maximum and its tap are updated by comparison and blend:
 //   - NHWC: the windows of adjacent channels; every load is contiguous whatever the stride.
 //   - NCHW: the windows of adjacent columns; with stride 2 one pair of loads, de-interleaved, is two taps.
@@ -132,7 +132,6 @@ class ChannelPool {
 
 template <class T, class A>
 void pool_channels(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
-  count_run(Algorithm::max_pool2d_channels);
   at::parallel_for(0, s.N * s.OH, rows_per_fork(s.OW * at::divup(s.C, kLanes<T>) * s.taps()),
                    [&](int64_t begin, int64_t end) { ChannelPool<T, A>(s, input).rows(begin, end, output, argmax); });
 }
@@ -250,7 +249,6 @@ class ColumnPool {
 
 template <int64_t kStride, int64_t kKernel, class T, class A>
 void pool_columns(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
-  count_run(Algorithm::max_pool2d_columns);
   at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(at::divup(s.OW, kLanes<T>) * s.taps()),
                    [&](int64_t begin, int64_t end) {
                      // Every chunk has its own copy, because a byte stored through argmax may alias any object that is
@@ -263,7 +261,6 @@ void pool_columns(const MaxPool2dShape& s, const T* input, T* output, A* argmax)
 template <class T, class A>
 void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
   using C = Compute<T>;
-  count_run(Algorithm::max_pool2d_windows);
   at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(s.OW * s.taps()), [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* const plane = input + row / s.OH * s.H * s.W;
@@ -289,16 +286,16 @@ void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax)
   });
 }
 
-// NCHW with few columns where all taps are in bounds: vectors of windows, which continue across rows and planes, gather
-// their taps. With more columns this is slower than pool_columns.
-template <class T>
-bool gathers_windows(const MaxPool2dShape& s) {
+// Whether all taps are in bounds and offsets within a plane fit into the indices of gather_windows.
+bool can_gather_windows(const MaxPool2dShape& s) {
   return s.padding_h == 0 && s.padding_w == 0 && (s.OH - 1) * s.stride_h + (s.kernel_h - 1) * s.dilation_h < s.H &&
          (s.OW - 1) * s.stride_w + (s.kernel_w - 1) * s.dilation_w < s.W && s.H * s.W < (1 << 20);
 }
+
+// NCHW with few columns where all taps are in bounds: vectors of windows, which continue across rows and planes, gather
+// their taps.
 template <class T>
 void gather_windows(const MaxPool2dShape& s, const T* input, T* output, uint8_t* argmax) {
-  count_run(Algorithm::max_pool2d_gathered_windows);
   using Index = at::vec::int_same_size_t<T>;
   constexpr int64_t lanes = kLanes<T>;
   const int64_t plane = s.H * s.W, windows = s.OH * s.OW, planes_at_once = lanes / std::gcd(windows, lanes);
@@ -329,47 +326,91 @@ void gather_windows(const MaxPool2dShape& s, const T* input, T* output, uint8_t*
 
 #ifdef CPU_CAPABILITY_AVX512
 void pool_2x2(const MaxPool2dShape& s, const float* input, float* output, uint8_t* argmax) {
-  count_run(Algorithm::max_pool2d_2x2);
   at::parallel_for(0, s.N * s.C * s.OH, rows_per_fork(s.OW / 4 + 1),
                    [&](int64_t begin, int64_t end) { Windows2x2(s).rows(begin, end, input, output, argmax); });
 }
 #endif
 
-// Algorithms in order of preference: the first that supports the shape.
+// ---- the table of algorithms ----
+
 template <class T, class A>
-void pool(const MaxPool2dArgs& args) {
-  const auto* input = static_cast<const T*>(args.input);
-  auto* output = static_cast<T*>(args.output);
-  auto* argmax = static_cast<A*>(args.argmax);
-  const MaxPool2dShape& s = args.shape;
-  if (s.channels_last) return pool_channels(s, input, output, argmax);
-#ifdef CPU_CAPABILITY_AVX512
-  if constexpr (std::is_same_v<T, float> && std::is_same_v<A, uint8_t>)
-    if (Windows2x2::takes(s)) return pool_2x2(s, input, output, argmax);  // fewer instructions than by columns
-#endif
-  if constexpr (std::is_floating_point_v<Compute<T>> && std::is_same_v<A, uint8_t>) {
-    // A constant stride makes the loads vectors, and a constant kernel size removes the loops over its taps.
-    if (s.OW >= kLanes<T> / 4) {
-      if (is_square(s, 2, 2)) return pool_columns<2, 2>(s, input, output, argmax);
-      if (is_square(s, 3, 2)) return pool_columns<2, 3>(s, input, output, argmax);
-      if (is_square(s, 3, 1)) return pool_columns<1, 3>(s, input, output, argmax);
-      if (s.stride_w == 2) return pool_columns<2, 0>(s, input, output, argmax);
-      if (s.stride_w == 1) return pool_columns<1, 0>(s, input, output, argmax);
-      return pool_columns<0, 0>(s, input, output, argmax);
-    }
-    // With fewer columns than that, most lanes of a vector of columns would be idle.
-    if constexpr (!is_reduced<T>)
-      if (gathers_windows<T>(s)) return gather_windows(s, input, output, argmax);
-  }
-  pool_windows(s, input, output, argmax);
+constexpr bool is_common = std::is_floating_point_v<Compute<T>> && std::is_same_v<A, uint8_t>;
+
+// Calls one of the functions above, which has a shape, the input, the output and the argmax.
+template <class T, class A, class F>
+void call(const MaxPool2dArgs& x, const F& f) {
+  f(x.shape, static_cast<const T*>(x.input), static_cast<T*>(x.output), static_cast<A*>(x.argmax));
 }
+
+#ifdef CPU_CAPABILITY_AVX512
+template <class T, class A>
+struct InRegisters2x2 {
+  static bool supports(const MaxPool2dArgs& x) {
+    return std::is_same_v<T, float> && std::is_same_v<A, uint8_t> && !x.shape.channels_last &&
+           Windows2x2::takes(x.shape);
+  }
+  static void run(const MaxPool2dArgs& x) {
+    if constexpr (std::is_same_v<T, float> && std::is_same_v<A, uint8_t>) call<T, A>(x, pool_2x2);
+  }
+};
+#endif
+
+template <class T, class A>
+struct Columns {
+  static bool supports(const MaxPool2dArgs& x) { return is_common<T, A> && !x.shape.channels_last; }
+  static bool profitable(const MaxPool2dArgs& x) { return x.shape.OW >= kLanes<T> / 4; }
+  // A constant stride makes the loads vectors, and a constant kernel size removes the loops over its taps.
+  static void run(const MaxPool2dArgs& x) {
+    if constexpr (is_common<T, A>) {
+      const MaxPool2dShape& s = x.shape;
+      if (is_square(s, 2, 2)) return call<T, A>(x, pool_columns<2, 2, T, A>);
+      if (is_square(s, 3, 2)) return call<T, A>(x, pool_columns<2, 3, T, A>);
+      if (is_square(s, 3, 1)) return call<T, A>(x, pool_columns<1, 3, T, A>);
+      if (s.stride_w == 2) return call<T, A>(x, pool_columns<2, 0, T, A>);
+      if (s.stride_w == 1) return call<T, A>(x, pool_columns<1, 0, T, A>);
+      call<T, A>(x, pool_columns<0, 0, T, A>);
+    }
+  }
+};
+
+template <class T, class A>
+struct GatheredWindows {
+  static bool supports(const MaxPool2dArgs& x) {
+    return is_common<T, A> && !is_reduced<T> && !x.shape.channels_last && can_gather_windows(x.shape);
+  }
+  static void run(const MaxPool2dArgs& x) {
+    if constexpr (is_common<T, A> && !is_reduced<T>) call<T, A>(x, gather_windows<T>);
+  }
+};
+
+template <class T, class A>
+constexpr Algorithm<MaxPool2dArgs> algorithms[] = {
+#ifdef CPU_CAPABILITY_AVX512
+    // It takes fewer instructions than vectors of columns.
+    {"2x2", "csrc/cpu/max_pool2d/forward_2x2_avx512.h", InRegisters2x2<T, A>::supports, always<MaxPool2dArgs>,
+     InRegisters2x2<T, A>::run},
+#endif
+    {"columns", "csrc/cpu/max_pool2d.cpp", Columns<T, A>::supports, Columns<T, A>::profitable, Columns<T, A>::run},
+    // With so few columns, most lanes of a vector of columns would be idle.
+    {"gathered_windows", "csrc/cpu/max_pool2d.cpp", GatheredWindows<T, A>::supports, always<MaxPool2dArgs>,
+     GatheredWindows<T, A>::run},
+    {"windows", "csrc/cpu/max_pool2d.cpp", [](const MaxPool2dArgs& x) { return !x.shape.channels_last; },
+     always<MaxPool2dArgs>, [](const MaxPool2dArgs& x) { call<T, A>(x, pool_windows<T, A>); }},
+    {"channels", "csrc/cpu/max_pool2d.cpp", [](const MaxPool2dArgs& x) { return x.shape.channels_last; },
+     always<MaxPool2dArgs>, [](const MaxPool2dArgs& x) { call<T, A>(x, pool_channels<T, A>); }},
+};
+
+[[maybe_unused]] const bool listed = choices::max_pool2d.list(algorithms<float, uint8_t>);
 
 }  // namespace
 
 void max_pool2d(const MaxPool2dArgs& args) {
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
-    max_pool2d_argmax_is_u8(args.shape.taps()) ? pool<T, uint8_t>(args) : pool<T, int64_t>(args);
+    const auto pool = [&](auto argmax) {
+      choose(choices::max_pool2d, algorithms<T, decltype(argmax)>, args).run(args);
+    };
+    max_pool2d_argmax_is_u8(args.shape.taps()) ? pool(uint8_t{}) : pool(int64_t{});
   });
 }
 

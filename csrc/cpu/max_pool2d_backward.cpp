@@ -3,7 +3,7 @@
 // All operands are NCHW, or all are NHWC. The element of a window is the one that its argmax names. An argmax that
 // names no tap in bounds names no element, and its gradient goes nowhere.
 //
-// `backward` picks the algorithm. The obvious backward zeroes grad_input and scatters into it. Where the lanes of
+// The obvious backward zeroes grad_input and scatters into it. Where the lanes of
 // vectors can be used, the elements gather instead: a vector of input elements asks each window over it, of which there
 // are kernel / stride along an axis, whether the argmax is this very tap. Every element is then written once, and
 // nothing is zeroed first. Otherwise gradients are scattered after all, into one image or plane at a time, so that it
@@ -14,6 +14,7 @@
 // 16-bit types add in float32 and round once. No argmax is trusted: gathering only ever compares it, and scattering
 // checks it.
 #include <algorithm>
+#include <optional>
 
 #include "max_pool2d/backward_patterns_avx512.h"
 #include "max_pool2d/backward_row_pairs_avx512.h"
@@ -297,7 +298,7 @@ void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* 
 // Calls kernel.rows() for `rows` rows of `vectors` vectors each. Every chunk uses its own copy of the kernel, because a
 // store through grad_input might alias a shared one.
 template <class T, class Kernel>
-void run(const MaxPool2dShape& s, int64_t rows, int64_t vectors, const Kernel& kernel, T* grad_input) {
+void run_rows(const MaxPool2dShape& s, int64_t rows, int64_t vectors, const Kernel& kernel, T* grad_input) {
   const int64_t windows_of_element = at::divup(s.taps(), s.stride_h * s.stride_w);
   at::parallel_for(0, rows, rows_per_fork(vectors * (1 + windows_of_element)), [&](int64_t begin, int64_t end) {
     const auto own = kernel;
@@ -305,73 +306,166 @@ void run(const MaxPool2dShape& s, int64_t rows, int64_t vectors, const Kernel& k
   });
 }
 
-// Algorithms in order of preference: the first that supports the shape.
+// ---- the table of algorithms ----
+
+// The problem, with the types of its elements and of its argmax.
 template <class T, class A>
-void backward(const MaxPool2dBackwardArgs& args) {
-  const MaxPool2dShape& s = args.shape;
-  const auto* grad_output = static_cast<const T*>(args.grad_output);
-  const auto* argmax = static_cast<const A*>(args.argmax);
-  auto* grad_input = static_cast<T*>(args.grad_input);
-  if constexpr (std::is_same_v<A, uint8_t>) {
-    const Windows<T> windows{{grad_output, s.N * s.C * s.OH * s.OW}, argmax};
-    const bool are_tiles =
-        !s.channels_last && is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0;
+struct Problem {
+  const MaxPool2dBackwardArgs& args;
 #ifdef CPU_CAPABILITY_AVX512
-    if constexpr (std::is_same_v<T, float>) {
-      if (PatternBackward::takes(s)) {  // short rows leave no idle lanes
-        const PatternBackward patterns(s);
-        if (patterns.fits()) {
-          count_run(Algorithm::max_pool2d_backward_patterns);
-          return patterns.run(grad_output, argmax, grad_input);
-        }
-      }
-      // Masks handle the ends of rows, for which TileBackward needs partial vectors.
-      if (are_tiles) {
-        count_run(Algorithm::max_pool2d_backward_2x2);
-        return backward_by_row_pairs<RowPair2x2>(s, grad_output, argmax, grad_input);
-      }
-      // Each pair of rows is written once, from two rows of windows. Rows no longer than a vector are faster by
-      // scattering.
-      if (!s.channels_last && s.W > 16 && is_square(s, 3, 2) && s.stride_h == 2 && s.padding_h == 1 &&
-          s.padding_w == 1) {
-        count_run(Algorithm::max_pool2d_backward_3x3);
-        return backward_by_row_pairs<RowPair3x3>(s, grad_output, argmax, grad_input);
-      }
-    }
+  mutable std::optional<PatternBackward> patterns_ = std::nullopt;
+
+  // The patterns of the shape, which are found when they are first asked for.
+  const PatternBackward& patterns() const {
+    if (!patterns_) patterns_.emplace(shape());
+    return *patterns_;
+  }
+#endif
+
+  static constexpr bool has_bytes = std::is_same_v<A, uint8_t>;
+
+  const MaxPool2dShape& shape() const { return args.shape; }
+  const T* grad_output() const { return static_cast<const T*>(args.grad_output); }
+  const A* argmax() const { return static_cast<const A*>(args.argmax); }
+  T* grad_input() const { return static_cast<T*>(args.grad_input); }
+  int64_t channel_vectors() const { return at::divup(shape().C, kLanes<T>); }
+  Windows<T> windows() const {
+    const MaxPool2dShape& s = shape();
+    return {{grad_output(), s.N * s.C * s.OH * s.OW}, argmax()};
+  }
+};
+
+// Non-overlapping 2x2 windows of planes.
+bool are_tiles_2x2(const MaxPool2dShape& s) {
+  return !s.channels_last && is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0;
+}
+
+#ifdef CPU_CAPABILITY_AVX512
+template <class T, class A>
+constexpr bool has_avx512_kernels = std::is_same_v<T, float> && std::is_same_v<A, uint8_t>;
+
+template <class T, class A>
+struct Patterns {
+  static bool supports(const Problem<T, A>& x) {
+    return has_avx512_kernels<T, A> && PatternBackward::takes(x.shape()) && x.patterns().exist();
+  }
+  static bool profitable(const Problem<T, A>& x) { return x.patterns().use_most_lanes(); }
+  static void run(const Problem<T, A>& x) {
+    if constexpr (has_avx512_kernels<T, A>) x.patterns().run(x.grad_output(), x.argmax(), x.grad_input());
+  }
+};
+
+template <class T, class A>
+struct RowPairs2x2 {
+  static bool supports(const Problem<T, A>& x) { return has_avx512_kernels<T, A> && are_tiles_2x2(x.shape()); }
+  static void run(const Problem<T, A>& x) {
+    if constexpr (has_avx512_kernels<T, A>)
+      backward_by_row_pairs<RowPair2x2>(x.shape(), x.grad_output(), x.argmax(), x.grad_input());
+  }
+};
+
+template <class T, class A>
+struct RowPairs3x3 {
+  static bool supports(const Problem<T, A>& x) {
+    const MaxPool2dShape& s = x.shape();
+    return has_avx512_kernels<T, A> && !s.channels_last && is_square(s, 3, 2) && s.stride_h == 2 && s.padding_h == 1 &&
+           s.padding_w == 1;
+  }
+  static bool profitable(const Problem<T, A>& x) { return x.shape().W > 16; }
+  static void run(const Problem<T, A>& x) {
+    if constexpr (has_avx512_kernels<T, A>)
+      backward_by_row_pairs<RowPair3x3>(x.shape(), x.grad_output(), x.argmax(), x.grad_input());
+  }
+};
+#endif
+
+template <class T, class A>
+struct RowPairs {
+  static bool supports(const Problem<T, A>& x) { return x.has_bytes && are_tiles_2x2(x.shape()); }
+  static void run(const Problem<T, A>& x) {
+    const MaxPool2dShape& s = x.shape();
+    if constexpr (x.has_bytes)
+      run_rows(s, TileBackward<T>::row_pairs(s), 2 * at::divup(s.W, kLanes<T>), TileBackward<T>(s, x.windows()),
+               x.grad_input());
+  }
+};
+
+template <class T, class A>
+struct ScatterOfPlanes {
+  static bool supports(const Problem<T, A>& x) { return x.has_bytes && !x.shape().channels_last; }
+  static void run(const Problem<T, A>& x) {
+    if constexpr (x.has_bytes) PlaneScatter<T>(x.shape()).run(x.grad_output(), x.argmax(), x.grad_input());
+  }
+};
+
+template <class T, class A>
+struct TilesOfChannels {
+  static bool supports(const Problem<T, A>& x) {
+    return x.has_bytes && x.shape().channels_last && ChannelTiles<T>::take(x.shape());
+  }
+  static void run(const Problem<T, A>& x) {
+    const MaxPool2dShape& s = x.shape();
+    if constexpr (x.has_bytes)
+      run_rows(s, s.N * s.OH, s.OW * s.taps() * x.channel_vectors(), ChannelTiles<T>(s, x.windows()), x.grad_input());
+  }
+};
+
+template <class T, class A>
+struct GatherOfChannels {
+  static bool supports(const Problem<T, A>& x) { return x.has_bytes && x.shape().channels_last; }
+  // Gathering an element costs about taps / kLanes of what scattering one costs.
+  static bool profitable(const Problem<T, A>& x) {
+    return x.shape().taps() <= kLanes<T> && x.shape().C >= ChannelGather<T>::kMany * kLanes<T>;
+  }
+  static void run(const Problem<T, A>& x) {
+    const MaxPool2dShape& s = x.shape();
+    if constexpr (x.has_bytes)
+      run_rows(s, s.N * s.H, s.W * x.channel_vectors(), ChannelGather<T>(s, x.windows()), x.grad_input());
+  }
+};
+
+template <class T, class A>
+constexpr Algorithm<Problem<T, A>> algorithms[] = {
+#ifdef CPU_CAPABILITY_AVX512
+    // Short rows leave no idle lanes.
+    {"patterns", "csrc/cpu/max_pool2d/backward_patterns_avx512.h", Patterns<T, A>::supports, Patterns<T, A>::profitable,
+     Patterns<T, A>::run},
+    // Masks handle the ends of rows, for which row_pairs needs partial vectors.
+    {"row_pairs_2x2", "csrc/cpu/max_pool2d/backward_row_pairs_avx512.h", RowPairs2x2<T, A>::supports,
+     always<Problem<T, A>>, RowPairs2x2<T, A>::run},
+    // Each pair of rows is written once, from two rows of windows. Rows no longer than a vector are faster by
+    // scattering.
+    {"row_pairs_3x3", "csrc/cpu/max_pool2d/backward_row_pairs_avx512.h", RowPairs3x3<T, A>::supports,
+     RowPairs3x3<T, A>::profitable, RowPairs3x3<T, A>::run},
 #endif
     // A vector of windows gives whole vectors of elements, which is cheaper than scattering.
-    if (are_tiles) {
-      count_run(Algorithm::max_pool2d_backward_row_pairs);
-      return run(s, TileBackward<T>::row_pairs(s), 2 * at::divup(s.W, kLanes<T>), TileBackward<T>(s, windows),
-                 grad_input);
-    }
+    {"row_pairs", "csrc/cpu/max_pool2d_backward.cpp", RowPairs<T, A>::supports, always<Problem<T, A>>,
+     RowPairs<T, A>::run},
     // For other shapes, gathering vectors of columns is slower than scattering.
-    if (!s.channels_last) {
-      count_run(Algorithm::max_pool2d_backward_plane_scatter);
-      return PlaneScatter<T>(s).run(grad_output, argmax, grad_input);
-    }
-    const int64_t vectors = at::divup(s.C, kLanes<T>);
+    {"plane_scatter", "csrc/cpu/max_pool2d/backward_scatter.h", ScatterOfPlanes<T, A>::supports, always<Problem<T, A>>,
+     ScatterOfPlanes<T, A>::run},
     // Every window writes pixels of its own, so that there is no search for windows and nothing to add.
-    if (ChannelTiles<T>::take(s)) {
-      count_run(Algorithm::max_pool2d_backward_channel_tiles);
-      return run(s, s.N * s.OH, s.OW * s.taps() * vectors, ChannelTiles<T>(s, windows), grad_input);
-    }
-    // Gathering an element costs about taps / kLanes of what scattering one costs.
-    if (s.taps() <= kLanes<T> && s.C >= ChannelGather<T>::kMany * kLanes<T>) {
-      count_run(Algorithm::max_pool2d_backward_channel_gather);
-      return run(s, s.N * s.H, s.W * vectors, ChannelGather<T>(s, windows), grad_input);
-    }
-  }
-  count_run(Algorithm::max_pool2d_backward_scatter);
-  scatter(as_channels_last(s), grad_output, argmax, grad_input);
-}
+    {"channel_tiles", "csrc/cpu/max_pool2d_backward.cpp", TilesOfChannels<T, A>::supports, always<Problem<T, A>>,
+     TilesOfChannels<T, A>::run},
+    {"channel_gather", "csrc/cpu/max_pool2d_backward.cpp", GatherOfChannels<T, A>::supports,
+     GatherOfChannels<T, A>::profitable, GatherOfChannels<T, A>::run},
+    {"scatter", "csrc/cpu/max_pool2d_backward.cpp", always<Problem<T, A>>, always<Problem<T, A>>,
+     [](const Problem<T, A>& x) { scatter(as_channels_last(x.shape()), x.grad_output(), x.argmax(), x.grad_input()); }},
+};
+
+[[maybe_unused]] const bool listed = choices::max_pool2d_backward.list(algorithms<float, uint8_t>);
 
 }  // namespace
 
 void max_pool2d_backward(const MaxPool2dBackwardArgs& args) {
   dispatch_floating(args.dtype, [&](auto t) {
     using T = decltype(t);
-    max_pool2d_argmax_is_u8(args.shape.taps()) ? backward<T, uint8_t>(args) : backward<T, int64_t>(args);
+    const auto backward = [&](auto argmax) {
+      using A = decltype(argmax);
+      const Problem<T, A> problem{args};
+      choose(choices::max_pool2d_backward, algorithms<T, A>, problem).run(problem);
+    };
+    max_pool2d_argmax_is_u8(args.shape.taps()) ? backward(uint8_t{}) : backward(int64_t{});
   });
 }
 

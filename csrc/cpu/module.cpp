@@ -1,9 +1,9 @@
 // The CPU kernels of one instruction set as a Python module (pyops._cpu_default, _cpu_avx2, _cpu_avx512): `kernels` is
-// a capsule of their table, and `algorithm_counts()` tells how often each algorithm has run. It uses plain CPython,
-// because pybind11 would be compiled anew for each module.
-#include <Python.h>
+// a capsule of their table, and the functions are those of csrc/algorithms_module.h. It uses plain CPython, because
+// pybind11 would be compiled anew for each module.
 #include <c10/macros/Macros.h>
 
+#include "../algorithms_module.h"
 #include "common.h"
 #include "runtime/algorithms.h"
 
@@ -28,18 +28,25 @@ const pyops::Kernels kernels = {
 
 constexpr char name[] = C10_STRINGIZE(TORCH_EXTENSION_NAME);
 
+PyObject* algorithms(PyObject*, PyObject*) {
+  return pyops::algorithms(pyops::cpu::choices::all);
+}
+
+PyObject* force_algorithm(PyObject*, PyObject* args) {
+  return pyops::force_algorithm(pyops::cpu::choices::all, args);
+}
+
 PyObject* algorithm_counts(PyObject*, PyObject*) {
-  PyObject* counts = PyDict_New();
-  for (size_t i = 0; counts != nullptr && i < pyops::cpu::algorithm_counts.size(); ++i) {
-    PyObject* runs = PyLong_FromLongLong(pyops::cpu::algorithm_counts[i].load());
-    if (runs == nullptr || PyDict_SetItemString(counts, pyops::cpu::algorithm_names[i], runs) != 0) Py_CLEAR(counts);
-    Py_XDECREF(runs);
-  }
+  PyObject* counts = pyops::algorithm_counts(pyops::cpu::choices::all);
+  for (const pyops::cpu::Part* part : pyops::cpu::parts::all)
+    if (counts != nullptr && !pyops::add_count(counts, part->name, part->runs)) Py_CLEAR(counts);
   return counts;
 }
 
 PyMethodDef methods[] = {
-    {"algorithm_counts", algorithm_counts, METH_NOARGS, "{name of an algorithm: how often it has run}"},
+    {"algorithms", algorithms, METH_NOARGS, "{op: [(name of an algorithm, its file)]}"},
+    {"force_algorithm", force_algorithm, METH_VARARGS, "(op, name or None): computes the op by this algorithm alone"},
+    {"algorithm_counts", algorithm_counts, METH_NOARGS, "{op:name of an algorithm, or a part: how often it has run}"},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, name, nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

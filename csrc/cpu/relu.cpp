@@ -130,7 +130,7 @@ void gate_by_mask(int64_t numel, const Lane<T>* grad_output, const uint64_t* mas
 }  // namespace
 
 void relu(const ReluArgs& args) {
-  count_run(args.mask ? Algorithm::relu_with_mask : Algorithm::relu);
+  count_run(args.mask ? parts::relu_with_mask.runs : parts::relu.runs);
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
     using L = Lane<T>;
@@ -144,7 +144,7 @@ void relu(const ReluArgs& args) {
 }
 
 void relu_backward(const ReluBackwardArgs& args) {
-  count_run(Algorithm::relu_backward);
+  count_run(parts::relu_backward.runs);
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
     using L = Lane<T>;
@@ -154,7 +154,7 @@ void relu_backward(const ReluBackwardArgs& args) {
 }
 
 void relu_mask_backward(const ReluMaskBackwardArgs& args) {
-  count_run(Algorithm::relu_mask_backward);
+  count_run(parts::relu_mask_backward.runs);
   dispatch_floating(args.dtype, [&](auto t) {
     using T = decltype(t);
     using L = Lane<T>;

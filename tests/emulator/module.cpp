@@ -3,7 +3,8 @@
 // NaN, so that a kernel that reads what it has not written is noticed.
 #include <Python.h>
 
-#include "../../cuda/launchers.h"
+#include "../../csrc/algorithms_module.h"
+#include "../../cuda/algorithms.h"
 
 namespace {
 
@@ -65,7 +66,22 @@ PyObject* set_tf32(PyObject*, PyObject* allowed) {
   Py_RETURN_NONE;
 }
 
+PyObject* algorithms(PyObject*, PyObject*) {
+  return pyops::algorithms(pyops::cuda::choices::all);
+}
+
+PyObject* force_algorithm(PyObject*, PyObject* args) {
+  return pyops::force_algorithm(pyops::cuda::choices::all, args);
+}
+
+PyObject* algorithm_counts(PyObject*, PyObject*) {
+  return pyops::algorithm_counts(pyops::cuda::choices::all);
+}
+
 PyMethodDef methods[] = {
+    {"algorithms", algorithms, METH_NOARGS, "{op: [(name of an algorithm, its file)]}"},
+    {"force_algorithm", force_algorithm, METH_VARARGS, "(op, name or None): computes the op by this algorithm alone"},
+    {"algorithm_counts", algorithm_counts, METH_NOARGS, "{op:name of an algorithm: how often it has run}"},
     {"set_order", set_order, METH_O, "0: threads and blocks forward, 1: reverse, 2: shuffled, 3: by turns"},
     {"set_largest_32_bit_offset", set_largest_32_bit_offset, METH_O, "Larger ones are computed in 64 bits"},
     {"set_tf32", set_tf32, METH_O, "whether products of float32 may be of TF32"},

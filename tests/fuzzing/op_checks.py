@@ -24,7 +24,7 @@ def check(call: Call) -> None:
     CHECKS[call.op](call)
     if call.threads > 1 and call.derivative == "gradients" and call.op != "linear_batched":
         check_threads(call)
-    if call.seed % 8 == 0 and call.derivative == "gradients" and call.op in BATCHED and not emulated.installed:
+    if call.seed % 8 == 0 and call.derivative == "gradients" and call.op in BATCHED and not emulated.installed():
         check_batch(call)
 
 

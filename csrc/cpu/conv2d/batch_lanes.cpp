@@ -1,9 +1,9 @@
 // Convolutions with the batch in lanes, over CHWN blocks of images: the convolution itself, which serves the forward
 // and the input gradient, and the gradients of weight and bias. Declarations and formulas are in conv2d/batch_lanes.h.
 //
-// The convolution is chosen where the lanes that it saves are worth two transposes (conv2d/convolve.cpp), the gradients
-// for few channels with no tap outside of the image (should_use_batch_lanes_backward). A task is a block of images, or
-// several for the gradients; threads that would otherwise have no work share a task.
+// The convolution is chosen where the lanes that it saves are worth two transposes (is_worth_batch_lanes), all
+// gradients together for few channels with no tap outside of the image. A task is a block of images, or several for the
+// gradients; threads that would otherwise have no work share a task.
 //
 // Only taps inside of the image are multiplied. A convolution's sums run over (channel, tap) in order, in the chunks of
 // gemm.h. A weight gradient sums over the pixels of each image in a lane of its own, over the blocks of a part of the
@@ -17,6 +17,7 @@
 
 #include "../gemm/dot_tile.h"
 #include "border_taps.h"
+#include "costs.h"
 
 namespace pyops::cpu {
 
@@ -112,19 +113,53 @@ void BatchLanesConvolution<T>::operator()(const Compute<T>* source, Compute<T>* 
 }
 
 template <class T>
-void convolve_batch_lanes(const ConvProblem<T>& x) {
+bool is_worth_batch_lanes(const ConvProblem<T>& x, int64_t count) {
+  const ConvInput<T>& s = x.input;
+  constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(Compute<T>);
+  const int64_t out = x.groups * x.out_channels * s.pixels();
+  if (count < lanes || (s.image_stride + out) * lanes > most_elements || has_long_chains(x)) return false;
+  const double inside = fraction_inside(s), products = inside * static_cast<double>(out * x.depth());
+  const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
+  // The factors are fitted to measurements. Vectors along the width end at every row. Along the channels, a tile that
+  // is one vector wide has too few chains of sums to hide the latency of an FMA; a wider one pays for the transpose of
+  // a channels-first output, but bfloat16 pairs make up for that.
+  const double by_width =
+      are_rows_joined(x) ? lane_utilization<Compute<T>>(s.pixels()) : 0.75 * lane_utilization<Compute<T>>(s.out_width);
+  const double chains = x.out_channels <= lanes ? 0.6 : has_pairs<T>() ? 1 : 1 / (1 + transpose_cost(x));
+  const double channels = lane_utilization<Compute<T>>(x.out_channels) * chains;
+  const double others = std::max(by_width, channels);
+  return lane_utilization<Compute<T>>(count) * products / (products + transposes) > inside * others;
+}
+
+template <class T>
+bool BatchLanes<T>::supports(const Phases<T>& x) {
+  return x.count == 1;
+}
+
+template <class T>
+bool BatchLanes<T>::profitable(const Phases<T>& x) {
+  return is_worth_batch_lanes(x.first(), x.first().input.count);
+}
+
+template <class T>
+bool BatchLanes<T>::sums_in_order(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+void BatchLanes<T>::run(const Phases<T>& phases) {
   using C = Compute<T>;
   constexpr int64_t lanes = Vec<C>::size();
-  count_run(Algorithm::conv2d_batch_lanes);
+  const ConvProblem<T>& x = phases.first();
   const ConvInput<T>& s = x.input;
-  const BatchLanesConvolution<T> correlation(x);
-  const int64_t in = correlation.source_size(), out = correlation.output_size();
-  const double flops = static_cast<double>(s.count) * correlation.flops_of_image();
+  const BatchLanesConvolution<T> convolution(x);
+  const int64_t in = convolution.source_size(), out = convolution.output_size();
+  const double flops = static_cast<double>(s.count) * convolution.flops_of_image();
   for_each_shared_task(ceil_div(s.count, lanes), flops, [&](int64_t task, const Team& team) {
     const int64_t first = task * lanes, images = std::min(lanes, s.count - first);
     C *source = scratch<C>(Scratch::source_block, in * lanes), *output = scratch<C>(Scratch::output_block, out * lanes);
     team.share([&](Share share) { to_chwn(source, s.images + first * in, in, images, share); });
-    team.share([&](Share share) { correlation(source, output, share); });
+    team.share([&](Share share) { convolution(source, output, share); });
     team.share([&](Share share) { from_chwn(x.output + first * out, output, out, images, share); });
   });
 }
@@ -262,20 +297,23 @@ int64_t most_channels(const Conv2dBackwardArgs& x) {
 }
 
 template <class T>
-bool should_use_batch_lanes_backward(const Conv2dBackwardArgs& x) {
+bool BatchLanesBackward<T>::supports(const Conv2dBackwardArgs& x) {
+  const Conv2dShape& s = x.shape;
+  if ((x.grad_bias && !x.grad_weight) || (x.grad_input && (s.stride_h > 1 || s.stride_w > 1))) return false;
+  const ConvInput<T> source = conv_input<T>(s, x.input);
+  return source.tap_count > 0 && !reaches_outside(source, ReceptiveField(source));
+}
+
+template <class T>
+bool BatchLanesBackward<T>::profitable(const Conv2dBackwardArgs& x) {
   constexpr int64_t lanes = Vec<Compute<T>>::size(), most_elements = (1 << 20) / sizeof(Compute<T>);
   const Conv2dShape& s = x.shape;
-  const bool depthwise = s.groups > 1 && s.groups == s.C, one_phase = s.stride_h == 1 && s.stride_w == 1;
-  if (s.N < lanes || std::max(s.C, s.O) / s.groups > most_channels<T>(x) || depthwise) return false;
-  if ((x.grad_bias && !x.grad_weight) || (x.grad_input && !one_phase)) return false;
-  const ConvInput<T> source = conv_input<T>(s, x.input);
-  if (source.tap_count == 0 || reaches_outside(source, ReceptiveField(source)) ||
+  const bool depthwise = s.groups > 1 && s.groups == s.C;
+  if (s.N < lanes || std::max(s.C, s.O) / s.groups > most_channels<T>(x) || depthwise ||
       (s.C * s.H * s.W + s.O * s.OH * s.OW) * lanes > most_elements)
     return false;
-  if (!x.grad_input) return true;
-  // A smaller batch takes another algorithm, which has to sum in the same order.
-  const ConvProblem<T>& input_gradient = *input_gradient_phases<T>(x).first;
-  return sums_in_order(input_gradient) && !multiplies_pairs(input_gradient);
+  if (choices::conv2d_input_gradient.forced() >= 0 || choices::conv2d_weight_gradient.forced() >= 0) return false;
+  return !x.grad_input || input_gradient_agrees_with_batch_lanes<T>(x);
 }
 
 template <class T>
@@ -284,11 +322,9 @@ void batch_lanes_backward(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) 
   using V = Vec<C>;
   constexpr int64_t lanes = V::size();
   const Conv2dShape& s = x.shape;
-  if (x.grad_input) count_run(Algorithm::conv2d_batch_lanes);
-  if (x.grad_weight) count_run(Algorithm::weight_gradient_batch_lanes);
   std::optional<BatchLanesConvolution<T>> input_gradient;
   std::optional<BatchLanesWeightGradient<T>> weight_gradient;
-  if (x.grad_input) input_gradient.emplace(*input_gradient_phases<T>(x).first);
+  if (x.grad_input) input_gradient.emplace(input_gradient_phases<T>(x).first());
   const ConvInput<T> source = conv_input<T>(s, x.input);
   if (x.grad_weight) weight_gradient.emplace(s, source);
   const int64_t in = s.C * s.H * s.W, out = s.O * s.OH * s.OW, K = source.depth();
@@ -320,17 +356,20 @@ void batch_lanes_backward(const Conv2dBackwardArgs& x, GradBlock<T> grad_block) 
       partial[part * sums + i] =
           at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, V::loadu(vectors + i * lanes));
   });
-  if (x.grad_weight) sum_weight_parts(s, source, static_cast<T*>(x.grad_weight), partial, parts, sums);
+  if (x.grad_weight)
+    sum_weight_parts(WeightGradient<T>{s, source, static_cast<const T*>(x.grad_output), static_cast<T*>(x.grad_weight)},
+                     partial, parts, sums);
   if (x.grad_bias)
     sum_parts(Output<T>{static_cast<T*>(x.grad_bias), Axis::plain(s.O), Axis::plain(1)}, partial + weights, parts, sums,
               1, s.O);
 }
 
-#define INSTANTIATE(T)                                                         \
-  template class BatchLanesConvolution<T>;                                     \
-  template class BatchLanesWeightGradient<T>;                                  \
-  template void convolve_batch_lanes(const ConvProblem<T>&);                   \
-  template bool should_use_batch_lanes_backward<T>(const Conv2dBackwardArgs&); \
+#define INSTANTIATE(T)                                                \
+  template class BatchLanesConvolution<T>;                            \
+  template class BatchLanesWeightGradient<T>;                         \
+  template bool is_worth_batch_lanes(const ConvProblem<T>&, int64_t); \
+  template struct BatchLanes<T>;                                      \
+  template struct BatchLanesBackward<T>;                              \
   template void batch_lanes_backward<T>(const Conv2dBackwardArgs&, GradBlock<T>);
 FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE

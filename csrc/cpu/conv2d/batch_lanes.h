@@ -9,15 +9,15 @@
 
 #include <c10/util/FunctionRef.h>
 
+#include "algorithms.h"
 #include "chwn.h"
-#include "problem.h"
 
 namespace pyops::cpu {
 
 // One convolution, prepared for any number of blocks. The pixels for which the same taps lie inside form a class, and
 // each class is one product of gemm/microkernel.h. A sum runs over (channel, tap) in the order and the chunks of the
-// implicit GEMMs of conv2d/convolve.cpp, without their zeros, so the result is bit-identical to that of the algorithms
-// for which sums_in_order holds, unless they multiply pairs.
+// implicit GEMMs, without their zeros, so the result is bit-identical to that of the algorithms for which sums_in_order
+// holds, unless they multiply pairs.
 template <class T>
 class BatchLanesConvolution {
  public:
@@ -69,16 +69,22 @@ class BatchLanesWeightGradient {
   const int64_t *rows_, *source_pixels_, *grad_pixels_;
 };
 
-// Whether the gradients should be computed with the batch in lanes. It requires few channels and no tap that leaves the
-// image.
+// All gradients together with the batch in lanes: an algorithm of conv2d_backward. No tap may leave the image.
 template <class T>
-bool should_use_batch_lanes_backward(const Conv2dBackwardArgs& x);
+struct BatchLanesBackward {
+  static bool supports(const Conv2dBackwardArgs& x);
+  static bool profitable(const Conv2dBackwardArgs& x);
+};
+
+// Whether conv2d_backward chooses it.
+template <class T>
+bool uses_batch_lanes_backward(const Conv2dBackwardArgs& x);
 
 // grad_block(first, count, block, team) writes grad_output of images [first, first + count) to a CHWN block.
 template <class T>
 using GradBlock = c10::function_ref<void(int64_t first, int64_t count, Compute<T>* block, const Team& team)>;
 
-// Computes all requested gradients, where should_use_batch_lanes_backward holds; x.grad_output is not read.
+// Computes all requested gradients, where BatchLanesBackward supports that; x.grad_output is not read.
 template <class T>
 void batch_lanes_backward(const Conv2dBackwardArgs& x, GradBlock<T> grad_block);
 

@@ -1,8 +1,6 @@
-// Depthwise convolution, where every channel is a group of its own with one input and one output channel, and its
-// weight gradient:
+// Depthwise convolution, where every channel is a group of its own with one input and one output channel:
 //
-//   output[c, pixel]    = bias[c] + sum over taps of weight[c, tap] * input(c, pixel, tap)
-//   grad_weight[c, tap] = sum over pixels of grad_output[c, pixel] * input(c, pixel, tap)
+//   output[c, pixel] = bias[c] + sum over taps of weight[c, tap] * input(c, pixel, tap)
 //
 // It is chosen for every such convolution, unless the batch is in lanes or a channels-first output has gaps between its
 // columns. As products of gemm/microkernel.h each group would be a matrix of a single row, whose operands take longer
@@ -13,10 +11,10 @@
 // pixels sum over the taps inside. For channels-first images they run along the width, four rows at a time, over an
 // input tile (conv2d/input_tile.h). Kernels of 3x3 taps have code of their own (conv2d/depthwise_3x3.h).
 //
-// Each output is one sum over the taps in order, in a single chunk. A weight gradient sums over each image, then over
-// the images in order.
+// Each output is one sum over the taps in order, in a single chunk.
+#include "algorithms.h"
 #include "depthwise_3x3.h"
-#include "problem.h"
+#include "nonfinite.h"
 
 namespace pyops::cpu {
 namespace {
@@ -156,175 +154,81 @@ void depthwise_planes(const ConvProblem<T>& x, const T* weight) {
   });
 }
 
-// ---- weight gradient ----
-
-// The sums over one image of one tap, for the channels [c, c + count).
-template <class T>
-Vec<Compute<T>> tap_of_channels(const ConvInput<T>& s, const T* image, const T* grad, int64_t grad_x_stride, Tap tap,
-                                int64_t c, int64_t count) {
-  using V = Vec<Compute<T>>;
-  const Range rows = range_inside(tap.dy, s.step_h, s.out_height, s.height);
-  const Range columns = range_inside(tap.dx, s.step_w, s.out_width, s.width);
-  V sums[4] = {V(0), V(0), V(0), V(0)};  // four chains, because an FMA of a single one would wait for the one before
-  for (int64_t y = rows.begin; y < rows.end; ++y) {
-    const T* source = image + (y * s.step_h + tap.dy) * s.y_stride + tap.dx * s.x_stride + c;
-    const T* g = grad + y * s.out_width * grad_x_stride + c;
-    const int64_t step = s.step_w * s.x_stride;
-    int64_t column = columns.begin;
-    for (; column + 4 <= columns.end; column += 4) {
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j)
-        sums[j] = at::vec::fmadd(load(source + (column + j) * step, count),
-                                 load(g + (column + j) * grad_x_stride, count), sums[j]);
-    }
-    for (; column < columns.end; ++column)
-      sums[0] = at::vec::fmadd(load(source + column * step, count), load(g + column * grad_x_stride, count), sums[0]);
-  }
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-// sums[t * sums_stride] = the sum over a plane of tap t, for `taps` taps.
-template <class C, int taps>
-void taps_of_plane(const C* input, int64_t y_step, const int64_t* offsets, const C* grad, int64_t height, int64_t width,
-                   C* sums, int64_t sums_stride) {
-  using V = Vec<C>;
-  constexpr int64_t lanes = V::size();
-  V sum[taps];
-#pragma GCC unroll 4
-  for (int t = 0; t < taps; ++t) sum[t] = V(0);
-  for (int64_t y = 0; y < height; ++y, input += y_step, grad += width) {
-    for (int64_t x = 0; x < width; x += lanes) {
-      const int64_t count = std::min(lanes, width - x);
-      const V g = V::loadu(grad + x, count);
-#pragma GCC unroll 4
-      for (int t = 0; t < taps; ++t) sum[t] = at::vec::fmadd(V::loadu(input + offsets[t] + x, count), g, sum[t]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int t = 0; t < taps; ++t)
-    sums[t * sums_stride] = at::vec::vec_reduce_all([](const V& a, const V& b) { return a + b; }, sum[t]);
-}
-
-// Computes all sums [N, taps, C] of the weight gradient, or returns false if conv2d/depthwise_3x3.h has no code for
-// them.
-template <class T>
-bool sums_3x3(const Conv2dShape& s, const ConvInput<T>& source, const T* grad_output, Compute<T>* sums) {
-  using C = Compute<T>;
-  constexpr int64_t lanes = Vec<C>::size();
-  if (!Taps3x3::fit(source)) return false;
-  const Taps3x3 taps(source);
-  const int64_t plane = s.OH * s.OW;
-  const double flops = 18.0 * s.N * s.C * plane;
-  if (s.channels_last) {
-    const int64_t vectors = ceil_div(s.C, lanes);
-    for_each_task(s.N * vectors, flops, [&](int64_t task) {
-      const int64_t n = task / vectors, c = task % vectors * lanes;
-      const auto add = [&](int64_t count) {
-        weight_sums_of_channels_3x3(source, taps, source.images + n * source.image_stride,
-                                    grad_output + n * plane * s.C, s.C, c, count, sums + n * 9 * s.C);
-      };
-      c + lanes <= s.C ? add(lanes) : add(s.C - c);
-    });
-    return true;
-  }
-#ifdef CPU_CAPABILITY_AVX512
-  if constexpr (std::is_same_v<C, float>) {
-    for_each_task(s.N * s.C, flops, [&](int64_t task) {
-      const int64_t n = task / s.C, c = task % s.C;
-      weight_sums_of_plane_3x3(source, taps, source.images + n * source.image_stride + c * source.channel_stride,
-                               grad_output + task * plane, sums + n * 9 * s.C + c, s.C);
-    });
-    return true;
-  }
-#endif
-  return false;
-}
-
-// Runs the kernel of conv2d/depthwise_3x3.h, or returns false if there is none for this convolution.
 template <bool reversed, class T>
-bool convolve_3x3(const ConvProblem<T>& x, const Taps3x3& taps, const T* weight) {
-  if (x.channels_last) {
-    depthwise_channels_3x3<reversed>(x, taps, weight);
-    return true;
-  }
+void convolve_3x3(const ConvProblem<T>& x, const Taps3x3& taps, const T* weight) {
+  if (x.channels_last) return depthwise_channels_3x3<reversed>(x, taps, weight);
 #ifdef CPU_CAPABILITY_AVX512
-  if constexpr (std::is_same_v<Compute<T>, float>) {
-    depthwise_planes_3x3<reversed>(x, taps, weight);
-    return true;
-  }
+  if constexpr (std::is_same_v<Compute<T>, float>) depthwise_planes_3x3<reversed>(x, taps, weight);
 #endif
-  return false;
+}
+
+// The filters of a phase as the kernels read them: each with its taps contiguous.
+template <class T>
+const T* filters_of_taps(const ConvProblem<T>& x) {
+  const int64_t taps = x.input.tap_count;
+  T* selected = scratch<T>(Scratch::partial_sums, x.groups * taps);
+  for (int64_t g = 0; g < x.groups; ++g)
+    for (int64_t t = 0; t < taps; ++t) selected[g * taps + t] = x.filters.at(g, 0)[x.filter_step(t)];
+  return selected;
 }
 
 }  // namespace
 
 template <class T>
-void convolve_depthwise(const ConvProblem<T>& x, const T* weight) {
-  if (Taps3x3::fit(x.input)) {
-    const Taps3x3 taps(x.input);
-    if (taps.reversed() ? convolve_3x3<true>(x, taps, weight) : convolve_3x3<false>(x, taps, weight))
-      return count_run(Algorithm::conv2d_depthwise_3x3);
-  }
-  count_run(Algorithm::conv2d_depthwise);
-  x.channels_last ? depthwise_channels(x, weight) : depthwise_planes(x, weight);
+bool Depthwise3x3<T>::supports(const Phases<T>& phases) {
+  return is_depthwise(phases.first()) && has_3x3_kernels<T>(phases.first().channels_last) &&
+         std::all_of(phases.begin(), phases.end(), [](const ConvProblem<T>& x) { return Taps3x3::fit(x.input); });
 }
 
 template <class T>
-void weight_gradient_depthwise(const Conv2dShape& s, const ConvInput<T>& source, const T* grad_output, T* grad_weight) {
-  using C = Compute<T>;
-  constexpr int64_t lanes = Vec<C>::size();
-  const int64_t taps = source.tap_count, plane = s.OH * s.OW, kernel = s.kernel_h * s.kernel_w;
-  const double flops = 2.0 * s.N * s.C * plane * taps;
-  C* sums = scratch<C>(Scratch::partial_sums, s.N * taps * s.C);  // [N, taps, C]
-  const bool is_3x3 = sums_3x3(s, source, grad_output, sums);
-  count_run(is_3x3 ? Algorithm::weight_gradient_depthwise_3x3 : Algorithm::weight_gradient_depthwise);
-  if (is_3x3) {
-  } else if (s.channels_last) {
-    for_each_task(s.N * taps, flops, [&](int64_t task) {
-      const int64_t n = task / taps;
-      for (int64_t c = 0; c < s.C; c += lanes) {
-        const int64_t count = std::min(lanes, s.C - c);
-        tap_of_channels(source, source.images + n * source.image_stride, grad_output + n * plane * s.C, s.C,
-                        source.taps[task % taps], c, count)
-            .store(sums + task * s.C + c, static_cast<int>(count));
-      }
-    });
-  } else {
-    const ReceptiveField field(source);
-    for_each_task(s.N * s.C, flops, [&](int64_t task) {
-      const int64_t n = task / s.C, c = task % s.C;
-      const InputTile<C> w = input_tile<C>(source, field, OutputTile{c, 0, 1, n, 1, 0, s.OH}, false, /*by_width=*/true);
-      const T* grad = grad_output + task * plane;
-      const C* values;
-      if constexpr (std::is_same_v<T, C>) {
-        values = grad;
-      } else {
-        C* copy = scratch<C>(Scratch::grad_rows, plane);
-        copy_values(copy, grad, plane, 1);
-        values = copy;
-      }
-      const int64_t* offsets = patch_offsets(Scratch::a_offsets, w, source, 1);
-      C* target = sums + n * taps * s.C + c;
-      int64_t t = 0;
-      for (; t + 4 <= taps; t += 4)
-        taps_of_plane<C, 4>(w.data, w.y_step, offsets + t, values, s.OH, s.OW, target + t * s.C, s.C);
-      for (; t < taps; ++t)
-        taps_of_plane<C, 1>(w.data, w.y_step, offsets + t, values, s.OH, s.OW, target + t * s.C, s.C);
-    });
-  }
-  std::fill(grad_weight, grad_weight + s.C * kernel, T(0));
-  for (int64_t c = 0; c < s.C; ++c) {
-    for (int64_t t = 0; t < taps; ++t) {
-      C total = 0;
-      for (int64_t n = 0; n < s.N; ++n) total += sums[(n * taps + t) * s.C + c];
-      grad_weight[c * kernel + source.taps[t].index] = static_cast<T>(total);
-    }
-  }
+bool Depthwise3x3<T>::profitable(const Phases<T>& x) {
+  return x.first().groups > 1;
 }
 
-#define INSTANTIATE(T)                                               \
-  template void convolve_depthwise(const ConvProblem<T>&, const T*); \
-  template void weight_gradient_depthwise(const Conv2dShape&, const ConvInput<T>&, const T*, T*);
+template <class T>
+bool Depthwise3x3<T>::sums_in_order(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+void Depthwise3x3<T>::run(const Phases<T>& phases) {
+  convolve_exactly(phases, [](const Phases<T>& finite) {
+    for (const ConvProblem<T>& x : finite) {
+      const Taps3x3 taps(x.input);
+      const T* weight = filters_of_taps(x);
+      taps.reversed() ? convolve_3x3<true>(x, taps, weight) : convolve_3x3<false>(x, taps, weight);
+    }
+  });
+}
+
+template <class T>
+bool Depthwise<T>::supports(const Phases<T>& x) {
+  return is_depthwise(x.first());
+}
+
+template <class T>
+bool Depthwise<T>::profitable(const Phases<T>& x) {
+  return x.first().groups > 1;
+}
+
+template <class T>
+bool Depthwise<T>::sums_in_order(const Phases<T>& x) {
+  return x.first().depth() <= KC;
+}
+
+template <class T>
+void Depthwise<T>::run(const Phases<T>& phases) {
+  convolve_exactly(phases, [](const Phases<T>& finite) {
+    for (const ConvProblem<T>& x : finite) {
+      const T* weight = filters_of_taps(x);
+      x.channels_last ? depthwise_channels(x, weight) : depthwise_planes(x, weight);
+    }
+  });
+}
+
+#define INSTANTIATE(T)             \
+  template struct Depthwise3x3<T>; \
+  template struct Depthwise<T>;
 FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 

@@ -35,6 +35,16 @@ struct Taps3x3 {
   bool reversed() const { return order[0] == 8; }
 };
 
+// Whether there are kernels for images of this layout.
+template <class T>
+constexpr bool has_3x3_kernels(bool channels_last) {
+#ifdef CPU_CAPABILITY_AVX512
+  return channels_last || std::is_same_v<Compute<T>, float>;
+#else
+  return channels_last;
+#endif
+}
+
 // ---- channels-last: vectors along the channels, one pixel at a time; columns of input values slide with it ----
 
 // The input values of three adjacent rows in one column, or the sums of a column of taps.

@@ -3,7 +3,7 @@
 //   output[pixel, o] = bias[o] + sum over (row of taps, channel, tap) of input(pixel, channel, tap) * filter(o, ...)
 //
 // It is chosen for channels-last images of the compute type, with a horizontal stride of 1, where vectors along the
-// width would not be faster (conv2d/convolve.cpp). A register tile of gemm/microkernel.h that is one vector wide takes
+// width would not be faster. A register tile of gemm/microkernel.h that is one vector wide takes
 // a load for each FMA. Here a broadcast input value serves three FMAs, with the filter vectors of neighbouring taps for
 // neighbouring pixels, so that 16 pixels take 21 loads for 48 FMAs.
 //
@@ -148,8 +148,8 @@ void multiply_line(const ConvProblem<T>& x, const T* filters, int64_t g, int64_t
   }
 }
 
-}  // namespace
-
+// Whether the taps form rows of three neighbours, with a horizontal stride of 1, whose middle tap never leaves the
+// image to the left or right.
 template <class T>
 bool has_rows_of_three_taps(const ConvInput<T>& s) {
   if (s.step_w != 1 || s.tap_count == 0 || s.tap_count % 3 != 0) return false;
@@ -162,7 +162,6 @@ bool has_rows_of_three_taps(const ConvInput<T>& s) {
 template <class T>
 void convolve_direct_3wide(const ConvProblem<T>& x) {
   constexpr int64_t lanes = Vec<T>::size(), enough_pixels = 384;
-  count_run(Algorithm::conv2d_direct_3wide);
   const ConvInput<T>& s = x.input;
   const int64_t K = x.depth();
   T* filters = scratch<T>(Scratch::weight, x.groups * K * lanes);
@@ -181,11 +180,32 @@ void convolve_direct_3wide(const ConvProblem<T>& x) {
   });
 }
 
-#define INSTANTIATE(T)                                       \
-  template bool has_rows_of_three_taps(const ConvInput<T>&); \
-  template void convolve_direct_3wide(const ConvProblem<T>&);
-INSTANTIATE(float)
-INSTANTIATE(double)
+}  // namespace
+
+template <class T>
+bool Direct3Wide<T>::supports(const Phases<T>& phases) {
+  const ConvProblem<T>& x = phases.first();
+  return std::is_same_v<T, Compute<T>> && phases.count == 1 && x.channels_last &&
+         x.out_channels <= Vec<Compute<T>>::size() && has_rows_of_three_taps(x.input);
+}
+
+template <class T>
+bool Direct3Wide<T>::profitable(const Phases<T>& x) {
+  return !is_worth_batch_lanes(x.first(), Vec<Compute<T>>::size());  // which would sum in another order
+}
+
+template <class T>
+bool Direct3Wide<T>::sums_in_order(const Phases<T>&) {
+  return false;
+}
+
+template <class T>
+void Direct3Wide<T>::run(const Phases<T>& x) {
+  if constexpr (std::is_same_v<T, Compute<T>>) convolve_direct_3wide(x.first());
+}
+
+#define INSTANTIATE(T) template struct Direct3Wide<T>;
+FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
 }  // namespace pyops::cpu

@@ -6,26 +6,41 @@
 // and the result is transposed back. All of this stays in cache.
 //
 // Guarantees: those of gemm.h. Every image is computed separately.
-#include "problem.h"
+#include "algorithms.h"
 
 namespace pyops::cpu {
 
 template <class T>
-void convolve_grouped_planes(const ConvProblem<T>* phases, int64_t count) {
-  count_run(Algorithm::conv2d_grouped_planes);
-  const ConvProblem<T>& x = phases[0];
+bool GroupedPlanes<T>::supports(const Phases<T>& x) {
+  return x.first().channels_last;
+}
+
+template <class T>
+bool GroupedPlanes<T>::profitable(const Phases<T>& phases) {
+  const ConvProblem<T>& x = phases.first();
+  return x.groups > 1 && lane_utilization<Compute<T>>(x.out_channels) <= 0.5 && !is_depthwise(x);
+}
+
+template <class T>
+bool GroupedPlanes<T>::sums_in_order(const Phases<T>& x) {
+  return !has_long_chains(x.first());
+}
+
+template <class T>
+void GroupedPlanes<T>::run(const Phases<T>& phases) {
+  const ConvProblem<T>& x = phases.first();
   const ConvInput<T>& s = x.input;
   const int64_t in = x.groups * s.channels, in_pixels = s.height * s.width;
   const int64_t out = x.groups * x.out_channels, out_pixels = x.out_lines.image_stride / out;
   double flops = 0;
-  for (int64_t p = 0; p < count; ++p)
-    flops += 2.0 * s.count * phases[p].input.pixels() * out * static_cast<double>(phases[p].depth());
+  for (const ConvProblem<T>& phase : phases)
+    flops += 2.0 * s.count * phase.input.pixels() * out * static_cast<double>(phase.depth());
   for_each_task(s.count, flops, [&](int64_t n) {
     T* planes = scratch<T>(Scratch::planes, in * in_pixels);
     T* result = scratch<T>(Scratch::result_planes, out * out_pixels);
-    auto* of_planes = scratch<ConvProblem<T>>(Scratch::phases_of_planes, count);
+    auto* of_planes = scratch<ConvProblem<T>>(Scratch::phases_of_planes, phases.count);
     transpose(planes, in_pixels, s.images + n * s.image_stride, in, in_pixels, in);
-    for (int64_t p = 0; p < count; ++p) {
+    for (int64_t p = 0; p < phases.count; ++p) {
       ConvProblem<T>& phase = of_planes[p] = phases[p];
       phase.input.images = planes;
       phase.input.count = 1;
@@ -39,14 +54,13 @@ void convolve_grouped_planes(const ConvProblem<T>* phases, int64_t count) {
       phase.out_lines.y_stride /= out;
       phase.out_lines.x_stride = 1;
     }
-    convolve(of_planes, count);
+    convolve(choices::conv2d_planes, Phases<T>{of_planes, phases.count});
     transpose(x.output + n * x.out_lines.image_stride, out, result, out_pixels, out, out_pixels);
   });
 }
 
-template void convolve_grouped_planes(const ConvProblem<float>*, int64_t);
-template void convolve_grouped_planes(const ConvProblem<double>*, int64_t);
-template void convolve_grouped_planes(const ConvProblem<c10::BFloat16>*, int64_t);
-template void convolve_grouped_planes(const ConvProblem<c10::Half>*, int64_t);
+#define INSTANTIATE(T) template struct GroupedPlanes<T>;
+FOR_EACH_FLOATING(INSTANTIATE)
+#undef INSTANTIATE
 
 }  // namespace pyops::cpu

@@ -1,9 +1,9 @@
-// The inner loops of conv2d/convolve.cpp: the two implicit GEMMs over input tiles, with the vectors along the width or
-// along the output channels, and the direct convolution for few output channels.
+// The inner loops of the implicit GEMMs of conv2d/implicit_gemm.cpp, with the vectors along the width or along the
+// output channels, and the packing of filters.
 #pragma once
 
+#include "algorithms.h"
 #include "border_taps.h"
-#include "problem.h"
 
 namespace pyops::cpu {
 
@@ -32,16 +32,6 @@ void implicit_gemm_width(const GemmTask<T, F>& t, int64_t p);
 // the same rows (conv2d/implicit_gemm_channels.cpp).
 template <class T, class F>
 void implicit_gemm_channels(const GemmTask<T, F>& t, int64_t p);
-
-// Whether the taps form rows of three neighbours, with a horizontal stride of 1, whose middle tap never leaves the
-// image to the left or right.
-template <class T>
-bool has_rows_of_three_taps(const ConvInput<T>& s);
-
-// Computes a convolution of a single phase with such taps over channels-last images of the compute type, with at most a
-// vector of output channels per group (conv2d/direct_3wide.cpp).
-template <class T>
-void convolve_direct_3wide(const ConvProblem<T>& x);
 
 // Packs rows [k, k + kc) of the panel of filters [o, o + columns) of group g, with zeros up to `width`.
 template <class T, class F>

@@ -4,15 +4,15 @@
 //
 //   grad_input[pixel of the tap, C] += grad_output[pixel, O] weight[O, C] of the tap
 //
-// It is chosen where many taps lie outside, because grad_output is hardly larger than the kernel
-// (conv2d_backward.cpp). There the convolution of conv2d/convolve.cpp, which gathers all taps of a pixel, would have
-// about as many classes of pixels as pixels, or would multiply zeros.
+// It is chosen where many taps lie outside, because grad_output is hardly larger than the kernel. There a convolution,
+// which gathers all taps of a pixel, would have about as many classes of pixels as pixels, or would multiply zeros.
 //
 // Each product of gemm/microkernel.h adds its sums directly where the tap lies. A task is some images, or a band of
 // rows of one, and a block of their channels, whose sums stay in cache.
 //
 // Every element sums over (tap, chunk of O) in order, whatever the batch and the threads. No zeros are multiplied.
-#include "problem.h"
+#include "algorithms.h"
+#include "border_taps.h"
 
 namespace pyops::cpu {
 namespace {
@@ -35,13 +35,10 @@ const T* weights_by_tap(const Conv2dShape& s, const T* weight, int64_t stride) {
   return by_tap;
 }
 
-}  // namespace
-
 template <class T>
 void input_gradient_kn2row(const Conv2dBackwardArgs& x) {
   constexpr int64_t lanes = Vec<T>::size(), most_sums = 64 << 10, most_columns = 256;
   constexpr int64_t least_rows = 32, least_columns = 2 * lanes;  // tasks are not made smaller
-  count_run(Algorithm::input_gradient_kn2row);
   const Conv2dShape& s = x.shape;
   const ConvInput<T> source = conv_input<T>(s, nullptr);
   const Layout image(s.C, s.H, s.W, s.channels_last), grad(s.O, s.OH, s.OW, s.channels_last);
@@ -100,7 +97,37 @@ void input_gradient_kn2row(const Conv2dBackwardArgs& x) {
   });
 }
 
-template void input_gradient_kn2row<float>(const Conv2dBackwardArgs&);
-template void input_gradient_kn2row<double>(const Conv2dBackwardArgs&);
+}  // namespace
+
+template <class T>
+bool Kn2row<T>::supports(const InputGradient<T>& x) {
+  return std::is_same_v<T, Compute<T>> && x.args.shape.groups == 1;
+}
+
+// Compares the share of useful products of adding up tap by tap and of gathering pixel by pixel, with factors fitted to
+// measurements.
+template <class T>
+bool Kn2row<T>::profitable(const InputGradient<T>& x) {
+  constexpr int64_t least_terms = 32;  // more channels than batch lanes take (conv2d/batch_lanes.cpp)
+  const Conv2dShape& s = x.args.shape;
+  if (s.O < least_terms || s.kernel_h * s.kernel_w == 1) return false;
+  const double gathered = static_cast<double>(s.H * s.W) / static_cast<double>(s.stride_h * s.stride_w);
+  const double met = fraction_inside(conv_input<T>(s, nullptr)) * static_cast<double>(s.OH * s.OW);
+  // Gathering copies channels-first images.
+  const double gathering = (s.channels_last ? 1.1 : 0.87) * met / gathered;
+  // The sums of a tap are loaded and stored, which takes about as long as 16 terms.
+  const double terms = static_cast<double>(s.O) / static_cast<double>(s.O + 16);
+  const double kn2row = terms * lane_utilization<Compute<T>>(s.C) * (s.C > Vec<Compute<T>>::size() ? 1 : 0.7);
+  return gathering < kn2row;
+}
+
+template <class T>
+void Kn2row<T>::run(const InputGradient<T>& x) {
+  if constexpr (std::is_same_v<T, Compute<T>>) input_gradient_kn2row<T>(x.args);
+}
+
+#define INSTANTIATE(T) template struct Kn2row<T>;
+FOR_EACH_FLOATING(INSTANTIATE)
+#undef INSTANTIATE
 
 }  // namespace pyops::cpu

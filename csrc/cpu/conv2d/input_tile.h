@@ -63,23 +63,25 @@ ConvInput<In> paired_images(ConvInput<In> s) {
 // Reads the elements themselves as pairs, given a view of pairs of channels that lie next to each other in memory.
 template <class In>
 ConvInput<Bf16Pair> of_pairs(const ConvInput<In>& s) {
-  return {reinterpret_cast<const Bf16Pair*>(s.images),
-          s.image_stride / 2,
-          s.channel_stride / 2,
-          s.y_stride / 2,
-          s.x_stride / 2,
-          s.count,
-          s.height,
-          s.width,
-          s.channels,
-          s.step_h,
-          s.step_w,
-          s.out_height,
-          s.out_width,
-          s.taps,
-          s.tap_count,
-          s.end / 2,
-          s.tap_by_tap};
+  return {
+      .images = reinterpret_cast<const Bf16Pair*>(s.images),
+      .image_stride = s.image_stride / 2,
+      .channel_stride = s.channel_stride / 2,
+      .y_stride = s.y_stride / 2,
+      .x_stride = s.x_stride / 2,
+      .count = s.count,
+      .height = s.height,
+      .width = s.width,
+      .channels = s.channels,
+      .step_h = s.step_h,
+      .step_w = s.step_w,
+      .out_height = s.out_height,
+      .out_width = s.out_width,
+      .taps = s.taps,
+      .tap_count = s.tap_count,
+      .end = s.end / 2,
+      .tap_by_tap = s.tap_by_tap,
+  };
 }
 
 // Whether some output pixel meets the image at this tap. Taps for which none does are left out from the start: with a

@@ -15,7 +15,7 @@
 #include <limits>
 #include <vector>
 
-#include "input_tile.h"
+#include "algorithms.h"
 
 namespace pyops::cpu {
 
@@ -63,6 +63,96 @@ template <class In>
 void add_product(In& target, In a, In b) {
   using T = Compute<In>;
   target = static_cast<In>(static_cast<T>(target) + static_cast<T>(a) * static_cast<T>(b));
+}
+
+// ---- convolutions ----
+
+// Adds the terms of the weights that are not finite.
+template <class T>
+void add_nonfinite(const ConvProblem<T>& x) {
+  const ConvInput<T>& s = x.input;
+  const Axis pixels = x.out_pixels();
+  for_each_task(s.count, 2.0 * s.count * s.pixels() * x.groups * x.out_channels * x.depth(), [&](int64_t n) {
+    for (int64_t o = 0; o < x.groups * x.out_channels; ++o) {
+      const int64_t g = o / x.out_channels;
+      T* image = x.first_pixel() + o * x.out_channel_stride + n * pixels.image_stride;
+      for (int64_t k = 0; k < s.depth(); ++k) {
+        const T weight = x.filters.at(g, o % x.out_channels)[x.filter_step(k)];
+        if (is_finite(weight)) continue;
+        for_each_inside(s, n, g * s.channels + s.channel(k), s.tap(k), [&](int64_t y, int64_t column, T value) {
+          add_product(image[y * pixels.y_stride + column * pixels.x_stride], weight, value);
+        });
+      }
+    }
+  });
+}
+
+template <class T>
+void rectify(T* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    if (values[i] < T(0)) values[i] = T(0);
+}
+
+// Computes a convolution by an algorithm that multiplies the zeros around the images: run(phases) runs it.
+template <class T, class Run>
+void convolve_exactly(const Phases<T>& x, const Run& run) {
+  const Filters<T>& filters = x.first().filters;
+  if (!reaches_outside(x.first().input, ReceptiveField(x.data, x.count)) || all_finite(filters.data, filters.count))
+    return run(x);
+
+  count_run(parts::nonfinite_weight.runs);
+  const std::vector<T> finite = finite_part(filters.data, filters.count);
+  std::vector<ConvProblem<T>> finite_phases(x.begin(), x.end());
+  for (ConvProblem<T>& phase : finite_phases) phase.filters.data = finite.data(), phase.relu = false;
+  run(Phases<T>{finite_phases.data(), x.count});
+  for (const ConvProblem<T>& phase : x) add_nonfinite(phase);
+  if (x.first().relu) rectify(x.first().output, x.first().input.count * x.first().out_lines.image_stride);
+}
+
+// ---- weight gradients ----
+
+// Adds the terms of the gradients that are not finite.
+template <class T>
+void add_nonfinite(const WeightGradient<T>& x) {
+  const Conv2dShape& s = x.shape;
+  const Layout grad(s.O, s.OH, s.OW, s.channels_last);
+  const WeightLayout weight(s);
+  const int64_t in = x.in(), taps = x.input.tap_count;
+  for_each_task(s.O * in, 2.0 * s.N * s.O * s.OH * s.OW * in * taps, [&](int64_t task) {
+    const int64_t o = task / in, channel = o / x.out() * in + task % in;
+    T* target = x.grad_weight + o * weight.out_stride + task % in * weight.channel_stride;
+    for (int64_t n = 0; n < s.N; ++n) {
+      const T* image = x.grad_output + n * grad.image_stride + o * grad.channel_stride;
+      for (int64_t t = 0; t < taps; ++t) {
+        for_each_inside(x.input, n, channel, x.input.taps[t], [&](int64_t y, int64_t column, T value) {
+          const T g = image[y * grad.y_stride + column * grad.x_stride];
+          if (!is_finite(g)) add_product(target[x.input.taps[t].index * weight.tap_stride], g, value);
+        });
+      }
+    }
+  });
+}
+
+// Computes a weight gradient by an algorithm that multiplies the zeros around the images: run(problem) runs it.
+//
+// A gradient that is not finite makes its sums infinite or NaN too. Where there are fewer sums than gradients, the sums
+// are inspected instead, because a pass over all gradients takes a noticeable share of the time of their products.
+template <class T, class Run>
+void weight_gradient_exactly(const WeightGradient<T>& x, const Run& run) {
+  const Conv2dShape& s = x.shape;
+  const int64_t count = s.N * s.O * s.OH * s.OW, size = s.O * x.in() * s.kernel_h * s.kernel_w;
+  const bool exact = !reaches_outside(x.input, ReceptiveField(x.input)), look_at_sums = size < count;
+  if (exact || look_at_sums || all_finite(x.grad_output, count)) {
+    run(x);
+    if (exact || !look_at_sums || all_finite(x.grad_weight, size) || all_finite(x.grad_output, count)) return;
+  }
+
+  count_run(parts::nonfinite_grad_output.runs);
+  const std::vector<T> finite = finite_part(x.grad_output, count);
+  WeightGradient<T> of_finite = x;
+  of_finite.grad_output = finite.data();
+  run(of_finite);
+  add_nonfinite(x);
 }
 
 }  // namespace pyops::cpu

@@ -3,12 +3,9 @@
 //
 //   output[g, o, pixel] = bias + sum over (channel, tap) of filter(g, o, channel, tap) * input(pixel, channel, tap)
 //
-// Among the functions below, forward_problem (conv2d.cpp) and input_gradient_phases (conv2d_backward.cpp) set up
-// such problems, and convolve (conv2d/convolve.cpp) and weight_gradient (conv2d/weight_gradient.cpp) choose between the
-// algorithms, which are in other files of this folder.
+// forward_problem (conv2d.cpp) and input_gradient_phases (conv2d_backward.cpp) set up such problems; the algorithms
+// that solve them, and those of the weight gradient, are listed in conv2d/algorithms.h.
 #pragma once
-
-#include <utility>
 
 #include "input_tile.h"
 
@@ -30,23 +27,25 @@ template <class T>
 ConvInput<T> conv_input(const Conv2dShape& s, const void* input) {
   const Layout in(s.C, s.H, s.W, s.channels_last);
   Tap* taps = scratch<Tap>(Scratch::taps, s.kernel_h * s.kernel_w);
-  ConvInput<T> source{static_cast<const T*>(input),
-                      in.image_stride,
-                      in.channel_stride,
-                      in.y_stride,
-                      in.x_stride,
-                      s.N,
-                      s.H,
-                      s.W,
-                      s.C / s.groups,
-                      s.stride_h,
-                      s.stride_w,
-                      s.OH,
-                      s.OW,
-                      taps,
-                      0,
-                      s.N * in.image_stride,
-                      s.weight_channels_last};
+  ConvInput<T> source{
+      .images = static_cast<const T*>(input),
+      .image_stride = in.image_stride,
+      .channel_stride = in.channel_stride,
+      .y_stride = in.y_stride,
+      .x_stride = in.x_stride,
+      .count = s.N,
+      .height = s.H,
+      .width = s.W,
+      .channels = s.C / s.groups,
+      .step_h = s.stride_h,
+      .step_w = s.stride_w,
+      .out_height = s.OH,
+      .out_width = s.OW,
+      .taps = taps,
+      .tap_count = 0,
+      .end = s.N * in.image_stride,
+      .tap_by_tap = s.weight_channels_last,
+  };
   for (int64_t i = 0; i < s.kernel_h; ++i) {
     for (int64_t j = 0; j < s.kernel_w; ++j) {
       const int64_t dy = i * s.dilation_h - s.padding_top, dx = j * s.dilation_w - s.padding_left;
@@ -107,61 +106,46 @@ struct ConvProblem {
   T* first_pixel() const { return output + x_phase * out_lines.x_stride; }
 };
 
-// Whether the channels, whose number is then even, are multiplied in bfloat16 pairs (gemm/operand.h). A problem that
-// would use batch lanes at some batch size never multiplies pairs, because a sample's result must not depend on the
-// batch it is in.
+// The phases of one output, of which there is one unless a stride divides the output of an input gradient into several.
+// They share everything but their taps, rows, columns and output size, and the first is the largest.
 template <class T>
-bool multiplies_pairs(const ConvProblem<T>& x);
+struct Phases {
+  const ConvProblem<T>* data;
+  int64_t count;
 
-// Whether the chosen algorithm sums over k in the order of the filters in memory, as most algorithms do.
-template <class T>
-bool sums_in_order(const ConvProblem<T>& x);
+  const ConvProblem<T>& first() const { return data[0]; }
+  const ConvProblem<T>& operator[](int64_t p) const { return data[p]; }
+  const ConvProblem<T>* begin() const { return data; }
+  const ConvProblem<T>* end() const { return data + count; }
+};
 
 // The convolution that is the forward of conv2d.
 template <class T>
 ConvProblem<T> forward_problem(const Conv2dArgs& x);
 
-// Computes the `count` phases of one output. They share everything but their taps, rows, columns and output size, and
-// the first phase is the largest.
-template <class T>
-void convolve(const ConvProblem<T>* phases, int64_t count);
-
-// Computes one phase of a depthwise convolution, where every group has one input and one output channel.
-// weight: [groups, taps]. A channels-first output must have no gaps between its columns.
-template <class T>
-void convolve_depthwise(const ConvProblem<T>& x, const T* weight);
-
-// Computes grad_weight of a depthwise convolution.
-template <class T>
-void weight_gradient_depthwise(const Conv2dShape& s, const ConvInput<T>& source, const T* grad_output, T* grad_weight);
-
-// Computes a convolution of a single phase with the batch in lanes (conv2d/batch_lanes.h).
-template <class T>
-void convolve_batch_lanes(const ConvProblem<T>& x);
-
-// Computes the phases of a convolution of narrow groups over channels-last images, which are transposed to planes and
-// back (conv2d/grouped_planes.cpp).
-template <class T>
-void convolve_grouped_planes(const ConvProblem<T>* phases, int64_t count);
-
 // grad_input of conv2d_backward as a convolution of grad_output with the weight. There are stride_h x stride_w phases,
 // or fewer if the image is smaller; they lie in this thread's scratch.
 template <class T>
-std::pair<const ConvProblem<T>*, int64_t> input_gradient_phases(const Conv2dBackwardArgs& x);
+Phases<T> input_gradient_phases(const Conv2dBackwardArgs& x);
 
-// Computes grad_input of conv2d_backward of one group by kn2row (conv2d/input_gradient_kn2row.cpp). T: float or double.
+// The weight gradient of conv2d: `input` is that of the forward.
 template <class T>
-void input_gradient_kn2row(const Conv2dBackwardArgs& x);
+struct WeightGradient {
+  Conv2dShape shape;
+  ConvInput<T> input;
+  const T* grad_output;
+  T* grad_weight;
+
+  int64_t in() const { return shape.C / shape.groups; }
+  int64_t out() const { return shape.O / shape.groups; }
+  int64_t depth() const { return input.depth(); }
+  bool meets_all_taps() const { return input.tap_count == shape.kernel_h * shape.kernel_w; }
+};
 
 // grad_weight = the sum, in order, of `parts` arrays of sums, each [groups, K, O / groups] and part_stride elements
-// after the one before, where K runs over (channel, tap) of `source`. The sum of a tap is written to the element that
+// after the one before, where K runs over (channel, tap) of the input. The sum of a tap is written to the element that
 // Tap::index names, and the weights of taps that meet no pixel become zero.
 template <class T>
-void sum_weight_parts(const Conv2dShape& s, const ConvInput<T>& source, T* grad_weight, Compute<T>* sums, int64_t parts,
-                      int64_t part_stride);
-
-// Computes grad_weight of conv2d_backward.
-template <class T>
-void weight_gradient(const Conv2dBackwardArgs& x);
+void sum_weight_parts(const WeightGradient<T>& x, Compute<T>* sums, int64_t parts, int64_t part_stride);
 
 }  // namespace pyops::cpu

@@ -297,53 +297,76 @@ void multiply_tiled(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t
   }
 }
 
-enum class GemmAlgorithm { one_row_transposed_2, one_row_transposed, one_row, tiles_in_place, tiles_of_panels };
-
-// Algorithms in order of preference: the first that supports the product.
+// The mc x nc block of C at (m, n), of a C of M rows and N columns.
 template <class In, class Out, class F>
-GemmAlgorithm choose_gemm_algorithm(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N) {
-  const int64_t K = x.k_end - x.k_begin;
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_squared<In>) {
-    if (M == 1 && x.b.row_stride == 1 && (!is_pair<F> || are_operands<F, In>(1, K, x.b.column_stride))) {
-      // A B that stays in cache: two chains of FMAs hide more of their latency than one.
-      if (K * N * int64_t{sizeof(In)} <= in_place_bytes) return GemmAlgorithm::one_row_transposed_2;
-      // A larger B comes from memory, where the rows of two chains are more streams than a core can follow.
-      return GemmAlgorithm::one_row_transposed;
-    }
-  }
-#endif
-  // B is read once, row by row; a register tile would read it column by column.
-  if (M == 1 && x.b.column_stride == 1 && K > 0) return GemmAlgorithm::one_row;
-  // With few rows of C, or with a small B, packing B costs more than it saves.
-  if (M <= few_rows || K * N * int64_t{sizeof(Accumulator<F>)} <= in_place_bytes) return GemmAlgorithm::tiles_in_place;
-  // Each panel is used by enough rows to pay for its packing.
-  return GemmAlgorithm::tiles_of_panels;
-}
+struct GemmBlock {
+  const GemmArgs<In, Out, F>& x;
+  int64_t M, N, m, mc, n, nc;
 
-// The mc x nc block of C at (m, n).
-template <class In, class Out, class F>
-void gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
-  const GemmAlgorithm algorithm = choose_gemm_algorithm(x, M, N);
+  int64_t K() const { return x.k_end - x.k_begin; }
+};
+
 #if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_squared<In>) {
-    if (algorithm == GemmAlgorithm::one_row_transposed_2) {
-      count_run(Algorithm::gemm_one_row_transposed_2);
-      return multiply_one_row_transposed<2>(x, n, nc);
-    }
-    if (algorithm == GemmAlgorithm::one_row_transposed) {
-      count_run(Algorithm::gemm_one_row_transposed);
-      return multiply_one_row_transposed<1>(x, n, nc);
-    }
+// Reads B, which is stored by columns, in the order of memory. `chains` is the number of columns of squares at a time.
+template <int chains, class In, class Out, class F>
+struct OneRowTransposed {
+  static bool supports(const GemmBlock<In, Out, F>& block) {
+    const GemmArgs<In, Out, F>& x = block.x;
+    if constexpr (is_squared<In>)
+      return block.M == 1 && x.b.row_stride == 1 &&
+             (!is_pair<F> || are_operands<F, In>(1, block.K(), x.b.column_stride));
+    return false;
   }
+  static bool profitable(const GemmBlock<In, Out, F>& block) {
+    return chains == 1 || block.K() * block.N * int64_t{sizeof(In)} <= in_place_bytes;
+  }
+  static void run(const GemmBlock<In, Out, F>& block) {
+    if constexpr (is_squared<In>) multiply_one_row_transposed<chains>(block.x, block.n, block.nc);
+  }
+};
 #endif
-  if (algorithm == GemmAlgorithm::one_row) {
-    count_run(Algorithm::gemm_one_row);
-    return multiply_one_row(x, n, nc);
+
+template <class In, class Out, class F>
+struct OneRow {
+  static bool supports(const GemmBlock<In, Out, F>& block) {
+    return block.M == 1 && block.x.b.column_stride == 1 && block.K() > 0;
   }
-  const bool in_place = algorithm == GemmAlgorithm::tiles_in_place;
-  count_run(in_place ? Algorithm::gemm_tiles_in_place : Algorithm::gemm_tiles_of_panels);
-  multiply_tiled(x, M, m, mc, n, nc, in_place);
+  static void run(const GemmBlock<In, Out, F>& block) { multiply_one_row(block.x, block.n, block.nc); }
+};
+
+template <bool in_place, class In, class Out, class F>
+struct Tiles {
+  static bool profitable(const GemmBlock<In, Out, F>& block) {
+    return block.M <= few_rows || block.K() * block.N * int64_t{sizeof(Accumulator<F>)} <= in_place_bytes;
+  }
+  static void run(const GemmBlock<In, Out, F>& block) {
+    multiply_tiled(block.x, block.M, block.m, block.mc, block.n, block.nc, in_place);
+  }
+};
+
+template <class In, class Out, class F, class Block = GemmBlock<In, Out, F>>
+constexpr Algorithm<Block> gemm_algorithms[] = {
+#if defined(CPU_CAPABILITY_AVX512)
+    // A B that stays in cache: two chains of FMAs hide more of their latency than one.
+    {"one_row_transposed_2", "csrc/cpu/gemm/gemm.h", OneRowTransposed<2, In, Out, F>::supports,
+     OneRowTransposed<2, In, Out, F>::profitable, OneRowTransposed<2, In, Out, F>::run},
+    // A larger B comes from memory, where the rows of two chains are more streams than a core can follow.
+    {"one_row_transposed", "csrc/cpu/gemm/gemm.h", OneRowTransposed<1, In, Out, F>::supports,
+     OneRowTransposed<1, In, Out, F>::profitable, OneRowTransposed<1, In, Out, F>::run},
+#endif
+    // B is read once, row by row; a register tile would read it column by column.
+    {"one_row", "csrc/cpu/gemm/gemm.h", OneRow<In, Out, F>::supports, always<Block>, OneRow<In, Out, F>::run},
+    // With few rows of C, or with a small B, packing B costs more than it saves.
+    {"tiles_in_place", "csrc/cpu/gemm/gemm.h", always<Block>, Tiles<true, In, Out, F>::profitable,
+     Tiles<true, In, Out, F>::run},
+    // Each panel is used by enough rows to pay for its packing.
+    {"tiles_of_panels", "csrc/cpu/gemm/gemm.h", always<Block>, always<Block>, Tiles<false, In, Out, F>::run},
+};
+
+template <class In, class Out, class F>
+void run_gemm_block(const GemmArgs<In, Out, F>& x, int64_t M, int64_t N, int64_t m, int64_t mc, int64_t n, int64_t nc) {
+  const GemmBlock<In, Out, F> block{x, M, N, m, mc, n, nc};
+  choose(choices::gemm, gemm_algorithms<In, Out, F>, block).run(block);
 }
 
 // `parts` products in parallel, all of the same M and N; args(i) describes product i. K only serves to estimate the
@@ -365,8 +388,8 @@ void gemm(int64_t parts, int64_t M, int64_t N, int64_t K, const Args& args) {
     for (int64_t task = begin; task < end;) {
       const int64_t row = task % row_blocks, m = row * mc, n = task / row_blocks % column_blocks * nc;
       const int64_t blocks = std::min(row_blocks - row, end - task);
-      gemm_block(args(task / row_blocks / column_blocks), M, N, m, std::min(blocks * mc, M - m), n,
-                 std::min(nc, N - n));
+      run_gemm_block(args(task / row_blocks / column_blocks), M, N, m, std::min(blocks * mc, M - m), n,
+                     std::min(nc, N - n));
       task += blocks;
     }
   });

@@ -40,8 +40,11 @@ class PatternBackward {
       for (int64_t h = 0; h < rows; ++h) add_row(r * elements + h * s_.W * s_.C, r * windows, h + s_.padding_h);
   }
 
+  // Whether a group is short enough for its patterns to be kept.
+  bool exist() const { return count_ > 0; }
+
   // Whether at least 12 of 16 lanes are used on average; below that the patterns are not worth it.
-  bool fits() const { return count_ > 0 && elements_ >= 12 * count_; }
+  bool use_most_lanes() const { return elements_ >= 12 * count_; }
 
   void run(const float* grad_output, const uint8_t* argmax, float* grad_input) const {
     const int64_t elements = s_.N * s_.H * s_.W * s_.C, windows = s_.N * s_.OH * s_.OW * s_.C;

@@ -35,7 +35,7 @@ void for_all_windows(const MaxPool2dShape& s, const void* argmax, int64_t pitch,
 }  // namespace
 
 void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
-  count_run(Algorithm::max_pool2d_gather);
+  count_run(parts::max_pool2d_gather.runs);
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
     const MaxPool2dShape s = as_channels_last(args.shape);
@@ -49,7 +49,7 @@ void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
 }
 
 void max_pool2d_indices(const MaxPool2dIndicesArgs& args) {
-  count_run(Algorithm::max_pool2d_indices);
+  count_run(parts::max_pool2d_indices.runs);
   // A window without an element gets index 0, so that every index is safe to use.
   for_all_windows(as_channels_last(args.shape), args.argmax, 1, 0,
                   [indices = args.indices](int64_t window, int64_t element, int64_t) {

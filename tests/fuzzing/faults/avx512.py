@@ -9,7 +9,7 @@ FAULTS = (
         "finish_row<F>(x.out, n + c * lanes, total[c], counts[c]);",
         "finish_row<F>(x.out, n, total[c], counts[c]);",
         "linear",
-        "gemm.one_row_transposed_2",
+        "gemm:one_row_transposed_2",
         "avx512",
     ),
     Fault(
@@ -18,7 +18,7 @@ FAULTS = (
         "total[c] = first ? sum[c] : total[c] + sum[c];",
         "total[c] = first || chains == 1 ? sum[c] : total[c] + sum[c];",
         "linear",
-        "gemm.one_row_transposed",
+        "gemm:one_row_transposed",
         "avx512",
     ),
     Fault(
@@ -27,7 +27,7 @@ FAULTS = (
         "(lower.right_wins & lower_wins) | (upper.right_wins & ~lower_wins);",
         "upper.right_wins;",
         "max_pool2d",
-        "max_pool2d.2x2",
+        "max_pool2d.forward:2x2",
         "avx512",
     ),
     Fault(
@@ -36,7 +36,7 @@ FAULTS = (
         "if (earlier + *std::max_element(p.lanes, p.lanes + p.count) >= 16) return false;",
         "if (earlier + *std::max_element(p.lanes, p.lanes + p.count) > 16) return false;",
         "max_pool2d",
-        "max_pool2d.backward.patterns",
+        "max_pool2d.backward:patterns",
         "avx512",
     ),
     Fault(
@@ -45,7 +45,7 @@ FAULTS = (
         "any ? last_windows_ : 0, last_columns_);",
         "last_windows_, last_columns_);",
         "max_pool2d",
-        "max_pool2d.backward.2x2",
+        "max_pool2d.backward:row_pairs_2x2",
         "avx512",
     ),
     Fault(
@@ -54,7 +54,7 @@ FAULTS = (
         "below = y + 1 < s_.OH ? s_.OW - x : 0;",
         "below = s_.OW - x;",
         "max_pool2d",
-        "max_pool2d.backward.3x3",
+        "max_pool2d.backward:row_pairs_3x3",
         "avx512",
     ),
 )

@@ -9,7 +9,7 @@ FAULTS = (
         "const auto wins = (v > max_) | (v != v);",
         "const auto wins = (v >= max_) | (v != v);",
         "max_pool2d",
-        "max_pool2d.channels",
+        "max_pool2d.forward:channels",
         "avx2",
     ),
     Fault(
@@ -18,7 +18,7 @@ FAULTS = (
         "if constexpr (std::is_floating_point_v<C>) wins = wins | values.isnan();",
         "",
         "max_pool2d",
-        "max_pool2d.columns",
+        "max_pool2d.forward:columns",
     ),
     Fault(
         "pooling: the tap after the image is inside",
@@ -26,7 +26,7 @@ FAULTS = (
         "range_inside(origin, dilation, kernel, size);",
         "range_inside(origin, dilation, kernel, size + 1);",
         "max_pool2d",
-        "max_pool2d.channels",
+        "max_pool2d.forward:channels",
     ),
     Fault(
         "pooling: the padding counts as zeros",
@@ -34,7 +34,7 @@ FAULTS = (
         "? lanes.select(load_strided<kStride>(in_.data + first, stride()), kLowest<Compute<T>>)",
         "? lanes.select(load_strided<kStride>(in_.data + first, stride()), Compute<T>(0))",
         "max_pool2d",
-        "max_pool2d.columns",
+        "max_pool2d.forward:columns",
     ),
     Fault(
         "pooling: the argmax of a window of -inf is the first tap but one",
@@ -42,7 +42,7 @@ FAULTS = (
         "for (int64_t w = w0 + l * stride(); w < 0; w += s_.dilation_w) ++first[l];",
         "++first[l];",
         "max_pool2d",
-        "max_pool2d.columns",
+        "max_pool2d.forward:columns",
     ),
     Fault(
         "pooling: the last plane that is left over is not pooled",
@@ -50,7 +50,7 @@ FAULTS = (
         "rest.C = 1, rest.N = s.N * s.C - groups * planes_at_once;",
         "rest.C = 1, rest.N = s.N * s.C - groups * planes_at_once - 1;",
         "max_pool2d",
-        "max_pool2d.gathered_windows",
+        "max_pool2d.forward:gathered_windows",
     ),
     Fault(
         "pooling: of equal taps of a single window the last one wins",
@@ -58,7 +58,7 @@ FAULTS = (
         "if (v > max || v != v) {",
         "if (v >= max || v != v) {",
         "max_pool2d",
-        "max_pool2d.windows",
+        "max_pool2d.forward:windows",
     ),
     Fault(
         "pooling: elements are gathered from the first image",
@@ -82,7 +82,7 @@ FAULTS = (
         "const int64_t columns = y < s_.OH ? s_.OW : 0;",
         "const int64_t columns = s_.OW;",
         "max_pool2d",
-        "max_pool2d.backward.row_pairs",
+        "max_pool2d.backward:row_pairs",
     ),
     Fault(
         "pooling: the margin left of the plane is part of it",
@@ -90,7 +90,7 @@ FAULTS = (
         "sums += s_.padding_h * width_ + s_.padding_w;",
         "sums += s_.padding_h * width_;",
         "max_pool2d",
-        "max_pool2d.backward.plane_scatter",
+        "max_pool2d.backward:plane_scatter",
     ),
     Fault(
         "pooling: pixels right of the windows are not written",
@@ -98,7 +98,7 @@ FAULTS = (
         "i < s_.kernel_h && reached < line; ++i)",
         "i < s_.kernel_h - 1 && reached < line; ++i)",
         "max_pool2d",
-        "max_pool2d.backward.channel_tiles",
+        "max_pool2d.backward:channel_tiles",
     ),
     Fault(
         "pooling: a window does not reach its last tap",
@@ -106,7 +106,7 @@ FAULTS = (
         "while (begin_ < end_ && begin_ * stride_ + reach_ < at_) ++begin_;",
         "while (begin_ < end_ && begin_ * stride_ + reach_ <= at_) ++begin_;",
         "max_pool2d",
-        "max_pool2d.backward.channel_gather",
+        "max_pool2d.backward:channel_gather",
     ),
     Fault(
         "pooling: the first element of an image gets no gradient",
@@ -114,7 +114,7 @@ FAULTS = (
         "if (element >= 0) sums[element] +=",
         "if (element > 0) sums[element] +=",
         "max_pool2d",
-        "max_pool2d.backward.scatter",
+        "max_pool2d.backward:scatter",
     ),
 )
 
@@ -125,7 +125,7 @@ FUSED_FAULTS = (
         "best.update(rounded<T>(bias ? sum[i][j] + bias_of_row : sum[i][j]), j);",
         "best.update(rounded<T>(sum[i][j]), j);",
         "conv2d_relu_max_pool2d",
-        "conv2d_relu_max_pool2d.in_registers_2x2",
+        "conv2d_relu_max_pool2d.forward:in_registers_2x2",
     ),
     Fault(
         "fused 2x2: the filters of every group are those of the first",
@@ -133,23 +133,23 @@ FUSED_FAULTS = (
         "for (int64_t g = 0; g < x_.groups; ++g, filters += x_.out_channels * x_.depth()) {",
         "for (int64_t g = 0; g < x_.groups; ++g) {",
         "conv2d_relu_max_pool2d",
-        "conv2d_relu_max_pool2d.in_registers_2x2",
+        "conv2d_relu_max_pool2d.forward:in_registers_2x2",
     ),
     Fault(
-        "fused along images: the maximum is not rectified",
+        "fused batch lanes: the maximum is not rectified",
         "conv2d/fused_pool_2x2.h",
         "static_cast<uint8_t>(dead_window(taps)), C(0));",
         "static_cast<uint8_t>(dead_window(taps)), kLowest<C>);",
         "conv2d_relu_max_pool2d",
-        "conv2d_relu_max_pool2d.batch_lanes",
+        "conv2d_relu_max_pool2d.forward:batch_lanes",
     ),
     Fault(
-        "fused along images: without an argmax NaN does not win",
+        "fused batch lanes: without an argmax NaN does not win",
         "max_pool2d/running_max.h",
         "max_ = Vec<C>::blendv(at::vec::clamp_min(max_, values), values, values.isnan());",
         "max_ = at::vec::clamp_min(max_, values);",
         "conv2d_relu_max_pool2d",
-        "conv2d_relu_max_pool2d.batch_lanes",
+        "conv2d_relu_max_pool2d.forward:batch_lanes",
     ),
     Fault(
         "fused by chunks: a maximum of zero passes its gradient",
@@ -157,7 +157,7 @@ FUSED_FAULTS = (
         "const bool is_dead = static_cast<C>(values[i]) <= C(0);",
         "const bool is_dead = static_cast<C>(values[i]) < C(0);",
         "conv2d_relu_max_pool2d",
-        "conv2d_relu_max_pool2d.chunks",
+        "conv2d_relu_max_pool2d.forward:chunks",
     ),
     Fault(
         "fused backward: pixels of no window keep the gradients of the block before",
@@ -165,7 +165,7 @@ FUSED_FAULTS = (
         "const bool gaps = pool.OH * pool.kernel_h < pool.H || pool.OW * pool.kernel_w < pool.W;",
         "const bool gaps = false;",
         "conv2d_relu_max_pool2d",
-        "conv2d_relu_max_pool2d.backward.batch_lanes",
+        "conv2d_relu_max_pool2d.backward:batch_lanes",
     ),
     Fault(
         "fused backward: of 8 to 16 bytes the first 8 are read",
@@ -173,6 +173,6 @@ FUSED_FAULTS = (
         "if (count == 8) return _mm_loadl_epi64",
         "if (count >= 8) return _mm_loadl_epi64",
         "conv2d_relu_max_pool2d",
-        "conv2d_relu_max_pool2d.backward.batch_lanes",
+        "conv2d_relu_max_pool2d.backward:batch_lanes",
     ),
 )

@@ -1,6 +1,6 @@
 // product(row, column) = sum over k of a(row, k) b(column, k), on tensor cores. The operands compute the addresses of
-// their elements themselves (gemm_copy.h), so neither has to be a matrix in memory. The element type decides how
-// fragments are multiplied (mma.h).
+// their elements themselves (gemm/copy.h), so neither has to be a matrix in memory. The element type decides how
+// fragments are multiplied (gemm/mma.h).
 //
 // A block computes a tile of the product, each warp a part of it in registers, in steps of 64 bytes along k. Shared
 // memory has three stages, each of which holds the tiles of both operands for one step. While one stage is multiplied,
@@ -12,7 +12,7 @@
 // and are then added in order, in double.
 //
 // Tiles and parts depend only on the shape, and so do the order of the sums and the bits of the result. NaN and
-// infinities come out as in plain sums; mma.h says how for float.
+// infinities come out as in plain sums; gemm/mma.h says how for float.
 //
 // On sm_80 and sm_90, linear and conv2d take these registers, none of them spilled, and this shared memory:
 //
@@ -30,7 +30,8 @@
 
 #include <algorithm>
 
-#include "gemm_copy.h"
+#include "../algorithms.h"
+#include "copy.h"
 #include "mma.h"
 
 namespace pyops::cuda {
@@ -266,26 +267,53 @@ cudaError_t gemm_by_tiles(int64_t rows, int64_t columns, int64_t depth, const A&
                     Divider<int64_t>(columns), rows * columns, store);
 }
 
-// Computes the product in the tiles that suit its shape:
-//   flat    for few rows: a batch of at most 16, or few channels in N C H W. The time is that of reading the other
-//           operand, and a tile of 128 of its rows keeps enough copies in flight.
-//   narrow  for few columns: few channels in N H W C, or the last layer of a classifier.
-//   large   for large products, because a larger tile takes fewer reads of memory and shared memory for each product.
-//           There must be a tile for each multiprocessor of a large GPU, if need be by splitting k into parts of 1024,
-//           and small tiles must cover at least three quarters of the area of the large ones.
-//   small   for the rest.
+// ---- the choice of tiles ----
+
+template <class Mma, class A, class B, class Store>
+struct GemmProblem {
+  int64_t rows, columns, depth;
+  const A& a;
+  const B& b;
+  const Store& store;
+  Workspace& workspace;
+  cudaStream_t stream;
+};
+
+template <class Tile, class Mma, class A, class B, class Store>
+cudaError_t gemm_by_tiles(const GemmProblem<Mma, A, B, Store>& x) {
+  return gemm_by_tiles<Tile, Mma>(x.rows, x.columns, x.depth, x.a, x.b, x.store, x.workspace, x.stream);
+}
+
+// There must be a large tile for each multiprocessor of a large GPU, if need be by splitting k into parts of 1024, and
+// small tiles must cover at least three quarters of the area of the large ones.
+template <class Problem>
+bool fill_large_tiles(const Problem& x) {
+  const auto tiles_of = [&](auto tile) { return ceil_div(x.rows, tile.rows) * ceil_div(x.columns, tile.columns); };
+  const int64_t large = tiles_of(LargeTile()), quarters = tiles_of(SmallTile());
+  return large * ceil_div(x.depth, 1024) >= 128 && 3 * large <= quarters;
+}
+
+template <class Mma, class A, class B, class Store, class Problem = GemmProblem<Mma, A, B, Store>>
+constexpr Algorithm<Problem> gemm_algorithms[] = {
+    // Few rows: a batch of at most 16, or few channels in N C H W. The time is that of reading the other operand, and a
+    // tile of 128 of its rows keeps enough copies in flight.
+    {"flat_tiles", "cuda/gemm/gemm.h", always<Problem>, [](const Problem& x) { return x.rows <= FlatTile::rows; },
+     gemm_by_tiles<FlatTile, Mma, A, B, Store>},
+    // Few columns: few channels in N H W C, or the last layer of a classifier.
+    {"narrow_tiles", "cuda/gemm/gemm.h", always<Problem>,
+     [](const Problem& x) { return x.columns <= NarrowTile::columns; }, gemm_by_tiles<NarrowTile, Mma, A, B, Store>},
+    // Large products, because a larger tile takes fewer reads of memory and shared memory for each product.
+    {"large_tiles", "cuda/gemm/gemm.h", always<Problem>, fill_large_tiles<Problem>,
+     gemm_by_tiles<LargeTile, Mma, A, B, Store>},
+    {"small_tiles", "cuda/gemm/gemm.h", always<Problem>, always<Problem>, gemm_by_tiles<SmallTile, Mma, A, B, Store>},
+};
+
+// Computes the product.
 template <class Mma, class A, class B, class Store>
 cudaError_t gemm(int64_t rows, int64_t columns, int64_t depth, const A& a, const B& b, const Store& store,
                  Workspace& workspace, cudaStream_t stream) {
-  const auto in_tiles_of = [&](auto tile) {
-    return gemm_by_tiles<decltype(tile), Mma>(rows, columns, depth, a, b, store, workspace, stream);
-  };
-  if (rows <= FlatTile::rows) return in_tiles_of(FlatTile());
-  if (columns <= NarrowTile::columns) return in_tiles_of(NarrowTile());
-  const auto tiles_of = [&](auto tile) { return ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns); };
-  const int64_t large = tiles_of(LargeTile()), quarters = tiles_of(SmallTile());
-  const bool enough = large * ceil_div(depth, 1024) >= 128, filled = 3 * large <= quarters;
-  return enough && filled ? in_tiles_of(LargeTile()) : in_tiles_of(SmallTile());
+  const GemmProblem<Mma, A, B, Store> problem{rows, columns, depth, a, b, store, workspace, stream};
+  return choose(choices::gemm, gemm_algorithms<Mma, A, B, Store>, problem).run(problem);
 }
 
 }  // namespace pyops::cuda

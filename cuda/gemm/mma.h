@@ -1,6 +1,6 @@
 // sums[16, 8] += a[16, depth] b[depth, 8], computed by a warp, for each type of elements: the innermost step of
-// gemm.h's main loop. The operands lie in shared memory as `Element`s. A lane loads four `Register`s of one (16 rows of
-// a, or 16 columns of b, which are two fragments), prepares them as an `Operand`, and multiplies.
+// gemm/gemm.h's main loop. The operands lie in shared memory as `Element`s. A lane loads four `Register`s of one (16
+// rows of a, or 16 columns of b, which are two fragments), prepares them as an `Operand`, and multiplies.
 //
 //   16-bit  m16n8k16; the tensor cores round the sums, which are floats (by truncation, on the GPUs measured).
 //   double  four m8n8k4, each a chain of fused multiply-adds.

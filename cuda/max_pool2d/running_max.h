@@ -1,18 +1,18 @@
 // The running maximum of a window, for max_pool2d alone and fused with the ops before it.
 #pragma once
 
-#include "images.h"
+#include "../common/images.h"
 
 namespace pyops::cuda {
 
 // The largest tap so far and its number. A tap wins if (v > max) || isnan(v): ties keep the first tap, and the last of
 // several NaNs wins.
 template <class T, class Index>
-struct Winner {
+struct RunningMax {
   Compute<T> max = lowest<T>;
   Index tap = 0;
 
-  __device__ __forceinline__ void meet(Compute<T> value, Index number) {
+  __device__ __forceinline__ void update(Compute<T> value, Index number) {
     if (value > max || value != value) {
       max = value;
       tap = number;

@@ -1,11 +1,11 @@
-// The parts of conv2d's implicit GEMMs: operands that find their elements in the images (gemm_copy.h), the weight in
+// The parts of conv2d's implicit GEMMs: operands that find their elements in the images (gemm/copy.h), the weight in
 // the order that they need, and the epilogues.
 #pragma once
 
 #include <optional>
 
-#include "conv2d_generic.h"
-#include "gemm.h"
+#include "../gemm/gemm.h"
+#include "direct.h"
 
 namespace pyops::cuda {
 
@@ -41,7 +41,7 @@ struct Axis {
 
 // Element (pixel, tap) is what the receptive field of the pixel has at the tap, or 0 outside the image, as im2col would
 // write it. The pixels are those of a grid [N, height, width]. This matrix holds the receptive fields of the output in
-// the input and, for each phase of the input gradient, those of its pixels in grad_output (conv2d_product.h).
+// the input and, for each phase of the input gradient, those of its pixels in grad_output (conv2d/implicit_gemm.h).
 // Contiguous in memory are the channels of N H W C, and the pixels of N C H W if the only tap of each is the pixel
 // itself.
 template <class Element, class Index, bool channels_last>

@@ -2,7 +2,7 @@
 // The sums run over the taps inside the image only, so that an infinite factor over the border gives no NaN.
 #pragma once
 
-#include "conv2d.h"
+#include "problem.h"
 
 namespace pyops::cuda {
 

@@ -1,7 +1,7 @@
 // How kernels number and address the elements of images [N, C, H, W], which are dense in one of two layouts.
 #pragma once
 
-#include "common.h"
+#include "../common.h"
 
 namespace pyops::cuda {
 

@@ -3,7 +3,7 @@
 //   grad_weight[o, c, i, j] = sum over n, y, x of grad_output[n, o, y, x] input[n, c, y stride - padding + i, ..]
 //
 // A thread takes an output channel o and an input channel c of its group, and keeps the sums of all taps in registers.
-// It reads each input that the taps of a strip of four pixels meet (conv2d_lanes.h) once: 18 + 4 reads for 36
+// It reads each input that the taps of a strip of four pixels meet (conv2d/lanes.h) once: 18 + 4 reads for 36
 // multiply-adds with 3x3 taps at stride 1. A block adds up its threads and gives one partial sum for each weight,
 // through shared memory and, in N C H W, where the threads have the same channels, by shuffles before that.
 //
@@ -13,8 +13,8 @@
 // On sm_80 and sm_90 the kernels take 55 to 80 registers for 3x3, so that an SM holds three blocks of 256 threads; 92
 // to 128 for 5x5, two blocks; 146 to 201 for 7x7, one block; and at most 255 for double. For each tap they take 1 KB of
 // shared memory in N H W C (2 KB for double) and 32 bytes in N C H W (64 for double).
-#include "conv2d_lanes.h"
-#include "sums.h"
+#include "../common/sums.h"
+#include "lanes.h"
 
 namespace pyops::cuda {
 namespace {
@@ -146,7 +146,7 @@ cudaError_t dispatch_kernel(const Conv2dBackwardArgs& x, Workspace& workspace, c
 
 }  // namespace
 
-cudaError_t grouped_backward_weight(const Conv2dBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
+cudaError_t grouped_weight_gradient(const Conv2dBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
   return dispatch_floating(x.dtype, [&](auto t) {
     using T = decltype(t);
     return x.shape.stride_h == 1 ? dispatch_kernel<T, 1>(x, workspace, stream)

@@ -1,21 +1,21 @@
-// Grouped convolutions that have kernels of their own: depthwise ones (conv2d_depthwise.cu), those with narrow groups
-// (conv2d_grouped.cu), and the weight gradients of both (conv2d_grouped_weight.cu).
+// Grouped convolutions that have kernels of their own: depthwise ones (conv2d/depthwise.cu), those with narrow groups
+// (conv2d/grouped.cu), and the weight gradients of both (conv2d/grouped_weight_gradient.cu).
 #pragma once
 
-#include "common.h"
+#include "../common.h"
 
 namespace pyops::cuda {
 
 // The arguments of a convolution or of its input gradient. In both, a pixel of the result sums what its taps meet in
 // the source, which is the input or grad_output.
-struct CorrelationArgs {
+struct ConvolutionArgs {
   DType dtype;
   const Conv2dShape& shape;  // of the convolution
   const void *source, *weight, *bias;
   void* result;
   bool gradient, relu;
 
-  CorrelationArgs(const Conv2dArgs& x)
+  ConvolutionArgs(const Conv2dArgs& x)
       : dtype(x.dtype),
         shape(x.shape),
         source(x.input),
@@ -24,7 +24,7 @@ struct CorrelationArgs {
         result(x.output),
         gradient(false),
         relu(x.relu) {}
-  CorrelationArgs(const Conv2dBackwardArgs& x)
+  ConvolutionArgs(const Conv2dBackwardArgs& x)
       : dtype(x.dtype),
         shape(x.shape),
         source(x.grad_output),
@@ -42,7 +42,7 @@ struct CorrelationArgs {
 inline bool is_depthwise(const Conv2dShape& s) {
   return s.groups > 1 && s.C == s.groups && s.O == s.groups && s.kernel_h * s.kernel_w <= 49;
 }
-cudaError_t depthwise_correlation(const CorrelationArgs&, cudaStream_t);
+cudaError_t depthwise_convolution(const ConvolutionArgs&, cudaStream_t);
 
 // Groups so narrow that one chain of additions for each tap loses few digits and that their weights fit into shared
 // memory. `channels` is the number of channels, of all groups, that are summed over.
@@ -50,7 +50,7 @@ inline bool is_narrow(const Conv2dShape& s, int64_t channels) {
   const int64_t of_group = channels / s.groups;
   return s.groups > 1 && of_group > 0 && of_group <= 256 && of_group * s.kernel_h * s.kernel_w <= 2048;
 }
-cudaError_t grouped_correlation(const CorrelationArgs&, cudaStream_t);
+cudaError_t grouped_convolution(const ConvolutionArgs&, cudaStream_t);
 
 // Kernels whose sums, one for each tap, fit into the registers of a thread.
 inline bool has_grouped_weight(const Conv2dShape& s) {
@@ -58,6 +58,6 @@ inline bool has_grouped_weight(const Conv2dShape& s) {
   const bool stride = s.stride_h == s.stride_w && s.stride_h <= 2;
   return s.groups > 1 && s.C >= s.groups && kernel && stride && s.dilation_h == 1 && s.dilation_w == 1;
 }
-cudaError_t grouped_backward_weight(const Conv2dBackwardArgs&, Workspace&, cudaStream_t);
+cudaError_t grouped_weight_gradient(const Conv2dBackwardArgs&, Workspace&, cudaStream_t);
 
 }  // namespace pyops::cuda

@@ -3,7 +3,7 @@
 //   output[n, o, y, x] = bias[o] + sum over c of the group, i, j of weight[o, c, i, j] input[n, c, y stride + .., ..]
 //
 // The gradient has this form with input and output exchanged. As matrix products, groups of 4 to 32 channels would fill
-// only a fraction of a tile, so they are convolved directly. A lane (conv2d_lanes.h) is a few channels of the result,
+// only a fraction of a tile, so they are convolved directly. A lane (conv2d/lanes.h) is a few channels of the result,
 // all of one group. Each of the four values that a strip reads for a tap is used for all of these channels, and each
 // weight, which is in shared memory, for the whole strip. In N C H W all threads of a warp read the same 8 weights for
 // 32 multiply-adds and 4 reads of the images; in N H W C a warp reads contiguous channels, 4 at a time where the groups
@@ -14,7 +14,7 @@
 // and sm_90 the kernels take 96 to 116 registers, so that an SM holds two blocks of 256 threads; for double at most
 // 168. For groups of 4 channels and 3x3 kernels they take 1.2 KB of shared memory in N C H W and 18 KB in N H W C; at
 // most 32 KB, or 64 KB for double.
-#include "conv2d_lanes.h"
+#include "lanes.h"
 
 namespace pyops::cuda {
 namespace {
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(block_threads, blocks_at_least<T>)
 }
 
 template <class T, int outputs, int pack, bool long_sums>
-cudaError_t launch_grouped(const CorrelationArgs& x, cudaStream_t stream) {
+cudaError_t launch_grouped(const ConvolutionArgs& x, cudaStream_t stream) {
   const Conv2dShape& s = x.shape;
   const int64_t taps = s.kernel_h * s.kernel_w, in = s.C / s.groups, out = s.O / s.groups;
   const int64_t channels = x.gradient ? out : in, results = x.gradient ? in : out;
@@ -179,7 +179,7 @@ cudaError_t launch_grouped(const CorrelationArgs& x, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t grouped_correlation(const CorrelationArgs& x, cudaStream_t stream) {
+cudaError_t grouped_convolution(const ConvolutionArgs& x, cudaStream_t stream) {
   const Conv2dShape& s = x.shape;
   const int64_t in = s.C / s.groups, out = s.O / s.groups;
   const bool long_sums = (x.gradient ? out : in) * s.kernel_h * s.kernel_w > longest_grouped_chain;

@@ -1,9 +1,10 @@
-// The shape of a convolution as the kernels see it, the choice of its algorithm, and the epilogue of a sum.
+// The shape of a convolution as the kernels see it, and the epilogue of a sum.
 #pragma once
 
-#include "conv2d_groups.h"
-#include "conv2d_tiny.h"
-#include "images.h"
+#include "../algorithms.h"
+#include "../common/images.h"
+#include "direct_small.h"
+#include "groups.h"
 
 namespace pyops::cuda {
 
@@ -48,34 +49,9 @@ inline int64_t largest_conv_offset(const Conv2dShape& s) {
   return s.N * (s.C * s.H * s.W + s.O * s.OH * s.OW) + weights + reach;
 }
 
-// The algorithms for a convolution and its gradients.
-enum class ConvWay {
-  tiny,       // direct, for few channels with 3x3 and 5x5 kernels (conv2d_tiny.cu)
-  product,    // implicit GEMM (conv2d_product.h)
-  depthwise,  // direct, for one kernel per channel (conv2d_depthwise.cu)
-  grouped,    // direct, for narrow groups (conv2d_grouped.cu); the wgrad of groups (conv2d_grouped_weight.cu)
-  generic,    // one thread for each value (conv2d_generic.h): other groups, and images that need 64-bit offsets
-};
-
+// Whether offsets need 64 bits, which only the direct algorithm (conv2d/direct.h) has.
 inline bool needs_wide_offsets(const Conv2dShape& s) {
   return largest_conv_offset(s) > PYOPS_LARGEST_32_BIT_OFFSET;
-}
-inline ConvWay conv_way(const Conv2dShape& s) {
-  if (needs_wide_offsets(s)) return ConvWay::generic;
-  if (s.groups == 1) return is_tiny(s, s.C, s.O) ? ConvWay::tiny : ConvWay::product;
-  if (is_depthwise(s)) return ConvWay::depthwise;
-  return is_narrow(s, s.C) ? ConvWay::grouped : ConvWay::generic;
-}
-inline ConvWay conv_backward_input_way(const Conv2dShape& s) {
-  if (needs_wide_offsets(s)) return ConvWay::generic;
-  if (s.groups == 1) return is_tiny_backward(s) ? ConvWay::tiny : ConvWay::product;
-  if (is_depthwise(s)) return ConvWay::depthwise;
-  return is_narrow(s, s.O) ? ConvWay::grouped : ConvWay::generic;
-}
-inline ConvWay conv_backward_weight_way(const Conv2dShape& s) {
-  if (needs_wide_offsets(s)) return ConvWay::generic;
-  if (s.groups == 1) return ConvWay::product;
-  return has_grouped_weight(s) ? ConvWay::grouped : ConvWay::generic;
 }
 
 // Adds the bias to a sum and rounds it, in the order that every algorithm of conv2d uses.
@@ -83,5 +59,8 @@ template <class T>
 __device__ __forceinline__ T finish_conv(Compute<T> sum, const T* bias, int64_t channel) {
   return narrow<T>(bias == nullptr ? sum : sum + widen(bias[channel]));
 }
+
+// The name of the algorithm that conv2d chooses.
+const char* algorithm_of(const Launch<Conv2dArgs>&);
 
 }  // namespace pyops::cuda

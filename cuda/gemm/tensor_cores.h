@@ -2,7 +2,7 @@
 // fragments, and products on tensor cores. On a GPU they are PTX; in the tests the emulator provides them.
 #pragma once
 
-#include "common.h"
+#include "../common.h"
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 #error "pyops needs a compute capability of 8.0 at least: see TORCH_CUDA_ARCH_LIST"

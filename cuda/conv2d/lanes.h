@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "conv2d_generic.h"
+#include "direct.h"
 
 namespace pyops::cuda {
 
@@ -75,20 +75,20 @@ struct Operands {
   const T *source, *weight, *bias;
   T* result;
 
-  explicit Operands(const CorrelationArgs& x)
+  explicit Operands(const ConvolutionArgs& x)
       : source(static_cast<const T*>(x.source)),
         weight(static_cast<const T*>(x.weight)),
         bias(static_cast<const T*>(x.bias)),
         result(static_cast<T*>(x.result)) {}
 };
 
-// The part of CorrelationArgs that does not depend on the type of the elements.
+// The part of ConvolutionArgs that does not depend on the type of the elements.
 struct Correlation {
   Conv<int32_t> conv;
   Images<int32_t> source, result;
   bool gradient, relu;
 
-  explicit Correlation(const CorrelationArgs& x)
+  explicit Correlation(const ConvolutionArgs& x)
       : conv(x.shape),
         source(x.gradient ? conv.output : conv.input),
         result(x.gradient ? conv.input : conv.output),

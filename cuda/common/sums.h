@@ -12,7 +12,7 @@
 
 #include <algorithm>
 
-#include "common.h"
+#include "../common.h"
 
 namespace pyops::cuda {
 

@@ -1,4 +1,4 @@
-// The copies that bring the operands of a matrix product (gemm.h) from memory to shared memory.
+// The copies that bring the operands of a matrix product (gemm/gemm.h) from memory to shared memory.
 //
 // An operand computes the address of its element (row, k) from two halves, so that what depends on the row alone is
 // computed once for many k: address(row(i), term(k)). The address is null for an element that is 0 and not in memory.

@@ -5,7 +5,7 @@
 //
 // Images are in either layout; the weight [C, 1, kernel_h, kernel_w] is contiguous. There are no matrices to multiply:
 // a value takes part in only as many products as the kernel has taps, so reads are the bottleneck. Neighbouring threads
-// read neighbouring elements (conv2d_lanes.h): in N H W C 16 bytes of channels each where the channels allow it, in N C
+// read neighbouring elements (conv2d/lanes.h): in N H W C 16 bytes of channels each where the channels allow it, in N C
 // H W adjacent columns. For square kernels of 3, 5 and 7 without dilation, at stride 1 (for 3, forward, also at stride
 // 2), a thread reads each element that a strip of four pixels needs once: 18 reads for four 3x3 windows instead of 36.
 // At stride 1 the gradient is the forward with the kernel rotated by 180 degrees. Other kernels look up the position of
@@ -16,7 +16,7 @@
 // registers, so that an SM holds two blocks of 256 threads with 6 to 18 reads in flight each; for double at most 154.
 // For 3x3 they take 36 bytes of shared memory in N C H W, 4.6 KB in N H W C, and 9.2 KB there for 16-bit types; at most
 // 50 KB, for 7x7 in these types.
-#include "conv2d_lanes.h"
+#include "lanes.h"
 
 namespace pyops::cuda {
 namespace {
@@ -153,7 +153,7 @@ cudaError_t dispatch_window(const Conv2dShape& s, bool gradient, F&& f) {
 }
 
 template <class T, int pack>
-cudaError_t launch_depthwise(const CorrelationArgs& x, cudaStream_t stream) {
+cudaError_t launch_depthwise(const ConvolutionArgs& x, cudaStream_t stream) {
   const Conv2dShape& s = x.shape;
   return dispatch_window<T, pack>(s, x.gradient, [&](auto window) {
     using Window = decltype(window);
@@ -176,7 +176,7 @@ cudaError_t launch_depthwise(const CorrelationArgs& x, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t depthwise_correlation(const CorrelationArgs& x, cudaStream_t stream) {
+cudaError_t depthwise_convolution(const ConvolutionArgs& x, cudaStream_t stream) {
   return dispatch_floating(x.dtype, [&](auto t) {
     using T = decltype(t);
     const bool packs = x.shape.channels_last && x.shape.C % Pack<T>::size == 0 && aligned_to_packs(x.source, x.result);

@@ -1,5 +1,5 @@
-// conv2d without groups, and its gradients, as implicit GEMMs: matrix products (gemm.h) whose operands are never in
-// memory, because their elements are found in the images (conv2d_windows.h):
+// conv2d without groups, and its gradients, as implicit GEMMs: matrix products (gemm/gemm.h) whose operands are never
+// in memory, because their elements are found in the images (conv2d/operands.h):
 //
 //   output[pixel, o]           = sum over c, i, j  windows(pixel, (c, i, j)) weight(o, (c, i, j))
 //   grad_input[pixel, c]       = sum over o, i, j  windows of grad_output(pixel, (o, i, j)) weight(c, (o, i, j))
@@ -18,7 +18,7 @@
 #include <numeric>
 #include <optional>
 
-#include "conv2d_windows.h"
+#include "operands.h"
 
 namespace pyops::cuda {
 
@@ -36,9 +36,8 @@ inline bool has_border(const Conv2dShape& s) {
 
 // The product of pixels by channels, in the orientation in which neighbouring threads write neighbouring elements.
 template <bool channels_last, class Mma, class Pixels, class Channels, class Store>
-cudaError_t pixel_product(int64_t pixels, int64_t channels, int64_t depth, const Pixels& pixel_matrix,
-                          const Channels& channel_matrix, const Store& store, Workspace& workspace,
-                          cudaStream_t stream) {
+cudaError_t pixel_gemm(int64_t pixels, int64_t channels, int64_t depth, const Pixels& pixel_matrix,
+                       const Channels& channel_matrix, const Store& store, Workspace& workspace, cudaStream_t stream) {
   if constexpr (channels_last) {
     return gemm<Mma>(pixels, channels, depth, pixel_matrix, channel_matrix, store, workspace, stream);
   } else {
@@ -55,7 +54,7 @@ WindowMatrix<T, Index, channels_last> output_windows(const Conv<Index>& conv, co
 }
 
 template <class T>
-cudaError_t product_forward(const Conv2dArgs& x, Workspace& workspace, cudaStream_t stream) {
+cudaError_t implicit_gemm_forward(const Conv2dArgs& x, Workspace& workspace, cudaStream_t stream) {
   return dispatch_layout(x.shape.channels_last, [&](auto layout) {
     constexpr bool channels_last = decltype(layout)::value;
     using Index = int32_t;
@@ -75,8 +74,8 @@ cudaError_t product_forward(const Conv2dArgs& x, Workspace& workspace, cudaStrea
     const StoreOutput<T, Index, channels_last> store{
         conv, input, weight, static_cast<const T*>(x.bias), static_cast<T*>(x.output), x.relu, has_border(s)};
     return dispatch_mma<T>(x.tf32, [&](auto mma) {
-      return pixel_product<channels_last, decltype(mma)>(s.N * s.OH * s.OW, s.O, depth, windows, *weights, store,
-                                                         workspace, stream);
+      return pixel_gemm<channels_last, decltype(mma)>(s.N * s.OH * s.OW, s.O, depth, windows, *weights, store,
+                                                      workspace, stream);
     });
   });
 }
@@ -100,7 +99,7 @@ struct Phase {
 };
 
 template <class T>
-cudaError_t product_backward_input(const Conv2dBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
+cudaError_t implicit_gemm_input_gradient(const Conv2dBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
   return dispatch_layout(x.shape.channels_last, [&](auto layout) {
     constexpr bool channels_last = decltype(layout)::value;
     using Index = int32_t;
@@ -123,8 +122,8 @@ cudaError_t product_backward_input(const Conv2dBackwardArgs& x, Workspace& works
           conv,   Divider<Index>(h.pixels),     Divider<Index>(w.pixels), index(first_h), index(first_w), grad_output,
           weight, static_cast<T*>(x.grad_input)};
       return dispatch_mma<T>(x.tf32, [&](auto mma) {
-        return pixel_product<channels_last, decltype(mma)>(s.N * h.pixels * w.pixels, s.C, depth, windows, *weights,
-                                                           store, workspace, stream);
+        return pixel_gemm<channels_last, decltype(mma)>(s.N * h.pixels * w.pixels, s.C, depth, windows, *weights, store,
+                                                        workspace, stream);
       });
     };
     for (int64_t i = 0; i < std::min(s.stride_h, s.H); ++i) {
@@ -139,7 +138,7 @@ cudaError_t product_backward_input(const Conv2dBackwardArgs& x, Workspace& works
 }
 
 template <class T>
-cudaError_t product_backward_weight(const Conv2dBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
+cudaError_t implicit_gemm_weight_gradient(const Conv2dBackwardArgs& x, Workspace& workspace, cudaStream_t stream) {
   return dispatch_layout(x.shape.channels_last, [&](auto layout) {
     constexpr bool channels_last = decltype(layout)::value;
     using Index = int32_t;

@@ -1,0 +1,22 @@
+// What the choices between the algorithms of a convolution compare.
+#pragma once
+
+#include "algorithms.h"
+
+namespace pyops::cpu {
+
+// Whether the rows of pixels are contiguous in the image or in the input tile copied from it, as they are with a single
+// tap.
+template <class T>
+bool are_rows_joined(const ConvProblem<T>& x) {
+  return x.input.tap_count == 1 && x.x_phases == 1;
+}
+
+// The cost of transposing a channels-first output, relative to that of a product with the vectors along the channels.
+// For each element it is about that of 23 terms (fitted to measurements).
+template <class T>
+double transpose_cost(const ConvProblem<T>& x) {
+  return x.channels_last ? 0 : 23 / static_cast<double>(x.depth());
+}
+
+}  // namespace pyops::cpu

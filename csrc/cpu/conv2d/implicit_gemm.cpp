@@ -1,0 +1,203 @@
+// The two implicit GEMMs over input tiles (conv2d/input_tile.h), where K = (channel, tap):
+//
+//   output [O, pixels] = filters [O, K] input tile [K, pixels]      vectors along the width, filters broadcast
+//   output [pixels, O] = input tile [pixels, K] filters^T [K, O]    vectors along the channels, inputs broadcast
+//
+// They support every convolution. Which one is chosen depends on the share of their lanes that they use.
+//
+// A task is a tile of output rows (or several small images) of one group and, if there are few tiles, a part of the
+// output channels. With the vectors along the channels, the filters are packed into panels, once for all tiles if there
+// are several. An even number of bfloat16 channels is multiplied in pairs where the CPU supports it (gemm/operand.h);
+// then K = (pair, tap).
+//
+// Guarantees: those of gemm.h. Borders are exact even if the weight is infinite or NaN (conv2d/nonfinite.h).
+#include "implicit_gemm.h"
+
+#include <cmath>
+
+#include "costs.h"
+#include "nonfinite.h"
+
+namespace pyops::cpu {
+namespace {
+
+// The filters of all groups and phases as the implicit GEMMs read them: filters[g * count + p] are those of group g and
+// phase p.
+template <class F, class T>
+const F** pack_all_filters(const Phases<T>& phases, bool by_width, int64_t width) {
+  const ConvProblem<T>& x = phases.first();
+  const int64_t count = phases.count, O = x.out_channels, panels = ceil_div(O, width);
+  const F** filters = scratch<const F*>(Scratch::phase_filters, count * x.groups);
+  if constexpr (std::is_same_v<T, F>) {
+    if (by_width) {  // they are read in place
+      for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = phases[i % count].filters.at(i / count, 0);
+      return filters;
+    }
+  }
+  const auto group_size = [&](int64_t p) { return (by_width ? O : panels * width) * phases[p].depth(); };
+  int64_t size = 0;
+  for (int64_t p = 0; p < count; ++p) size += x.groups * group_size(p);
+  F* target = scratch<F>(Scratch::weight, size);
+  for (int64_t i = 0; i < count * x.groups; ++i) filters[i] = target, target += group_size(i % count);
+  for_each_task(count * x.groups * panels, 16.0 * size, [&](int64_t task) {
+    const int64_t i = task / panels, o = task % panels * width, columns = std::min(width, O - o), g = i / count;
+    const ConvProblem<T>& phase = phases[i % count];
+    const int64_t K = phase.depth();
+    F* target = const_cast<F*>(filters[i]) + o * K;
+    if (!by_width) return pack_filters(target, phase, g, o, columns, width, 0, K);
+    for (int64_t f = o; f < o + columns; ++f)
+      for (int64_t k = 0; k < K; ++k)
+        *target++ = operand_at<F>(phase.filters.at(g, f) + phase.filter_step(k), phase.filters.second, k_per_step<F>);
+  });
+  return filters;
+}
+
+template <class T>
+ConvProblem<T> paired(ConvProblem<T> x) {
+  x.input = paired(x.input);
+  x.filters.second = x.filters.channel_stride, x.filters.channel_stride *= 2;
+  return x;
+}
+
+// The pixel classes of each phase, which implicit_gemm_channels reads.
+struct PhaseClasses {
+  const PixelClasses* data = nullptr;
+  bool in_place = false;  // no phase multiplies zeros around the images, which are then read in place
+};
+
+template <class T>
+PhaseClasses classify_pixels(const Phases<T>& phases) {
+  // Channels-first planes may be a page or more apart, too far to be read pixel by pixel: they are copied and padded
+  // with zeros.
+  bool in_place = phases.first().channels_last && (std::is_same_v<T, Compute<T>> || multiplies_pairs(phases.first()));
+  PixelClasses* classes = scratch<PixelClasses>(Scratch::classes, phases.count);
+  for (int64_t p = 0; p < phases.count; ++p) {
+    classes[p] = PixelClasses(phases[p].input, /*wanted=*/in_place);
+    in_place &= classes[p].exact;
+  }
+  return {classes, in_place};
+}
+
+template <class F, class T>
+void multiply(const Phases<T>& phases, bool by_width, PhaseClasses classes) {
+  constexpr int64_t lanes = OperandVec<F>::size();
+  const ConvProblem<T>& x = phases.first();
+  const ConvInput<T>& s = x.input;
+  const ReceptiveField field(phases.data, phases.count);
+  const OutputTileSize size(s, field, s.channels);
+  const int64_t image_tiles = ceil_div(s.count, size.images), row_tiles = ceil_div(s.out_height, size.rows);
+  const int64_t O = x.out_channels, tiles = x.groups * image_tiles * row_tiles, width = panel_width<Accumulator<F>>(O);
+  double flops = 0;
+  for (const ConvProblem<T>& phase : phases)
+    flops += 2.0 * s.count * phase.input.pixels() * x.groups * O * phase.depth() * k_per_step<F>;
+  const int64_t o_unit = by_width ? lanes : width;
+  const int64_t o_part = ceil_div(ceil_div(O, ceil_div(tasks_worth(flops), tiles)), o_unit) * o_unit;
+  const int64_t o_parts = ceil_div(O, o_part);
+
+  // With a single tile in each group, its tasks pack the filters themselves and multiply them while they are in cache.
+  const F** filters = by_width || tiles > x.groups ? pack_all_filters<F>(phases, by_width, width) : nullptr;
+  for_each_range(tiles * o_parts, flops, [&](int64_t begin, int64_t end) {
+    InputTile<F> input{};
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t o = task % o_parts * o_part, y = task / o_parts % row_tiles * size.rows;
+      const int64_t g = task / o_parts / row_tiles % x.groups;
+      const int64_t n = task / o_parts / row_tiles / x.groups * size.images;
+      const OutputTile tile{
+          g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
+      if (task == begin || o == 0) input = input_tile<F>(s, field, tile, x.channels_last, by_width, classes.in_place);
+      const GemmTask<T, F> t{
+          phases.data, classes.data,           filters ? filters + g * phases.count : nullptr, width, tile, input,
+          o,           std::min(o_part, O - o)};
+      for (int64_t p = 0; p < phases.count; p += by_width ? 1 : x.x_phases) {
+        if (t.rows(p) <= 0) continue;
+        by_width ? implicit_gemm_width(t, p) : implicit_gemm_channels(t, p);
+      }
+    }
+  });
+}
+
+// Runs an implicit GEMM, whose operands may be bfloat16 pairs.
+template <class T>
+void implicit_gemm(const Phases<T>& x, bool by_width, PhaseClasses classes) {
+  const bool pairs = multiplies_pairs(x.first());
+  auto* of_pairs = scratch<ConvProblem<T>>(Scratch::phases_of_pairs, x.count);
+  for (int64_t p = 0; p < x.count && pairs; ++p) of_pairs[p] = paired(x[p]);
+  const Phases<T> phases{pairs ? of_pairs : x.data, x.count};
+  dispatch_operand<T>([&](auto operand) { multiply<decltype(operand)>(phases, by_width, classes); }, pairs);
+}
+
+}  // namespace
+
+template <class T>
+bool multiplies_pairs(const ConvProblem<T>& x) {
+  return has_pairs<T>() && x.input.channels % 2 == 0 && !is_worth_batch_lanes(x, Vec<Compute<T>>::size());
+}
+
+// ---- vectors along the width ----
+
+template <class T>
+bool ImplicitGemmWidth<T>::supports(const Phases<T>&) {
+  return true;
+}
+
+// Compares the lanes that each implicit GEMM takes for one pixel and term, with factors fitted to measurements.
+template <class T>
+bool ImplicitGemmWidth<T>::profitable(const Phases<T>& phases) {
+  constexpr double lanes = Vec<Compute<T>>::size();
+  const ConvProblem<T>& x = phases.first();
+  const auto taps = static_cast<double>(x.input.tap_count), O = static_cast<double>(x.out_channels);
+  const double vectors = std::ceil(O / lanes);
+  const double used = lane_utilization<Compute<T>>(are_rows_joined(x) ? x.input.pixels() : x.input.out_width);
+  // Lines make for shorter register tiles, and channels-last images and their outputs have to be transposed.
+  const double by_width = (x.channels_last ? 1.25 * (O + 9 / taps) : 1.15 * O) / used;
+  // A register tile that is one vector wide takes a load for every FMA, direct_3wide fewer. With several x phases the
+  // transpose does not count: vectors along the width would have to scatter their columns, which costs as much.
+  const double transpose = x.x_phases > 1 ? 0 : transpose_cost(x);
+  const bool direct_3wide = Direct3Wide<T>::supports(phases) && Direct3Wide<T>::profitable(phases);
+  const double of_tiles = vectors > 1 ? 1 : direct_3wide ? 1.1 : 1.5;
+  const double along_channels = of_tiles * vectors * lanes * (1 + transpose);
+  return by_width < along_channels;
+}
+
+template <class T>
+bool ImplicitGemmWidth<T>::sums_in_order(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+void ImplicitGemmWidth<T>::run(const Phases<T>& x) {
+  convolve_exactly(x, [](const Phases<T>& finite) { implicit_gemm(finite, /*by_width=*/true, {}); });
+}
+
+// ---- vectors along the output channels ----
+
+template <class T>
+bool ImplicitGemmChannels<T>::supports(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+bool ImplicitGemmChannels<T>::profitable(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+bool ImplicitGemmChannels<T>::sums_in_order(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+void ImplicitGemmChannels<T>::run(const Phases<T>& x) {
+  const PhaseClasses classes = classify_pixels(x);
+  const auto gemm = [&](const Phases<T>& phases) { implicit_gemm(phases, /*by_width=*/false, classes); };
+  classes.in_place ? gemm(x) : convolve_exactly(x, gemm);
+}
+
+#define INSTANTIATE(T)                                   \
+  template bool multiplies_pairs(const ConvProblem<T>&); \
+  template struct ImplicitGemmWidth<T>;                  \
+  template struct ImplicitGemmChannels<T>;
+FOR_EACH_FLOATING(INSTANTIATE)
+#undef INSTANTIATE
+
+}  // namespace pyops::cpu
