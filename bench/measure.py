@@ -43,7 +43,7 @@ def compare(stock: Callable[[], object], ours: Callable[[], object], threads: in
     """Times the two calls in turns with `threads` threads of torch. Both must have been called before."""
     torch.set_num_threads(threads)
     timers = [timeit.Timer(call) for call in (stock, ours)]
-    numbers = [_calls_per_block(timer) for timer in timers]
+    numbers = [calls_per_block(timer) for timer in timers]
     timing = Timing([], [])
     started = timeit.default_timer()
     while len(timing.ours) < MIN_ROUNDS or (
@@ -54,7 +54,7 @@ def compare(stock: Callable[[], object], ours: Callable[[], object], threads: in
     return timing
 
 
-def _calls_per_block(timer: timeit.Timer) -> int:
+def calls_per_block(timer: timeit.Timer) -> int:
     number = 1
     # The best of three counts: the first call may take much longer, because it maps memory that the other side freed.
     while (seconds := min(timer.repeat(3, number))) < BLOCK_SECONDS / 2:
@@ -98,5 +98,5 @@ def copy_bandwidth(threads: int) -> float:
 def _best_seconds(function: Callable[[torch.Tensor, torch.Tensor], object], operand: torch.Tensor, threads: int):
     torch.set_num_threads(threads)
     timer = timeit.Timer(functools.partial(function, operand.clone(), operand))
-    number = _calls_per_block(timer)
+    number = calls_per_block(timer)
     return min(timer.repeat(MAX_ROUNDS, number)) / number

@@ -42,8 +42,8 @@ def gradcheck_input(*size: int, device: torch.device | str | None = None) -> Ten
 def algorithms() -> dict[str, list[str]]:
     """The names of the algorithms that the kernels choose between, for each op and direction.
 
-    The ops are ``conv2d.forward``, ``conv2d.input_gradient``, ``max_pool2d.backward`` and so on; their algorithms are in
-    order of preference. They depend on the instruction set of the CPU.
+    The ops are ``conv2d.forward``, ``conv2d.input_gradient``, ``max_pool2d.backward`` and so on; their algorithms are
+    in order of preference. They depend on the instruction set of the CPU.
 
     >>> "implicit_gemm_channels" in algorithms()["conv2d.forward"]
     True

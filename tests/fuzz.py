@@ -2,6 +2,7 @@
 
     python tests/fuzz.py                          # the ops, a minute on each instruction set
     python tests/fuzz.py --minutes 10 --op conv2d --capability avx2
+    python tests/fuzz.py --op conv2d --algorithm conv2d.forward:batch_lanes
     python tests/fuzz.py --device emulated        # the CUDA kernels on the emulator
     python tests/fuzz.py --hostile                # nonsense: an exception of torch's types or a result, never a crash
     python tests/fuzz.py --networks               # small networks through convert, patch and the backend
@@ -17,6 +18,7 @@ import json
 import os
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="of the run (default: drawn from the clock)")
     parser.add_argument("--one", type=int, metavar="SEED", help="run the problem of this seed and print it as a test")
     parser.add_argument("--op", help="draw problems of this op alone")
+    parser.add_argument("--algorithm", metavar="OP:NAME", help="compute each problem by it that it supports")
     parser.add_argument("--capability", choices=("default", "avx2", "avx512"), help="default: each that can run")
     parser.add_argument("--device", choices=("cpu", "emulated"), default="cpu")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
@@ -45,7 +48,9 @@ def parse() -> argparse.Namespace:
 
 
 def replay(settings: campaign.Settings, seed: int) -> int:
-    print(campaign.draw(settings, seed).as_test())
+    with ExitStack() as stack:
+        campaign.on_device(settings, stack, seed)
+        print(campaign.draw(settings, seed).as_test())
     wrong = campaign.run_one(settings, seed)
     print(wrong[0] if wrong else "this problem is solved correctly")
     return int(wrong is not None)
@@ -57,11 +62,11 @@ def report(settings: campaign.Settings, result: campaign.Result) -> bool:
     for seed, wrong in sorted(result.failures.items())[:20]:
         print(f"\n  {settings.replay(seed)}\n    " + wrong.replace("\n", "\n    "))
     unreached: list[str] = []
-    if settings.kind == "ops" and settings.device == "cpu":
+    if settings.kind == "ops":
         unreached = [name for name, runs in result.algorithms.items() if runs == 0]
         for name, runs in sorted(result.algorithms.items()):
             print(f"  {name:55} {runs:10}")
-    judged = result.problems >= ENOUGH_PROBLEMS and settings.op is None
+    judged = result.problems >= ENOUGH_PROBLEMS and settings.op is None and settings.algorithm is None
     if unreached:
         print(f"  never reached{'' if judged else ' by so few problems'}: {', '.join(unreached)}")
     return not result.failures and result.problems > 0 and not (judged and unreached)
@@ -75,7 +80,12 @@ def main() -> int:
         return 0
     seed = arguments.seed if arguments.seed is not None else time.time_ns() // 10**6 % 10**9
     settings = campaign.Settings(
-        arguments.kind, seed * SEEDS_OF_A_RUN, arguments.minutes * 60, arguments.op, None, arguments.device
+        arguments.kind,
+        seed * SEEDS_OF_A_RUN,
+        arguments.minutes * 60,
+        arguments.op,
+        arguments.algorithm,
+        device=arguments.device,
     )
     if arguments.one is not None:
         if arguments.capability:

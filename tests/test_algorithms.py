@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
 
 import oracle
 import pytest
@@ -33,11 +32,7 @@ def rows(*ops: str):
 def count_supported(op: str, name: str, checks: list[Callable[[], None]]) -> int:
     """Runs the checks with a forced algorithm and returns how many of them it supports."""
     supported = 0
-    with ExitStack() as stack:
-        stack.enter_context(pyops.testing.force_algorithm(op, name))
-        if op == "conv2d.planes":
-            stack.enter_context(pyops.testing.force_algorithm("conv2d.forward", "grouped_planes"))
-            stack.enter_context(pyops.testing.force_algorithm("conv2d.input_gradient", "grouped_planes"))
+    with pyops.testing.force_algorithm(op, name):
         for check in checks:
             try:
                 check()
@@ -48,8 +43,8 @@ def count_supported(op: str, name: str, checks: list[Callable[[], None]]) -> int
     return supported
 
 
-@rows("conv2d.forward", "conv2d.backward", "conv2d.input_gradient", "conv2d.weight_gradient", "conv2d.planes")
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@rows("conv2d.forward", "conv2d.backward", "conv2d.input_gradient", "conv2d.weight_gradient")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_conv2d(dtype, op, name):
     def check(geometry, where):
         input_shape, weight_shape, options = geometry
@@ -58,7 +53,7 @@ def test_conv2d(dtype, op, name):
     cases = itertools.product(GEOMETRIES, FORMATS)
     supported = count_supported(op, name, [lambda case=case: check(*case) for case in cases])
     only_float = {"direct_3wide", "kn2row"}
-    assert (supported > 0) == (dtype in (torch.float32, torch.float64) or name not in only_float)
+    assert (supported > 0) == (dtype == torch.float32 or name not in only_float)
 
 
 @rows("conv2d.forward")
@@ -196,15 +191,15 @@ def test_unsupported_problems_are_refused():
     input, weight = random((2, 3, 9, 9), torch.float32), random((4, 3, 3, 3), torch.float32)
     with (
         pyops.testing.force_algorithm("conv2d.forward", "depthwise"),
-        pytest.raises(RuntimeError, match="conv2d.forward: the algorithm depthwise is forced.*implicit_gemm_width"),
+        pytest.raises(RuntimeError, match=r"conv2d.forward: the algorithm depthwise is forced.*implicit_gemm_width"),
     ):
         functional.conv2d(input, weight)
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="there is no op 'conv3d.forward'.*conv2d.forward"):
+    with pytest.raises(ValueError, match=r"there is no op 'conv3d.forward'.*conv2d.forward"):
         pyops.testing.force_algorithm("conv3d.forward", "depthwise").__enter__()
-    with pytest.raises(ValueError, match="conv2d.forward has no algorithm 'fft', but .*implicit_gemm_width"):
+    with pytest.raises(ValueError, match=r"conv2d.forward has no algorithm 'fft', but .*implicit_gemm_width"):
         pyops.testing.force_algorithm("conv2d.forward", "fft").__enter__()
 
 
@@ -217,7 +212,8 @@ def test_the_environment_forces_an_algorithm():
     code = """if True:
         import torch, pyops
         from pyops import _algorithms
-        call = lambda: pyops.functional.max_pool2d(pyops.functional.conv2d(torch.rand(1, 3, 9, 9), torch.rand(4, 3, 3, 3)), 2)
+        F, input, weight = pyops.functional, torch.rand(1, 3, 9, 9), torch.rand(4, 3, 3, 3)
+        call = lambda: F.max_pool2d(F.conv2d(input, weight), 2)
         used = _algorithms.run_by(call)
         print(*(row.name for op in ("conv2d.forward", "max_pool2d.forward") for row in used[op]))
     """

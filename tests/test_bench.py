@@ -1,6 +1,7 @@
 """The benchmark scripts run, distinguish stock from pyops, and write their measurements. No times are asserted."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from kernel_log import KernelLog
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # as `python bench/ops.py` does
 
+import algorithms  # noqa: E402
 import compile as compiled  # noqa: E402
 import harness  # noqa: E402
 import lenet  # noqa: E402
@@ -46,6 +48,24 @@ def test_script(script, name, tmp_path):
     assert result["passed"] == (result["ratio"] >= result["gate"])
     assert 0 < result["ours_min"] <= result["ours_median"]
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_algorithms():
+    command = [sys.executable, BENCH / "algorithms.py", "--filter", "conv2d 1x6x14x14 16x6x5x5 forward$"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    [line] = [line for line in printed.splitlines() if ", conv2d.forward: " in line]
+    assert re.search(r"implicit_gemm_width [\d.,]+ us", line)
+    assert re.search(r"implicit_gemm_channels [\d.,]+ us", line)
+
+
+def test_the_document_on_algorithms():
+    result = {"case": "linear", "op": "gemm", "chosen": "one_row", "seconds": {"one_row": 3e-6, "tiles": 2e-6}}
+    report = harness.environment() | {"results": [result, result | {"case": "other", "chosen": "tiles"}]}
+    text = "\n".join(algorithms.document({"machine": report}))
+    assert "| gemm | one_row | 1 | 0 | linear | 3 | tiles 2 |" in text
+    assert "| gemm | tiles | 1 | 1 | other | 2 | one_row 3 |" in text
+    assert "as for 1 of 2 cases" in text
+    assert text.endswith("| linear | gemm | one_row | 1.50 | tiles |")
 
 
 def test_ratio_is_above_one_where_pyops_is_faster():

@@ -136,6 +136,33 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypa
     assert "matplotlib is not installed: run `pip install matplotlib`" in err
 
 
+def test_info_on_algorithms(capsys):
+    main(["info", "--algorithm", "conv2d", "64x1x32x32", "6x1x5x5", "--padding=2,1"])
+    out = capsys.readouterr().out
+    assert re.search(r"^conv2d.forward +(\w+) +csrc/cpu/conv2d/\1.cpp\n +also: .*implicit_gemm_channels", out, re.M)
+    assert re.search(r"^conv2d.weight_gradient ", out, re.M)
+    main(["info", "--algorithm", "max_pool2d", "2x64x8x8", "--kernel-size=2", "--channels-last", "--dtype=bfloat16"])
+    out = capsys.readouterr().out
+    assert re.search(r"^max_pool2d.forward +channels +csrc/cpu/max_pool2d.cpp$", out, re.M)
+    assert re.search(r"^max_pool2d.backward +channel_tiles .*\n +also: channel_gather, scatter$", out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["conv3d", "1x1"], "no op 'conv3d'"),
+        (["conv2d", "1x3x8x8", "4x2x3x3"], "expected input.* to have 2 channels|channels"),
+        (["linear", "8x5", "3x5", "--stride=2"], "stride"),
+        (["linear", "8xfive"], "invalid literal"),
+    ],
+)
+def test_info_on_an_impossible_call(capsys, arguments, message):
+    with pytest.raises(SystemExit) as info:
+        main(["info", "--algorithm", *arguments])
+    assert info.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_info(capsys):
     main(["info"])
     facts = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())

@@ -1,4 +1,4 @@
-"""The matrix product of the CUDA kernels (cuda/gemm/gemm.h) on the emulator: its tiles, copies, precisions, and phases."""
+"""The matrix product of the CUDA kernels (cuda/gemm/gemm.h) on the emulator: tiles, copies, precisions, and phases."""
 
 import math
 

@@ -22,7 +22,8 @@ class Operand:
 @dataclass(frozen=True)
 class Call:
     """A call of an op. `values` is a kind of geometry.draw_values or "ties". `derivative` says what is compared besides
-    the output: gradients, second derivatives, or a tangent in forward mode."""
+    the output: gradients, second derivatives, or a tangent in forward mode. `algorithm`, such as
+    "conv2d.forward:batch_lanes", is forced if there is one and it supports the call."""
 
     seed: int
     op: str
@@ -34,6 +35,7 @@ class Call:
     derivative: str = "gradients"
     threads: int = 1
     pool: dict[str, Any] = field(default_factory=dict)
+    algorithm: str | None = None
 
     def tensors(self) -> list[torch.Tensor | None]:
         """The operands, with equal values each time."""

@@ -33,16 +33,18 @@ class Settings:
     first: int  # seed
     seconds: float
     op: str | None = None
+    algorithm: str | None = None
     capability: str | None = None  # None means the kernels that torch would choose
     device: str = "cpu"
 
     def name(self) -> str:
         where = self.capability if self.device == "cpu" else self.device
-        return " ".join(filter(None, (self.kind, self.op, where)))
+        return " ".join(filter(None, (self.kind, self.op, self.algorithm, where)))
 
     def replay(self, seed: int) -> str:
         """The command that reruns one problem of this campaign."""
         options = ["" if self.kind == "ops" else f"--{self.kind}", f"--op {self.op}" if self.op else ""]
+        options += [f"--algorithm {self.algorithm}" if self.algorithm else ""]
         options += [f"--device {self.device}" if self.device != "cpu" else ""]
         options += [f"--capability {self.capability}" if self.capability else "", f"--one {seed}"]
         return " ".join(["python tests/fuzz.py", *filter(None, options)])
@@ -68,7 +70,7 @@ def draw(settings: Settings, seed: int) -> Any:
     """The problem of a seed."""
     module = importlib.import_module(f"fuzzing.{settings.kind}")
     if settings.kind == "ops":
-        return module.draw(seed, settings.op, small=settings.device == "emulated")
+        return module.draw(seed, settings.op, settings.algorithm, small=settings.device == "emulated")
     return module.draw(seed)
 
 
@@ -85,13 +87,24 @@ def run_one(settings: Settings, seed: int) -> tuple[str, str] | None:
     """Checks one problem. Returns what is wrong and a test that shows it, or None."""
     problem = None
     try:
-        problem = draw(settings, seed)
         with ExitStack() as stack:
             on_device(settings, stack, seed)
+            problem = draw(settings, seed)
             problem.check()
     except Exception as error:
         return f"{type(error).__name__}: {error}", "" if problem is None else problem.as_test()
     return None
+
+
+def algorithm_counts(settings: Settings) -> dict[str, int]:
+    """How often each algorithm of the settings' device has run in this process."""
+    from pyops import _load
+
+    if settings.device == "emulated":
+        import emulated
+
+        return emulated.load().algorithm_counts()
+    return _load.cpu_module.algorithm_counts()
 
 
 def work(settings: Settings, first: int, step: int, seconds: float, place: Path) -> None:
@@ -106,7 +119,6 @@ def work(settings: Settings, first: int, step: int, seconds: float, place: Path)
     faulthandler.enable()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    kernels = importlib.import_module(f"pyops._cpu_{_load.cpu_capability.lower()}")
     if settings.capability and settings.capability.upper() != _load.cpu_capability:
         raise SystemExit(f"this machine does not run the kernels of {settings.capability}")
     print(json.dumps({"started": True}), flush=True)
@@ -120,9 +132,9 @@ def work(settings: Settings, first: int, step: int, seconds: float, place: Path)
             if wrong is not None:
                 print(json.dumps({"seed": seed, "wrong": "\n".join(wrong)}), flush=True)
             if done % 500 == 0:
-                print(json.dumps({"done": 500, "algorithms": kernels.algorithm_counts()}), flush=True)
+                print(json.dumps({"done": 500, "algorithms": algorithm_counts(settings)}), flush=True)
             seed += step
-    print(json.dumps({"done": done % 500, "algorithms": kernels.algorithm_counts(), "finished": True}), flush=True)
+    print(json.dumps({"done": done % 500, "algorithms": algorithm_counts(settings), "finished": True}), flush=True)
 
 
 # ---- in the parent ----

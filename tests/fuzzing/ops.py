@@ -2,11 +2,13 @@
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tensors import FLOATING, INTEGER
 
+import pyops
 from fuzzing import geometry, op_checks
 from fuzzing.call import Call, Operand
 
@@ -21,6 +23,24 @@ WEIGHTS = {
     "linear_relu": 4,
     "linear_batched": 3,
 }
+# The choices between algorithms that an op makes.
+LINEAR = ("gemm", "linear.weight_gradient")
+CONV2D = ("conv2d.forward", "conv2d.backward", "conv2d.input_gradient", "conv2d.weight_gradient")
+MAX_POOL2D = ("max_pool2d.forward", "max_pool2d.backward")
+CHOICES = {
+    "conv2d": CONV2D,
+    "max_pool2d": MAX_POOL2D,
+    "conv2d_relu_max_pool2d": (
+        *CONV2D,
+        *MAX_POOL2D,
+        "conv2d_relu_max_pool2d.forward",
+        "conv2d_relu_max_pool2d.backward",
+    ),
+    "linear": LINEAR,
+    "conv2d_relu": CONV2D,
+    "linear_relu": LINEAR,
+    "linear_batched": LINEAR,
+}
 VALUES = ("normal",) * 11 + ("integers",) * 4 + ("special",) * 3 + ("tiny",) * 1
 DERIVATIVES = ("gradients",) * 18 + ("second", "forward")
 THREADS = (1,) * 17 + (2, 2, 3)
@@ -31,12 +51,25 @@ class Problem(Call):
     """A call, with the check that it has to pass."""
 
     def check(self) -> None:
+        """Checks the call, by the forced algorithm if that supports it."""
         threads = torch.get_num_threads()
         try:
-            op_checks.check(self)
+            if self.algorithm is None or not self._check_by(*self.algorithm.split(":")):
+                op_checks.check(self)
         finally:
             if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)
+
+    def _check_by(self, op: str, algorithm: str) -> bool:
+        """Checks the call by an algorithm; returns whether that supports it."""
+        try:
+            with pyops.testing.force_algorithm(op, algorithm):
+                op_checks.check(self)
+        except RuntimeError as error:
+            if "is forced, but it does not support this problem" not in str(error):
+                raise
+            return False
+        return True
 
     def as_test(self) -> str:
         source = self.source().replace("\n", "\n    ")
@@ -44,13 +77,15 @@ class Problem(Call):
         return f"import torch\n{imports}\n\n\ndef test_{self.op}_{self.seed}():\n    {source}.check()"
 
 
-def draw(seed: int, op: str | None = None, small: bool = False) -> Problem:
-    """The problem of a seed, which is `small` for the emulator: that is far slower than the CPU kernels."""
+def draw(seed: int, op: str | None = None, algorithm: str | None = None, small: bool = False) -> Problem:
+    """The problem of a seed, which is `small` for the emulator: that is far slower than the CPU kernels. `algorithm` is
+    forced if it supports the problem; by default one is drawn for some of the problems."""
     rng = random.Random(seed)
     op = op or rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     most_products = 10_000 if small else rng.choices((20_000, 200_000, 1_000_000, 15_000_000), (60, 34, 5.7, 0.3))[0]
     draw_geometry = {"linear": _draw_linear, "conv2d": _draw_conv2d}.get(op.split("_")[0], _draw_images)
-    return _draw_call(rng, seed, op, draw_geometry(rng, op, most_products), most_products)
+    problem = _draw_call(rng, seed, op, draw_geometry(rng, op, most_products), most_products)
+    return replace(problem, algorithm=algorithm) if algorithm else problem
 
 
 Drawn = tuple[list[tuple[int, ...] | None], dict[str, Any], dict[str, Any], int]
@@ -145,4 +180,17 @@ def _draw_call(
         derivative,
         rng.choice(THREADS if most_products <= LARGE else (1, 2, 3)),
         pool,
+        _draw_algorithm(rng, op),
     )
+
+
+def _draw_algorithm(rng: random.Random, op: str) -> str | None:
+    """For a quarter of the problems, an algorithm of the kernels that compute them."""
+    if rng.random() < 0.75:
+        return None
+    known = pyops.testing.algorithms()
+    choices = [choice for choice in CHOICES.get(op, ()) if choice in known]
+    if not choices:
+        return None
+    choice = rng.choice(choices)
+    return f"{choice}:{rng.choice(known[choice])}"

@@ -37,7 +37,7 @@ FAULTS = (
     ),
     Fault(
         "depthwise: one of four sums of the weight's gradient is lost",
-        "conv2d/depthwise.cpp",
+        "conv2d/depthwise_weight_gradient.cpp",
         "return (sums[0] + sums[1]) + (sums[2] + sums[3]);",
         "return (sums[0] + sums[1]) + sums[2];",
         "conv2d",
@@ -61,7 +61,7 @@ FAULTS = (
     ),
     Fault(
         "along outputs: rows go by channel where they are multiplied by tap",
-        "conv2d/weight_gradient.cpp",
+        "conv2d/weight_gradient_outputs.h",
         "by_tap && !s.tap_by_tap ? i % tile.channels * s.tap_count + i / tile.channels : i;",
         "i;",
         "conv2d",
@@ -125,7 +125,7 @@ FAULTS = (
     ),
     Fault(
         "shared lanes: the gradient after the end of a row is a term",
-        "conv2d/grouped_lanes.cpp",
+        "conv2d/grouped_lanes_weight_gradient.cpp",
         "if (i - t < b.x || i - t >= b.end) continue;",
         "if (i - t < b.x || i - t > b.end) continue;",
         "conv2d",
