@@ -80,6 +80,9 @@ struct Conv2dShape {
   int64_t dilation_h, dilation_w;
   bool channels_last;         // input, output and their gradients are stored N H W C rather than N C H W
   bool weight_channels_last;  // weight and its gradient are stored O kH kW C rather than O C kH kW
+
+  // Whether every group has one input and one output channel.
+  bool is_depthwise() const { return groups > 1 && C == groups && O == groups; }
 };
 
 // output[n, o, y, x] = bias[o] + sum over c, i, j of
@@ -116,6 +119,11 @@ struct MaxPool2dShape {
   bool channels_last;  // every operand is stored N H W C rather than N C H W
 
   int64_t taps() const { return kernel_h * kernel_w; }
+  // Whether the windows are tiles: they neither overlap nor leave gaps between them, and lie inside the image.
+  bool is_tiled() const {
+    return kernel_h == stride_h && kernel_w == stride_w && padding_h == 0 && padding_w == 0 && dilation_h == 1 &&
+           dilation_w == 1 && OH * kernel_h <= H && OW * kernel_w <= W;
+  }
 };
 
 // The argmax of a window is the number of the winning tap, i * kernel_w + j: a uint8 where 255 taps suffice, else

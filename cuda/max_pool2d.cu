@@ -229,9 +229,9 @@ __global__ void __launch_bounds__(block_threads, 1) indices(Pool<Index> pool, co
   result[number] = element < 0 ? 0 : element;  // 0 is a valid index
 }
 
-bool is_tiled(const MaxPool2dShape& s) {
-  return s.stride_h == s.kernel_h && s.stride_w == s.kernel_w && s.dilation_h == 1 && s.dilation_w == 1 &&
-         s.padding_h == 0 && s.padding_w == 0 && s.OH * s.kernel_h == s.H && s.OW * s.kernel_w == s.W;
+// Whether the windows are tiles that cover the image.
+bool tile_images(const MaxPool2dShape& s) {
+  return s.is_tiled() && s.OH * s.kernel_h == s.H && s.OW * s.kernel_w == s.W;
 }
 
 template <class A, class Index>
@@ -330,7 +330,7 @@ cudaError_t run_backward(const BackwardProblem& x) {
 
 constexpr Algorithm<BackwardProblem> backward_algorithms[] = {
     // No search for the windows of an element.
-    {"tiles", "cuda/max_pool2d.cu", [](const BackwardProblem& x) { return is_tiled(x.args.shape); },
+    {"tiles", "cuda/max_pool2d.cu", [](const BackwardProblem& x) { return tile_images(x.args.shape); },
      always<BackwardProblem>, run_backward<true>},
     {"gather", "cuda/max_pool2d.cu", always<BackwardProblem>, always<BackwardProblem>, run_backward<false>},
 };

@@ -1,10 +1,9 @@
-// Shared by the CPU kernels: the compute type, conversions, intervals, prefetching, dtype dispatch, and the list of
+// Shared by the CPU kernels: the compute type, intervals, prefetching, dtype dispatch, and the list of
 // kernels. These sources are compiled once per instruction set (CPU_CAPABILITY), each time into a module of its own,
 // and pyops/_load.py chooses between the modules.
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <ATen/cpu/vec/vec.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -16,51 +15,31 @@
 
 namespace pyops::cpu {
 
-template <class T>
-using Vec = at::vec::Vectorized<T>;
-
 // The 16-bit types are computed in float32 and rounded once, when the result is stored.
 template <class T>
 constexpr bool is_reduced = std::is_same_v<T, c10::BFloat16> || std::is_same_v<T, c10::Half>;
 template <class T>
 using Compute = std::conditional_t<is_reduced<T>, float, T>;
 
-#if defined(CPU_CAPABILITY_AVX512)
-// Loads the floats at p that `mask` selects, with zeros elsewhere; a 16-bit float is widened.
-inline __m512 load_floats(const float* p, __mmask16 mask) {
-  return _mm512_maskz_loadu_ps(mask, p);
-}
-inline __m512 widened(c10::BFloat16, __m256i bits) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
-inline __m512 widened(c10::Half, __m256i bits) {
-  return _mm512_cvtph_ps(bits);
-}
-template <class In>
-inline __m512 load_floats(const In* p, __mmask16 mask) {
-  return widened(In(), _mm256_maskz_loadu_epi16(mask, p));
-}
-// Loads all 16. Unlike masked loads, these trigger the hardware prefetcher.
-inline __m512 load_floats(const float* p) {
-  return _mm512_loadu_ps(p);
-}
-template <class In>
-inline __m512 load_floats(const In* p) {
-  return widened(In(), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-// Narrows to 16 bits, rounding to nearest, ties to even; a NaN stays a NaN, in bfloat16 always the same one.
-inline __m256i narrowed(c10::BFloat16, __m512 v) {
-  const __m512i bits = _mm512_castps_si512(v),
-                odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
-  const __m512i rounded = _mm512_srli_epi32(up, 16);
-  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0xFFFF)));
-}
-inline __m256i narrowed(c10::Half, __m512 v) {
-  return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+// Whether the instruction set permutes the lanes of a whole vector.
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+constexpr bool can_permute = true;
+#else
+constexpr bool can_permute = false;
 #endif
+
+// The one of three values that is for the instruction set. The vector registers are 16 with the baseline, where a
+// Vectorized takes two of them, 16 with AVX2 and 32 with AVX-512.
+template <class T>
+constexpr T by_capability([[maybe_unused]] T baseline, [[maybe_unused]] T avx2, [[maybe_unused]] T avx512) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return avx512;
+#elif defined(CPU_CAPABILITY_AVX2)
+  return avx2;
+#else
+  return baseline;
+#endif
+}
 
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;

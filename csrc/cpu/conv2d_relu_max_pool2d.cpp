@@ -22,11 +22,9 @@ namespace {
 
 // ---- CHWN blocks of images ----
 
-// Whether the windows are non-overlapping, lie inside of the image, and have an argmax that fits into a byte.
-bool is_tiled(const MaxPool2dShape& s) {
-  return s.kernel_h == s.stride_h && s.kernel_w == s.stride_w && s.padding_h == 0 && s.padding_w == 0 &&
-         s.dilation_h == 1 && s.dilation_w == 1 && s.OH * s.kernel_h <= s.H && s.OW * s.kernel_w <= s.W &&
-         max_pool2d_argmax_is_u8(s.taps());
+// Whether the windows are tiles with an argmax that fits into a byte.
+bool are_small_tiles(const MaxPool2dShape& s) {
+  return s.is_tiled() && max_pool2d_argmax_is_u8(s.taps());
 }
 
 // Visits every window of some channels of an image: state = start(window), then f(state, pixel, tap) for every tap,
@@ -53,7 +51,7 @@ void for_each_window(const MaxPool2dShape& s, Range channels, const Start& start
 template <class T>
 class PooledBlock {
   using C = Compute<T>;
-  static constexpr int64_t lanes = kLanes<T>;
+  static constexpr int64_t lanes = lanes_of<T>;
 
  public:
   PooledBlock(const ConvProblem<T>& problem, const MaxPool2dShape& pool) : problem_(problem), pool_(pool) {}
@@ -86,7 +84,7 @@ class PooledBlock {
 template <class T, class Pooled>
 void forward_of_blocks(const Conv2dReluMaxPool2dArgs& x, double flops, const Pooled& pooled_block) {
   using C = Compute<T>;
-  constexpr int64_t lanes = kLanes<T>;
+  constexpr int64_t lanes = lanes_of<T>;
   const Conv2dShape& s = x.conv.shape;
   const int64_t in = s.C * s.H * s.W, out = s.O * x.pool.OH * x.pool.OW;
   for_each_shared_task(ceil_div(s.N, lanes), flops, [&](int64_t task, const Team& team) {
@@ -203,7 +201,8 @@ template <class T>
 bool supports_blocks(const FusedProblem<T>& x) {
   const Phases<T> conv{&x.conv, 1};
   const size_t row = chosen_row(choices::conv2d, convolution_algorithms<T>, conv);
-  return is_tiled(x.args.pool) && agrees_with_batch_lanes(convolution_algorithms<T>[row].sums_in_order(conv), x.conv);
+  return are_small_tiles(x.args.pool) &&
+         agrees_with_batch_lanes(convolution_algorithms<T>[row].sums_in_order(conv), x.conv);
 }
 
 constexpr int64_t block_bytes = 1 << 20;  // of the blocks that are in use at a time
@@ -214,8 +213,8 @@ struct InRegisters2x2 {
     return supports_blocks(x) && Pooled2x2<T>::takes(x.conv, x.args.pool);
   }
   static bool profitable(const FusedProblem<T>& x) {
-    const int64_t bytes = (x.in() + x.out()) * kLanes<T> * int64_t{sizeof(Compute<T>)};
-    return x.shape().N >= kLanes<T> && bytes <= 2 * block_bytes;
+    const int64_t bytes = (x.in() + x.out()) * lanes_of<T> * int64_t{sizeof(Compute<T>)};
+    return x.shape().N >= lanes_of<T> && bytes <= 2 * block_bytes;
   }
   static void run(const FusedProblem<T>& x) {
     forward_of_blocks<T>(x.args, x.flops(), Pooled2x2<T>(x.conv, x.args.pool));
@@ -226,8 +225,8 @@ template <class T>
 struct PooledBlocks {
   static bool supports(const FusedProblem<T>& x) { return supports_blocks(x); }
   static bool profitable(const FusedProblem<T>& x) {
-    const int64_t bytes = (x.in() + x.between()) * kLanes<T> * int64_t{sizeof(Compute<T>)};
-    return x.shape().N >= kLanes<T> && x.shape().O / x.shape().groups <= kLanes<T> && bytes <= block_bytes;
+    const int64_t bytes = (x.in() + x.between()) * lanes_of<T> * int64_t{sizeof(Compute<T>)};
+    return x.shape().N >= lanes_of<T> && x.shape().O / x.shape().groups <= lanes_of<T> && bytes <= block_bytes;
   }
   static void run(const FusedProblem<T>& x) {
     forward_of_blocks<T>(x.args, x.flops(), PooledBlock<T>(x.conv, x.args.pool));
@@ -253,7 +252,7 @@ template <class T>
 struct BackwardOfPooledBlocks {
   using Args = Conv2dReluMaxPool2dBackwardArgs;
   // The gradients have to be conv2d's to the last bit.
-  static bool supports(const Args& x) { return is_tiled(x.pool) && uses_batch_lanes_backward<T>(x.conv); }
+  static bool supports(const Args& x) { return are_small_tiles(x.pool) && uses_batch_lanes_backward<T>(x.conv); }
   static bool profitable(const Args&) { return true; }
   static void run(const Args& x) { backward_of_pooled_blocks<T>(x); }
 };

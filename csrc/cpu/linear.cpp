@@ -9,6 +9,7 @@
 //
 // The guarantees are those of gemm.h; in particular, a row of the output does not depend on what the other rows hold.
 #include "gemm/bias_sums.h"
+#include "gemm/sum_parts.h"
 
 namespace pyops::cpu {
 namespace {

@@ -40,7 +40,7 @@ struct ConvolutionArgs {
 
 // One input and one output channel for each group, and kernels whose weights fit into shared memory.
 inline bool is_depthwise(const Conv2dShape& s) {
-  return s.groups > 1 && s.C == s.groups && s.O == s.groups && s.kernel_h * s.kernel_w <= 49;
+  return s.is_depthwise() && s.kernel_h * s.kernel_w <= 49;
 }
 cudaError_t depthwise_convolution(const ConvolutionArgs&, cudaStream_t);
 

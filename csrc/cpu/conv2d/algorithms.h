@@ -7,13 +7,6 @@
 
 namespace pyops::cpu {
 
-// Whether the instruction set has permutations of a whole vector.
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-constexpr bool can_permute = true;
-#else
-constexpr bool can_permute = false;
-#endif
-
 // ---- convolutions: the forward, and the input gradient as a convolution of grad_output ----
 
 // A batch of another size may be computed by another algorithm, but a sample's result must not depend on its batch. So

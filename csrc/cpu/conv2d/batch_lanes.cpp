@@ -16,6 +16,7 @@
 #include <optional>
 
 #include "../gemm/dot_tile.h"
+#include "../gemm/sum_parts.h"
 #include "border_taps.h"
 #include "costs.h"
 

@@ -15,13 +15,7 @@ namespace pyops::cpu {
 namespace {
 
 // The most pixels of a register tile: what the registers hold beside three filter vectors and an input value.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int most_pixels = 16;
-#elif defined(CPU_CAPABILITY_AVX2)
-constexpr int most_pixels = 12;
-#else
-constexpr int most_pixels = 4;  // a Vectorized takes two registers
-#endif
+constexpr int most_pixels = by_capability(4, 12, 16);
 
 // `count` neighbouring channels of a row of taps.
 template <class C>

@@ -30,7 +30,7 @@ void store_max(const RunningMax<C, A>& best, C* pooled, uint8_t* argmax, int64_t
   best.max().store(pooled + offset);
   if constexpr (!std::is_void_v<A>) {
     const auto taps = best.tap();
-    std::copy_n(taps.begin(), kLanes<C>, argmax + offset);
+    std::copy_n(taps.begin(), lanes_of<C>, argmax + offset);
   }
 }
 
@@ -40,9 +40,9 @@ Vec<Compute<T>> rounded(const Vec<Compute<T>>& values) {
   if constexpr (!is_reduced<T>) {
     return values;
   } else {
-    T written[kLanes<T>];
-    store(written, values, kLanes<T>);
-    return load(written, kLanes<T>);
+    T written[lanes_of<T>];
+    store(written, values, lanes_of<T>);
+    return load(written, lanes_of<T>);
   }
 }
 
@@ -64,7 +64,7 @@ class Pooled2x2 {
     int64_t* steps = scratch<int64_t>(Scratch::source_steps, K);
     for (int64_t k = 0; k < K; ++k) {
       const Tap& tap = s.tap(k);
-      steps[k] = (s.channel(k) * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * kLanes<T>;
+      steps[k] = (s.channel(k) * s.channel_stride + tap.dy * s.y_stride + tap.dx * s.x_stride) * lanes_of<T>;
     }
     C* filters = scratch<C>(Scratch::weight, x.groups * O * K);
     steps_ = steps, filters_ = filters;
@@ -85,10 +85,10 @@ class Pooled2x2 {
     const auto& tiles = argmax ? tiles_with_argmax : tiles_without_argmax;
     const ConvInput<T>& s = x_.input;
     const Layout out(pool_.C, pool_.OH, pool_.OW, pool_.channels_last);
-    const int64_t right = s.step_w * s.x_stride * kLanes<T>, below = s.step_h * s.y_stride * kLanes<T>;
+    const int64_t right = s.step_w * s.x_stride * lanes_of<T>, below = s.step_h * s.y_stride * lanes_of<T>;
     const C* filters = filters_;
     for (int64_t g = 0; g < x_.groups; ++g, filters += x_.out_channels * x_.depth()) {
-      const C* images = source + g * s.channels * s.channel_stride * kLanes<T>;
+      const C* images = source + g * s.channels * s.channel_stride * lanes_of<T>;
       for (int64_t i = windows.begin; i < windows.end; ++i) {
         const int64_t y = i / pool_.OW, x = i % pool_.OW;
         const C* pixel = images + 2 * y * below + 2 * x * right;
@@ -97,19 +97,13 @@ class Pooled2x2 {
           const int64_t window = channel * out.channel_stride + y * out.y_stride + x * out.x_stride;
           tiles[rows - 1](*this, {pixel, pixel + right, pixel + below, pixel + below + right}, filters + o * x_.depth(),
                           x_.bias ? x_.bias + channel : nullptr,
-                          {pooled, argmax, window * kLanes<T>, out.channel_stride * kLanes<T>});
+                          {pooled, argmax, window * lanes_of<T>, out.channel_stride * lanes_of<T>});
         });
       }
     }
   }
 
-#if defined(CPU_CAPABILITY_AVX512)
-  static constexpr int most_rows = 6;  // 6 x 4 sums in 32 registers
-#elif defined(CPU_CAPABILITY_AVX2)
-  static constexpr int most_rows = 3;  // 3 x 4 sums in 16 registers
-#else
-  static constexpr int most_rows = 1;  // 4 sums in 16 registers, of which a Vectorized takes two
-#endif
+  static constexpr int most_rows = by_capability(1, 3, 6);  // of four sums each
 
   // The windows of one pooled pixel in a block; those of neighbouring channels lie `stride` apart.
   struct Target {
@@ -125,7 +119,7 @@ class Pooled2x2 {
   template <class A, int rows>
   static void tile(const Pooled2x2& x, const std::array<const C*, 4>& pixels, const C* filters, const T* bias,
                    const Target& target) {
-    C totals[rows][4][kLanes<T>];
+    C totals[rows][4][lanes_of<T>];
     for_each_chunk(0, x.x_.depth(), [&](int64_t k, int64_t kc, bool first, bool last) {
       V sum[rows][4];
 #pragma GCC unroll 8

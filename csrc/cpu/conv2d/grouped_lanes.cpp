@@ -23,11 +23,7 @@ namespace pyops::cpu {
 namespace {
 
 // The pixels of a row whose sums the registers hold.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int tile_pixels = 16;
-#else
-constexpr int tile_pixels = 8;
-#endif
+constexpr int tile_pixels = by_capability(0, 8, 16);
 
 // One row of the output, with the channels of one vector.
 template <class T>

@@ -7,6 +7,7 @@
 //
 // Guarantees: those of gemm.h. The sums run over the pixels of a band of rows, then over the bands, then over at most
 // enough_tasks parts of the batch.
+#include "../gemm/sum_parts.h"
 #include "grouped_lanes.h"
 
 namespace pyops::cpu {
@@ -16,11 +17,7 @@ namespace pyops::cpu {
 namespace {
 
 // The channels of a group whose sums, those of three taps for each, the registers hold.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int most_channels = 8;
-#else
-constexpr int most_channels = 4;
-#endif
+constexpr int most_channels = by_capability(0, 4, 8);
 
 // Some rows of an image and of its gradient, with the channels of one vector.
 template <class T>
@@ -98,18 +95,6 @@ void add_band(const LanesOfBand<T>& b, const TapRuns& runs, const Permutation* p
   }
 }
 
-// grad_weight of the channels of vector v = the sum, in order, of the parts of sums[k, lanes].
-template <class T>
-void write_sums(const GroupLanes<Compute<T>>& groups, int64_t v, int64_t K, Compute<T>* sums, int64_t parts,
-                int64_t part_stride, T* grad_weight) {
-  using V = Vec<Compute<T>>;
-  for (int64_t part = 1; part < parts; ++part)
-    for (int64_t i = 0; i < K * V::size(); i += V::size())
-      (V::loadu(sums + i) + V::loadu(sums + part * part_stride + i)).store(sums + i);
-  const Output<T> out{grad_weight + groups.first_group(v) * groups.out * K, Axis::plain(1), Axis::plain(K)};
-  write(out, sums, V::size(), 0, K, 0, groups.groups_of(v) * groups.out);
-}
-
 }  // namespace
 
 template <class T>
@@ -158,8 +143,10 @@ void GroupedLanesWgrad<T>::run(const WeightGradient<T>& x) {
       });
     }
   });
-  for_each_task(groups.vectors(), 4.0 * parts * part_size,
-                [&](int64_t v) { write_sums(groups, v, K, sums + v * size, parts, part_size, x.grad_weight); });
+  for (int64_t v = 0; v < groups.vectors(); ++v) {
+    const Output<T> out{x.grad_weight + groups.first_group(v) * groups.out * K, Axis::plain(1), Axis::plain(K)};
+    sum_parts(out, sums + v * size, parts, part_size, K, groups.lanes, groups.groups_of(v) * groups.out);
+  }
 }
 
 #define INSTANTIATE(T) template struct GroupedLanesWgrad<T>;

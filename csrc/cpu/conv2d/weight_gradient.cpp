@@ -11,6 +11,7 @@
 //
 // The batch is cut into parts whose number depends on the shape only, and their sums are added in order. The sums run
 // over the taps inside of the image only, even where values are infinite or NaN (conv2d/nonfinite.h).
+#include "../gemm/sum_parts.h"
 #include "algorithms.h"
 #include "nonfinite.h"
 #include "weight_gradient_inputs.h"

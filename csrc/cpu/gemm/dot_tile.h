@@ -6,17 +6,11 @@
 #include <array>
 #include <utility>
 
-#include "../common.h"
+#include "../simd/vec.h"
 
 namespace pyops::cpu {
 
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int dot_rows = 4, dot_columns = 6;
-#elif defined(CPU_CAPABILITY_AVX2)
-constexpr int dot_rows = 4, dot_columns = 3;
-#else
-constexpr int dot_rows = 2, dot_columns = 2;
-#endif
+constexpr int dot_rows = by_capability(2, 4, 4), dot_columns = by_capability(2, 3, 6);
 
 template <int n>
 using Number = std::integral_constant<int, n>;

@@ -41,14 +41,10 @@ struct OperandB {
 
 // The most rows of a register tile by its width in vectors: what the registers hold beside one row of B. Only a product
 // of a single row is wider than max_vectors, because its few sums would otherwise wait for one another.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr std::array<int, 8> tile_rows = {8, 8, 8, 6, 1, 1, 1, 1};  // 32 registers
-#elif defined(CPU_CAPABILITY_AVX2)
-constexpr std::array<int, 8> tile_rows = {8, 6, 4, 3, 1, 1, 1, 1};  // 16 registers; 3 x 4 is faster than 6 x 2
-#else
-constexpr std::array<int, 2> tile_rows = {4, 1};  // 16 registers, of which a Vectorized takes two
-#endif
-constexpr int most_vectors = static_cast<int>(tile_rows.size()), max_vectors = most_vectors / 2;
+// With AVX2, 3 x 4 is faster than 6 x 2.
+constexpr std::array<int, 8> tile_rows =
+    by_capability<std::array<int, 8>>({4, 1}, {8, 6, 4, 3, 1, 1, 1, 1}, {8, 8, 8, 6, 1, 1, 1, 1});
+constexpr int most_vectors = by_capability(2, 8, 8), max_vectors = most_vectors / 2;
 
 // The most steps of one sum. With 64 columns a panel of B is 36 KB, which stays in the L1 cache. Longer chunks are less
 // accurate: with chunks of 192, the input gradient of a 3x3 convolution over 64 channels, summed in three of them, had

@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "../common.h"
+#include "../simd/vec.h"
 
 namespace pyops::cpu {
 

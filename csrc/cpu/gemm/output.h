@@ -1,6 +1,5 @@
-// Loads and stores between memory and vectors of the compute type, and the epilogue that writes sums to an output of
-// any layout: a row or column of C may run over the pixels of a batch of images, and the output may be stored by
-// columns.
+// The epilogue that writes sums to an output of any layout: a row or column of C may run over the pixels of a batch of
+// images, and the output may be stored by columns.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -10,64 +9,6 @@
 #include "../simd/transpose.h"
 
 namespace pyops::cpu {
-
-// ---- values ----
-
-// Copies n values with a stride of `stride` to consecutive values of T.
-template <class T, class In>
-inline void copy_values(T* target, const In* source, int64_t n, int64_t stride) {
-  if (stride != 1) {
-    for (int64_t i = 0; i < n; ++i) target[i] = static_cast<T>(source[i * stride]);
-  } else if constexpr (std::is_same_v<T, In>) {
-    std::copy_n(source, n, target);
-  } else {
-    at::vec::convert(source, target, n);
-  }
-}
-
-template <class Out>
-inline void store(Out* target, Vec<Compute<Out>> value, int64_t count) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_reduced<Out>) {
-    const __m256i numbers = narrowed(Out(), value);
-    if (count == Vec<float>::size()) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(target), numbers);
-    return _mm256_mask_storeu_epi16(target, static_cast<__mmask16>((1u << count) - 1), numbers);
-  }
-#endif
-  if constexpr (is_reduced<Out>) {
-    at::vec::convert_from_float<Out>(value, value).store(target, static_cast<int>(count));
-  } else {
-    value.store(target, static_cast<int>(count));
-  }
-}
-
-// Stores `count` elements with a stride of `stride`.
-template <class Out>
-inline void store(Out* target, Vec<Compute<Out>> value, int64_t count, int64_t stride) {
-  if (stride == 1) return store(target, value, count);
-  Out values[Vec<Out>::size()] = {};
-  store(values, value, count);
-  for (int64_t i = 0; i < count; ++i) target[i * stride] = values[i];
-}
-
-template <class In>
-inline Vec<Compute<In>> load(const In* source, int64_t count) {
-  using T = Compute<In>;
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (is_reduced<In>)
-    return count == Vec<T>::size() ? load_floats(source)
-                                   : load_floats(source, static_cast<__mmask16>((1u << count) - 1));
-#endif
-  if constexpr (is_reduced<In>) {
-    T values[Vec<T>::size()] = {};
-    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<T>(source[i]);
-    return Vec<T>::loadu(values);
-  } else {
-    return Vec<T>::loadu(source, count);
-  }
-}
-
-// ---- output ----
 
 // Maps a row or column of C to an offset in memory: pixel (n, y, x) of a batch of images is at n * image_stride + y *
 // y_stride + x * x_stride. A plain dimension is one endless row of pixels.

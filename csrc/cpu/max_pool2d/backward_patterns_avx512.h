@@ -15,6 +15,7 @@
 
 #include <numeric>
 
+#include "../runtime/parallel.h"
 #include "../runtime/scratch.h"
 #include "forward_2x2_avx512.h"
 
@@ -48,10 +49,10 @@ class PatternBackward {
 
   void run(const float* grad_output, const uint8_t* argmax, float* grad_input) const {
     const int64_t elements = s_.N * s_.H * s_.W * s_.C, windows = s_.N * s_.OH * s_.OW * s_.C;
-    const int64_t groups = at::divup(elements, elements_), at_once = block_elements / elements_;
+    const int64_t groups = ceil_div(elements, elements_), at_once = block_elements / elements_;
     // The groups with enough windows and elements after them to read whole vectors without counting what is left.
     const int64_t whole = std::clamp((windows - 16) / windows_, int64_t{0}, elements / elements_);
-    at::parallel_for(0, groups, rows_per_fork(2 * count_), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, groups, items_per_fork(2 * count_), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += at_once) {
         const int64_t last = std::min(i + at_once, end), last_whole = std::clamp(whole, i, last);
         for (const Pattern* p = patterns_; p < patterns_ + count_; ++p)

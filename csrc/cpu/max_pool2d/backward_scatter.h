@@ -12,8 +12,9 @@
 #include <algorithm>
 #include <array>
 
-#include "../gemm/output.h"
+#include "../runtime/parallel.h"
 #include "../runtime/scratch.h"
+#include "elements.h"
 #include "lanes.h"
 
 namespace pyops::cpu {
@@ -33,7 +34,7 @@ class PlaneScatter {
 
   void run(const T* grad_output, const uint8_t* argmax, T* grad_input) const {
     const int64_t windows = s_.OH * s_.OW, elements = s_.H * s_.W;
-    at::parallel_for(0, s_.N * s_.C, rows_per_fork((4 * windows + elements) / 16), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, s_.N * s_.C, items_per_fork((4 * windows + elements) / 16), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
         plane(grad_output + p * windows, argmax + p * windows, grad_input + p * elements);
     });
@@ -53,8 +54,8 @@ class PlaneScatter {
     sums += s_.padding_h * width_ + s_.padding_w;
     const int64_t row = s_.W == width_ ? s_.H * s_.W : s_.W;  // rows without margins are one
     for (int64_t i = 0; i < s_.H * s_.W; i += row, sums += width_)
-      for (int64_t j = 0; j < row; j += kLanes<T>) {
-        const int64_t count = std::min(kLanes<T>, row - j);
+      for (int64_t j = 0; j < row; j += lanes_of<T>) {
+        const int64_t count = std::min(lanes_of<T>, row - j);
         store(grad_input + i + j, load(sums + j, count), count);
       }
   }
@@ -72,5 +73,32 @@ class PlaneScatter {
   const int64_t height_, width_;
   std::array<int64_t, 255> steps_;
 };
+
+// NHWC, or any layout with large windows: zeroes an image, then adds window by window; a 16-bit image is summed in
+// float32 first.
+template <class T, class A>
+void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
+  using C = Compute<T>;
+  at::parallel_for(0, s.N, items_per_fork(s.OH * s.OW * s.C / 2), [&](int64_t begin, int64_t end) {
+    const Elements<A> elements(s, argmax, s.C, 1);
+    const int64_t image_size = s.H * s.W * s.C;
+    for (int64_t n = begin; n < end; ++n) {
+      T* const image = grad_input + n * image_size;
+      C* sums;
+      if constexpr (is_reduced<T>) {
+        sums = scratch<C>(Scratch::image_sums, image_size);
+      } else {
+        sums = image;
+      }
+      std::fill_n(sums, image_size, C(0));
+      for (int64_t y = 0; y < s.OH; ++y) {
+        elements.for_row(n, y, [sums, grad_output](int64_t window, int64_t element) {
+          if (element >= 0) sums[element] += static_cast<C>(grad_output[window]);
+        });
+      }
+      if constexpr (is_reduced<T>) std::copy_n(sums, image_size, image);
+    }
+  });
+}
 
 }  // namespace pyops::cpu

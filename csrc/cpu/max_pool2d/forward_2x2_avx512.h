@@ -23,10 +23,7 @@ class Windows2x2 {
   explicit Windows2x2(const MaxPool2dShape& s) : s_(s) {}
 
   // Supports 2x2 windows with stride 2, without padding and dilation, that all lie inside the image.
-  static bool takes(const MaxPool2dShape& s) {
-    return is_square(s, 2, 2) && s.stride_h == 2 && s.padding_h == 0 && s.padding_w == 0 && 2 * s.OH <= s.H &&
-           2 * s.OW <= s.W;
-  }
+  static bool takes(const MaxPool2dShape& s) { return s.is_tiled() && s.kernel_h == 2 && s.kernel_w == 2; }
 
   // Computes the rows [begin, end) of the output's N * C * OH.
   void rows(int64_t begin, int64_t end, const float* input, float* output, uint8_t* argmax) const {

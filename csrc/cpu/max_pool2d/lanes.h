@@ -1,4 +1,4 @@
-// Vectors of elements, and their edges, for both directions of max_pool2d, and how much work is worth a fork.
+// Vectors of elements and their edges, for both directions of max_pool2d.
 //
 // Rows of an image are contiguous, and every kernel writes its rows in memory order. So a vector may be read whole if
 // it stays inside the tensor, and written whole if it stays inside the part that the same chunk of work has yet to
@@ -6,88 +6,17 @@
 // vectors, which cost as much as a whole 2x2 window, are left for the ends of tensors and chunks.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
-
 #include <algorithm>
 #include <array>
 
-#include "../common.h"
+#include "../simd/bytes.h"
 
 namespace pyops::cpu {
 
+// Stores as many lanes of `values` at p as there is room for, which may be none or more than a vector.
 template <class T>
-constexpr int64_t kLanes = Vec<Compute<T>>::size();
-
-// Loads p[0], p[1], ... as one vector of the type that T is computed in.
-template <class T>
-Vec<Compute<T>> load_lanes(const T* p) {
-  if constexpr (is_reduced<T>) {
-    Vec<float> values;
-    at::vec::load_to_float<T>(p, values);
-    return values;
-  } else {
-    return Vec<T>::loadu(p);
-  }
-}
-
-// Stores the first `count` lanes of `values` at p. Any count is allowed, so that a caller can pass the room that is
-// left.
-template <class T>
-void store_lanes(T* p, const Vec<Compute<T>>& values, int64_t count) {
-  const int64_t lanes = std::min(count, kLanes<T>);
-  if (lanes <= 0) return;
-  if constexpr (is_reduced<T>) {
-    const Vec<T> rounded = at::vec::convert_from_float<T>(values, values);
-    lanes == kLanes<T> ? rounded.store(p, kLanes<T>) : rounded.store(p, lanes);
-  } else {
-    lanes == kLanes<T> ? values.store(p) : values.store(p, lanes);
-  }
-}
-
-// Conversions between the bytes of an argmax and the lanes of a vector, which Vectorized does not offer. The loops
-// serve types and machines where speed does not matter: gcc compiles them element by element, at many times the cost.
-template <class C>
-Vec<C> widen(const uint8_t* bytes) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<C, double>) {
-    return _mm512_cvtepi32_pd(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
-  }
-#elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<C, float>) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes))));
-  } else if constexpr (std::is_same_v<C, double>) {
-    return _mm256_cvtepi32_pd(_mm_cvtepu8_epi32(_mm_loadu_si32(bytes)));
-  }
-#endif
-  std::array<C, kLanes<C>> lanes;
-  for (int64_t l = 0; l < kLanes<C>; ++l) lanes[l] = static_cast<C>(bytes[l]);
-  return Vec<C>::loadu(lanes.data());
-}
-
-template <class C>
-std::array<uint8_t, kLanes<C>> narrow(const Vec<C>& lanes) {
-  std::array<uint8_t, kLanes<C>> bytes;
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<C, double>) {
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes.data()), _mm256_cvtepi32_epi8(_mm512_cvttpd_epi32(lanes)));
-    return bytes;
-  }
-#elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<C, float>) {
-    const __m256i numbers = _mm256_cvttps_epi32(lanes);
-    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(numbers), _mm256_extracti128_si256(numbers, 1));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(bytes.data()), _mm_packus_epi16(words, words));
-    return bytes;
-  } else if constexpr (std::is_same_v<C, double>) {
-    const __m128i numbers = _mm256_cvttpd_epi32(lanes), words = _mm_packs_epi32(numbers, numbers);
-    _mm_storeu_si32(bytes.data(), _mm_packus_epi16(words, words));
-    return bytes;
-  }
-#endif
-  std::array<C, kLanes<C>> numbers;
-  lanes.store(numbers.data());
-  for (int64_t l = 0; l < kLanes<C>; ++l) bytes[l] = static_cast<uint8_t>(numbers[l]);
-  return bytes;
+void store_within(T* p, const Vec<Compute<T>>& values, int64_t room) {
+  if (room > 0) store(p, values, std::min(room, lanes_of<T>));
 }
 
 // The gradients whose argmax is `tap`, and zeros elsewhere.
@@ -135,19 +64,12 @@ struct Flat {
 
   // data[first + lane * stride] in these lanes, and `fill` in the rest; nothing else is read.
   Vec<Compute<T>> load_part(int64_t first, int64_t stride, LaneRange lanes, Compute<T> fill) const {
-    std::array<Compute<T>, kLanes<T>> values;
+    std::array<Compute<T>, lanes_of<T>> values;
     values.fill(fill);
     for (int64_t lane = lanes.begin; lane < lanes.end; ++lane) values[lane] = data[first + lane * stride];
     return Vec<Compute<T>>::loadu(values.data());
   }
 };
-
-// The grain of at::parallel_for over rows: how many rows are worth a fork. `vectors` is the number of vectors that a
-// row reads.
-inline int64_t rows_per_fork(int64_t vectors) {
-  constexpr int64_t kVectorsPerFork = 8192;  // fitted to measurements, edges and loop control included
-  return std::max<int64_t>(1, kVectorsPerFork / std::max<int64_t>(1, vectors));
-}
 
 // Whether windows are square, without dilation, and have this stride along the width; stride_h may be anything. Such
 // shapes have kernels of their own.

@@ -11,7 +11,7 @@ namespace pyops::cpu {
 
 // The value that a maximum starts from, which also stands for taps out of bounds.
 template <class C>
-constexpr C kLowest =
+constexpr C lowest =
     std::numeric_limits<C>::has_infinity ? -std::numeric_limits<C>::infinity() : std::numeric_limits<C>::lowest();
 
 // The running maximum of a vector of windows, and the tap it came from. This general form keeps taps of any size and
@@ -21,15 +21,15 @@ class RunningMax {
  public:
   // All lanes start at tap `first`, or lane l at first[l], with the lowest maximum; the forms below take any start.
   explicit RunningMax(A first = 0) {
-    max_.fill(kLowest<C>);
+    max_.fill(lowest<C>);
     tap_.fill(first);
   }
-  explicit RunningMax(const std::array<A, kLanes<C>>& first) : tap_(first) { max_.fill(kLowest<C>); }
+  explicit RunningMax(const std::array<A, lanes_of<C>>& first) : tap_(first) { max_.fill(lowest<C>); }
 
   void update(const Vec<C>& values, int64_t tap) {
-    std::array<C, kLanes<C>> v;
+    std::array<C, lanes_of<C>> v;
     values.store(v.data());
-    for (int64_t l = 0; l < kLanes<C>; ++l) {
+    for (int64_t l = 0; l < lanes_of<C>; ++l) {
       const bool wins = v[l] > max_[l] || v[l] != v[l];
       max_[l] = wins ? v[l] : max_[l];
       tap_[l] = wins ? tap : tap_[l];
@@ -37,11 +37,11 @@ class RunningMax {
   }
 
   Vec<C> max() const { return Vec<C>::loadu(max_.data()); }
-  std::array<A, kLanes<C>> tap() const { return tap_; }
+  std::array<A, lanes_of<C>> tap() const { return tap_; }
 
  private:
-  std::array<C, kLanes<C>> max_;
-  std::array<A, kLanes<C>> tap_;
+  std::array<C, lanes_of<C>> max_;
+  std::array<A, lanes_of<C>> tap_;
 };
 
 // Taps that fit in a byte are blended along with the values, as numbers of the same type: every type can hold them,
@@ -49,8 +49,8 @@ class RunningMax {
 template <class C>
 class RunningMax<C, uint8_t> {
  public:
-  explicit RunningMax(uint8_t first = 0, C start = kLowest<C>) : max_(start), tap_(static_cast<C>(first)) {}
-  explicit RunningMax(const std::array<uint8_t, kLanes<C>>& first) : max_(kLowest<C>), tap_(widen<C>(first.data())) {}
+  explicit RunningMax(uint8_t first = 0, C start = lowest<C>) : max_(start), tap_(static_cast<C>(first)) {}
+  explicit RunningMax(const std::array<uint8_t, lanes_of<C>>& first) : max_(lowest<C>), tap_(widen<C>(first.data())) {}
 
   void update(const Vec<C>& values, int64_t tap) {
     Vec<C> wins = values > max_;
@@ -60,7 +60,7 @@ class RunningMax<C, uint8_t> {
   }
 
   Vec<C> max() const { return max_; }
-  std::array<uint8_t, kLanes<C>> tap() const { return narrow<C>(tap_); }
+  std::array<uint8_t, lanes_of<C>> tap() const { return narrow<C>(tap_); }
 
  private:
   Vec<C> max_;
@@ -96,10 +96,10 @@ class RunningMax<C, void> {
 template <>
 class RunningMax<float, uint8_t> {
  public:
-  explicit RunningMax(uint8_t first = 0, float start = kLowest<float>)
+  explicit RunningMax(uint8_t first = 0, float start = lowest<float>)
       : max_(_mm512_set1_ps(start)), tap_(_mm512_set1_epi32(first)) {}
   explicit RunningMax(const std::array<uint8_t, 16>& first)
-      : max_(_mm512_set1_ps(kLowest<float>)),
+      : max_(_mm512_set1_ps(lowest<float>)),
         tap_(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(first.data())))) {}
 
   void update(const Vec<float>& values, int64_t tap) {
@@ -125,9 +125,9 @@ class RunningMax<float, uint8_t> {
 template <>
 class RunningMax<float, uint8_t> {
  public:
-  explicit RunningMax(uint8_t first = 0, float start = kLowest<float>) : max_(Floats{} + start), tap_(Ints{} + first) {}
+  explicit RunningMax(uint8_t first = 0, float start = lowest<float>) : max_(Floats{} + start), tap_(Ints{} + first) {}
   explicit RunningMax(const std::array<uint8_t, 8>& first)
-      : max_(Floats{} + kLowest<float>),
+      : max_(Floats{} + lowest<float>),
         tap_((Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(first.data())))) {}
 
   void update(const Vec<float>& values, int64_t tap) {

@@ -18,6 +18,13 @@ inline int64_t tasks_worth(double flops) {
   return std::clamp(static_cast<int64_t>(flops / fork_flops), int64_t{1}, enough_tasks);
 }
 
+// The grain of at::parallel_for over items that are streamed rather than multiplied: how many of them are worth a fork.
+// `vectors` is the number of vectors that an item reads from cache, edges and loop control included.
+inline int64_t items_per_fork(int64_t vectors) {
+  constexpr int64_t vectors_per_fork = 8192;  // fitted to measurements
+  return std::max(int64_t{1}, vectors_per_fork / std::max(int64_t{1}, vectors));
+}
+
 // f(begin, end) for each thread's range of tasks; if there is little work, one thread takes them all.
 template <class F>
 void for_each_range(int64_t tasks, double flops, const F& f) {

@@ -5,7 +5,7 @@
 
 #include <limits>
 
-#include "../common.h"
+#include "vec.h"
 
 namespace pyops::cpu {
 

@@ -8,7 +8,7 @@
 
 #include <algorithm>
 
-#include "../common.h"
+#include "vec.h"
 
 namespace pyops::cpu {
 
