@@ -22,6 +22,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
 from fuzzing import campaign
 
 KINDS = ("ops", "hostile", "networks", "transforms")

@@ -22,14 +22,9 @@ OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 TESTS = [
-    *(f"test_{stem}.py" for stem in ("relu", "linear", "conv2d", "max_pool2d", "fused", "threads", "errors", "lenet")),
-    *(
-        "test_fast_call.py",
-        "test_linear_batched.py",
-        "test_cuda_kernels.py",
-        "test_cuda_products.py",
-        "test_emulator.py",
-    ),
+    *(f"ops/test_{stem}.py" for stem in ("relu", "linear", "linear_batched", "conv2d", "max_pool2d", "fused")),
+    *(f"ops/test_{stem}.py" for stem in ("algorithms", "threads", "errors")),
+    *("package/test_lenet.py", "composing/test_fast_call.py", "cuda"),
     "--every=3",
     "--hypothesis-profile=thin",
 ]
@@ -51,7 +46,7 @@ def main() -> None:
     build()
     environment = sanitized_environment()
     # test_memory.py runs this program on another checking allocator; here the sanitizer's replaces it.
-    subprocess.run([sys.executable, "memory_program.py"], cwd=ROOT / "tests", env=environment, check=True)
+    subprocess.run([sys.executable, "programs/memory.py"], cwd=ROOT / "tests", env=environment, check=True)
     pytest = [sys.executable, "-P", "-m", "pytest", "-p", "no:cacheprovider", *(sys.argv[1:] or TESTS)]
     sys.exit(subprocess.run(pytest, cwd=ROOT / "tests", env=environment).returncode)
 

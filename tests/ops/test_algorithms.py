@@ -10,10 +10,9 @@ from collections.abc import Callable
 import oracle
 import pytest
 import torch
+from geometries import GEOMETRIES, WINDOWS, operands
+from oracle import check_max_pool2d
 from tensors import FLOATING, random, with_ties
-from test_conv2d import GEOMETRIES, operands
-from test_max_pool2d import WINDOWS
-from test_max_pool2d import check as check_max_pool2d
 
 import pyops
 from pyops import _algorithms, functional

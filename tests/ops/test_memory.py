@@ -13,7 +13,7 @@ import torch
 
 import pyops
 
-TESTS = Path(__file__).parent
+PROGRAMS = Path(__file__).parents[1] / "programs"
 COMPILER = os.environ.get("CXX", "c++")
 CHECKING_ALLOCATOR = "libc_malloc_debug.so.0"  # part of glibc
 
@@ -24,7 +24,7 @@ def run(program: list[str]) -> subprocess.CompletedProcess:
 
 
 def test_nothing_around_the_tensors_is_touched():
-    result = run([str(TESTS / "memory_program.py")])
+    result = run([str(PROGRAMS / "memory.py")])
     assert result.stdout.strip() == "unharmed", f"exit status {result.returncode}\n{result.stderr}"
 
 
@@ -42,8 +42,8 @@ def test_the_checking_allocator_notices():
 def test_kernels_allocate_nothing_after_the_first_calls(tmp_path):
     """10,000 calls of shapes that were seen before, in any order, allocate nothing, and nothing leaks."""
     library = tmp_path / "allocations.so"
-    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", TESTS / "allocations.cpp", "-o", library], check=True)
-    program = [sys.executable, TESTS / "allocations_program.py"]
+    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", PROGRAMS / "allocations.cpp", "-o", library], check=True)
+    program = [sys.executable, PROGRAMS / "allocations.py"]
     counting = os.environ | {"LD_PRELOAD": str(library)}
     result = subprocess.run(program, env=counting, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "composing.md"
+PAGE = Path(__file__).parents[2] / "docs" / "composing.md"
 BEGIN, END = "<!-- made by pytest --write-support-table -->\n", "<!-- end -->\n"
 OPS = ("relu", "linear", "conv2d", "max_pool2d", "linear_relu", "conv2d_relu", "conv2d_relu_max_pool2d")
 LAYERS = ("ReLU", "Linear", "Conv2d", "MaxPool2d", "LinearReLU", "ConvReLU2d", "ConvReLUMaxPool2d")

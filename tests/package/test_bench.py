@@ -10,8 +10,7 @@ import pytest
 import torch
 from kernel_log import KernelLog
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))  # as `python bench/ops.py` does
+BENCH = Path(__file__).parents[2] / "bench"
 
 import algorithms  # noqa: E402
 import compile as compiled  # noqa: E402

@@ -1,17 +1,12 @@
 """The shapes that bench/ops.py times, for tests of the results on them."""
 
 import math
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import ops
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as `python bench/ops.py` does
-
-import ops
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUICK = 5e7  # multiplications; a test with more is marked slow

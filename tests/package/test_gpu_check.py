@@ -6,19 +6,15 @@ import subprocess
 import sys
 import weakref
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import emulated
-import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as `python bench/gpu_check.py` does
-
 import gpu_aims
 import gpu_check
 import gpu_programs
 import gpu_times
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def run(*arguments):

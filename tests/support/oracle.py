@@ -204,3 +204,27 @@ def check(
     for name, *results in zip(("input", "weight", "bias"), actual, exact_gradients, magnitudes, strict=False):
         if results[0] is not None:
             assert_close(f"gradient of {name}", *results, roundings)
+
+
+def check_max_pool2d(input, grad_layout="contiguous", **options):
+    """Checks values, indices, strides and gradient."""
+    output, indices = (result.cpu() for result in pyops.functional.max_pool2d(input, return_indices=True, **options))
+    reference = input.cpu()  # on other devices stock takes no integers
+    reference = reference.short() if input.dtype.itemsize == 1 else reference  # on the CPU, no large channels-last int8
+    expected_output, expected_indices = torch.nn.functional.max_pool2d(reference, return_indices=True, **options)
+    expected_output = expected_output.to(input.dtype)
+    assert_identical("output", output, expected_output)
+    assert_identical("indices", indices, expected_indices)
+    assert_identical("output without indices", pyops.functional.max_pool2d(input, **options).cpu(), expected_output)
+    if not input.is_floating_point():
+        return
+
+    # In float64, stock's own indices give the gradient: a sum over the windows that an element won.
+    grad = random(output.shape, output.dtype, grad_layout)
+    (actual,) = gradients(lambda t: pyops.functional.max_pool2d(t, **options), [input], grad)
+    flat = torch.zeros((*input.shape[:-2], input.shape[-2] * input.shape[-1]), dtype=torch.float64, device="cpu")
+    exact, magnitude = (
+        flat.scatter_add(-1, expected_indices.flatten(-2), g.flatten(-2)).view(input.shape)
+        for g in (grad.cpu().double(), grad.cpu().double().abs())
+    )
+    assert_close("gradient", actual.cpu(), exact, magnitude)

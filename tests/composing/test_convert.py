@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from kernel_log import KernelLog, kernels_of_training, run_backward
+from models import kinds
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -273,10 +274,6 @@ class Net(nn.Module):
         if self.use == "in training" and self.training:
             pooled = pooled + y.mean()
         return self.act(self.fc(pooled.flatten(1)))
-
-
-def kinds(net: nn.Module) -> list[str]:
-    return [type(layer).__name__ for layer in net.modules()][1:]
 
 
 FUSED = ["ConvReLUMaxPool2d", "_FusedReLU", "_FusedMaxPool2d", "LinearReLU", "_FusedReLU"]

@@ -1,4 +1,4 @@
-"""Makes ten thousand calls of the kernels, with tests/allocations.cpp preloaded, and prints the allocations as JSON."""
+"""Makes ten thousand calls of the kernels, with allocations.cpp preloaded, and prints the allocations as JSON."""
 
 import ctypes
 import gc

@@ -12,7 +12,7 @@ import torch
 
 from pyops import _build_info
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 X86 = "AVX2" in _build_info.cpu_capabilities
 
 

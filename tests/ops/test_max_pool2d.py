@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
+from geometries import WINDOWS
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracle import assert_close, assert_identical, gradients
+from oracle import assert_identical, check_max_pool2d, gradients
 from tensors import FLOATING, INTEGER, LAYOUTS, layouts, place, random, with_ties
 
 from pyops.functional import max_pool2d
@@ -18,65 +19,20 @@ every_floating_dtype = pytest.mark.parametrize("dtype", FLOATING, ids=str)
 both_formats = pytest.mark.parametrize("where", ["contiguous", "channels_last"])
 
 
-def check(input, grad_layout="contiguous", **options):
-    """Checks values, indices, strides and gradient."""
-    output, indices = (result.cpu() for result in max_pool2d(input, return_indices=True, **options))
-    reference = input.cpu()  # on other devices stock takes no integers
-    reference = reference.short() if input.dtype.itemsize == 1 else reference  # on the CPU, no large channels-last int8
-    expected_output, expected_indices = torch.nn.functional.max_pool2d(reference, return_indices=True, **options)
-    expected_output = expected_output.to(input.dtype)
-    assert_identical("output", output, expected_output)
-    assert_identical("indices", indices, expected_indices)
-    assert_identical("output without indices", max_pool2d(input, **options).cpu(), expected_output)
-    if not input.is_floating_point():
-        return
-
-    # In float64, stock's own indices give the gradient: a sum over the windows that an element won.
-    grad = random(output.shape, output.dtype, grad_layout)
-    (actual,) = gradients(lambda t: max_pool2d(t, **options), [input], grad)
-    flat = torch.zeros((*input.shape[:-2], input.shape[-2] * input.shape[-1]), dtype=torch.float64, device="cpu")
-    exact, magnitude = (
-        flat.scatter_add(-1, expected_indices.flatten(-2), g.flatten(-2)).view(input.shape)
-        for g in (grad.cpu().double(), grad.cpu().double().abs())
-    )
-    assert_close("gradient", actual.cpu(), exact, magnitude)
-
-
-WINDOWS = [
-    {"kernel_size": 2},
-    {"kernel_size": 2, "stride": (3, 2)},
-    {"kernel_size": 2, "ceil_mode": True},
-    {"kernel_size": 2, "stride": 1},
-    {"kernel_size": 3, "stride": 1, "padding": 1},
-    {"kernel_size": 3, "stride": 2, "padding": 1},
-    {"kernel_size": 3, "stride": 2},
-    {"kernel_size": 3, "stride": 2, "ceil_mode": True},
-    {"kernel_size": (3, 2), "stride": (1, 2), "padding": (1, 0)},
-    {"kernel_size": (2, 5), "stride": (3, 3), "padding": (1, 2), "ceil_mode": True},
-    {"kernel_size": 3, "dilation": 2, "padding": 1},
-    {"kernel_size": (2, 3), "stride": 1, "dilation": (3, 1)},
-    {"kernel_size": 3, "stride": 2, "dilation": (1, 2), "padding": 1, "ceil_mode": True},
-    {"kernel_size": 1, "stride": 3},  # elements that are in no window
-    {"kernel_size": 1},
-    {"kernel_size": 4, "stride": 4, "padding": 2},
-    {"kernel_size": 7, "stride": 3, "padding": 3},
-]
-
-
 @every_dtype
 @both_formats
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_windows(window, where, dtype):
-    check(with_ties((2, 3, 13, 37), dtype, where), where, **window)
-    check(random((1, 19, 9, 11), dtype, where), where, **window)
+    check_max_pool2d(with_ties((2, 3, 13, 37), dtype, where), where, **window)
+    check_max_pool2d(random((1, 19, 9, 11), dtype, where), where, **window)
 
 
 @every_dtype
 @pytest.mark.parametrize("where", LAYOUTS)
 def test_layouts(where, dtype):
     for grad_where in LAYOUTS:
-        check(with_ties((2, 5, 9, 8), dtype, where), grad_where, kernel_size=3, stride=2, padding=1)
-        check(with_ties((5, 9, 8), dtype, where), grad_where, kernel_size=2)
+        check_max_pool2d(with_ties((2, 5, 9, 8), dtype, where), grad_where, kernel_size=3, stride=2, padding=1)
+        check_max_pool2d(with_ties((5, 9, 8), dtype, where), grad_where, kernel_size=2)
 
 
 @st.composite
@@ -104,7 +60,7 @@ def test_any_window_and_layout(data):
     some_layout = st.one_of(layouts(len(shape)), st.just("channels_last"))
     dtype = data.draw(st.sampled_from(FLOATING + INTEGER))
     values = data.draw(st.sampled_from([random, with_ties]))
-    check(values(shape, dtype, data.draw(some_layout)), data.draw(some_layout), **options)
+    check_max_pool2d(values(shape, dtype, data.draw(some_layout)), data.draw(some_layout), **options)
 
 
 @every_floating_dtype
@@ -135,7 +91,7 @@ def test_who_wins(taps, winner, where, dtype):
     assert_identical("output", output, place(best.expand(output.shape), where))
     (grad,) = gradients(lambda t: max_pool2d(t, 2), [input], torch.ones_like(output))
     assert torch.equal(grad, torch.eye(4, dtype=dtype)[winner].view(1, 1, 2, 2).tile(1, 18, 5, 19))
-    check(input, where, kernel_size=2)
+    check_max_pool2d(input, where, kernel_size=2)
 
 
 @every_dtype
@@ -144,7 +100,7 @@ def test_padding_never_wins(where, dtype):
     lowest = -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
     input = place(torch.full((2, 17, 5, 20), lowest, dtype=dtype), where)
     for options in ({"kernel_size": 3, "stride": 1, "padding": 1}, {"kernel_size": 5, "stride": 2, "padding": 2}):
-        check(input, where, **options)
+        check_max_pool2d(input, where, **options)
         _, indices = max_pool2d(input, return_indices=True, **options)
         assert indices[0, 0, 0, 0] == 0, "the first tap inside the image"
 
@@ -158,8 +114,8 @@ def test_windows_above_255_taps(kernel, where, dtype):
     argmax = torch.ops.pyops.max_pool2d(random(shape), kernel)[1]
     assert argmax.dtype == (torch.uint8 if kernel == (15, 17) else torch.int64)
     padding = [k // 2 for k in kernel]
-    check(random(shape, dtype, where), where, kernel_size=kernel, stride=(4, 5))
-    check(with_ties(shape, dtype, where), where, kernel_size=kernel, stride=(2, 1), padding=padding)
+    check_max_pool2d(random(shape, dtype, where), where, kernel_size=kernel, stride=(4, 5))
+    check_max_pool2d(with_ties(shape, dtype, where), where, kernel_size=kernel, stride=(2, 1), padding=padding)
 
 
 @both_formats
@@ -175,14 +131,14 @@ def test_the_last_of_255_taps(where):
 @both_formats
 @pytest.mark.parametrize("images", [41, 1751], ids=["several blocks", "more than caches hold"])
 def test_many_small_images(images, where):
-    check(random((images, 6, 10, 10), torch.float32, where), where, kernel_size=2)
+    check_max_pool2d(random((images, 6, 10, 10), torch.float32, where), where, kernel_size=2)
 
 
 @pytest.mark.parametrize("window", [{"kernel_size": 3, "stride": 2}, {"kernel_size": (2, 7)}], ids=str)
 def test_few_columns(window):
     """The images have many planes, some of which are left over after the last full vector."""
     for dtype in (torch.float32, torch.float64):
-        check(with_ties((3, 35, 7, 7), dtype, "contiguous"), "contiguous", **window)
+        check_max_pool2d(with_ties((3, 35, 7, 7), dtype, "contiguous"), "contiguous", **window)
 
 
 @both_formats
@@ -198,8 +154,8 @@ def test_gradients_of_minus_zero(columns, window, where):
 
 @pytest.mark.parametrize("shape", [(0, 3, 6, 6), (0, 1, 5, 5)], ids=str)
 def test_empty_batch(shape):
-    check(random(shape), kernel_size=2)
-    check(random(shape, torch.int32), kernel_size=2)
+    check_max_pool2d(random(shape), kernel_size=2)
+    check_max_pool2d(random(shape, torch.int32), kernel_size=2)
 
 
 def test_argmax_is_the_tap():

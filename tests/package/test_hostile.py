@@ -5,8 +5,8 @@
 
 import pytest
 import torch
+from bad_calls import BACKWARD_CALLS, CALLS, describe
 from fuzzing import hostile, hostile_calls
-from test_errors import BACKWARD_CALLS, CALLS, describe
 from torch import func
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_calls import POOL, WIDE_POOL, convolved, fused, multiplied, pooled, rectified
+from oracle import check_max_pool2d
 from tensors import FLOATING, INTEGER, layout, place, random, with_ties
-from test_max_pool2d import check as check_pooling
-from test_threads import POOL, WIDE_POOL, convolved, fused, multiplied, pooled, rectified
 
 import pyops
 
@@ -185,7 +185,7 @@ def test_pooling_of_neighbours(pooling, dtype, where):
     size, options = POOLINGS[pooling]
     for into in (where, shifted(where, 4)):
         with emulated.kernels():
-            check_pooling(with_ties(size, dtype, into), into, **options)
+            check_max_pool2d(with_ties(size, dtype, into), into, **options)
 
 
 def test_pooling_backward_by_an_argmax_that_is_not_aligned():

@@ -9,7 +9,7 @@ import pytest
 
 from pyops import _build_info
 
-TESTS = Path(__file__).parent
+OPS = Path(__file__).parents[1] / "ops"
 FILES = [f"test_{op}.py" for op in ("relu", "linear", "conv2d", "max_pool2d")]
 LOWER = [capability.lower() for capability in _build_info.cpu_capabilities if capability != "AVX512"]
 
@@ -21,6 +21,6 @@ def test_kernels_of(capability):
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--every=7", "--hypothesis-profile=thin"]
     command += ["--device=cpu"]
-    result = subprocess.run([*command, *FILES], cwd=TESTS, env=environment, capture_output=True, text=True)
+    result = subprocess.run([*command, *FILES], cwd=OPS, env=environment, capture_output=True, text=True)
     assert f"pyops: CPU kernels {capability.upper()}" in result.stdout, result.stdout + result.stderr
     assert result.returncode == 0, result.stdout

@@ -1,11 +1,7 @@
 """The networks that bench/compile.py times, as stock models for tests."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as `python bench/compile.py` does
-
 from networks import NETWORKS as MODELS  # noqa: F401
+from torch import nn
 
 # The fused calls that each network becomes.
 FUSED = {
@@ -15,3 +11,8 @@ FUSED = {
     "ResNet": {},
     "MobileNet": {"conv2d_relu": 2},
 }
+
+
+def kinds(net: nn.Module) -> list[str]:
+    """The class names of the layers, in order."""
+    return [type(layer).__name__ for layer in net.modules()][1:]

@@ -23,7 +23,7 @@ import pytest
 import pyops
 from pyops import _algorithms
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "emulator"
 FORWARD, REVERSE, SHUFFLED, ALTERNATING = range(4)  # orders of threads and blocks
 SANITIZE = os.environ.get("PYOPS_SANITIZE") == "1"

@@ -19,7 +19,7 @@ import pyops
 from pyops.data import load_digits
 from pyops.lenet import StockLeNet
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork")
 
 # ---- distributed training ----

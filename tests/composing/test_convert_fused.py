@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from test_convert import kinds
+from models import kinds
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
