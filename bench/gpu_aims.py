@@ -5,15 +5,28 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
-
-if TYPE_CHECKING:
-    from gpu_times import Result
+from typing import NamedTuple
 
 # The largest and the root mean square error may be this many times stock's. Differences of a few ulps of float32 do not
 # count as errors, because any order of summation may happen to be more accurate (the tests of the CPU allow as much).
 ALLOWED_ERROR = 1.5
 NO_ERROR = 4 * 2.0**-23
+
+
+@dataclass(frozen=True)
+class Result:
+    """The times and errors of a case by stock and by pyops."""
+
+    name: str
+    dtype: str
+    seconds: dict[str, float]  # for each of gpu_times.WAYS that did not fail
+    errors: dict[str, tuple[float, float]]  # for "stock" and "pyops": the largest and the root mean square error
+    failed: dict[str, str]  # the message for each of gpu_times.WAYS that failed
+
+    def ratio(self, way: str, ours: str) -> float:
+        """How many times as fast as `way` of stock `ours` is; NaN if either failed."""
+        both = self.seconds.get(way), self.seconds.get(ours)
+        return both[0] / both[1] if all(both) else math.nan
 
 
 class Aim(NamedTuple):
@@ -47,7 +60,7 @@ class Verdict:
     passed: bool
 
 
-def judge(results: Sequence["Result"]) -> list[Verdict]:
+def judge(results: Sequence[Result]) -> list[Verdict]:
     """A verdict for each aim and each of its cases, and one for the error of each case. A failed run has not passed."""
     judged = []
     for aim in AIMS:

@@ -18,14 +18,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
 import ops
 import torch
-from gpu_aims import judge, verdicts
+from gpu_aims import Result, judge, verdicts
 from gpu_programs import captured, training_step
 
 import pyops
@@ -54,20 +54,6 @@ class Case(NamedTuple):
     prepare: Callable[[Setting], Call]
     bytes: int  # of the inputs
     exact: bool = True  # whether the results can be compared with float64
-
-
-@dataclass(frozen=True)
-class Result:
-    name: str
-    dtype: str
-    seconds: dict[str, float]  # for each of WAYS that did not fail
-    errors: dict[str, tuple[float, float]]  # for "stock" and "pyops": the largest and the root mean square error
-    failed: dict[str, str]  # the message for each of WAYS that failed
-
-    def ratio(self, way: str, ours: str) -> float:
-        """How many times as fast as `way` of stock `ours` is; NaN if either failed."""
-        both = self.seconds.get(way), self.seconds.get(ours)
-        return both[0] / both[1] if all(both) else math.nan
 
 
 # ---- what is timed ----
