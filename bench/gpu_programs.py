@@ -60,7 +60,7 @@ def calls(module) -> dict[str, tuple[Callable[..., torch.Tensor], list[Sequence[
         "conv2d, grouped": (lambda *t: module.conv2d(*t, padding=1, groups=5), [image, (10, 1, 3, 3), (10,)]),
         "conv2d, few channels": (module.conv2d, tiny),
         "conv2d_relu_max_pool2d": (pooled, tiny),
-        "max_pool2d, side by side": (lambda x: module.max_pool2d(x, 2), [channels]),
+        "max_pool2d, non-overlapping": (lambda x: module.max_pool2d(x, 2), [channels]),
         "max_pool2d": (lambda x: module.max_pool2d(x, 3, 2, 1), [image]),
     }
 

@@ -163,9 +163,9 @@ def test_few_channels_of_any_size(data):
 
 # These are shapes for which the kernels take 16 bytes or two elements at a time, and others.
 POOLINGS = {
-    "side by side": ((2, 16, 6, 16), {"kernel_size": 2}),
-    "side by side, two columns at a time": ((1, 3, 4, 10), {"kernel_size": 2}),
-    "side by side, of 3x3": ((1, 16, 6, 9), {"kernel_size": 3}),
+    "non-overlapping": ((2, 16, 6, 16), {"kernel_size": 2}),
+    "non-overlapping, two columns at a time": ((1, 3, 4, 10), {"kernel_size": 2}),
+    "non-overlapping, 3x3": ((1, 16, 6, 9), {"kernel_size": 3}),
     "half a window at the end": ((1, 32, 5, 16), {"kernel_size": 2, "ceil_mode": True}),
     "a row that is in no window": ((1, 16, 7, 16), {"kernel_size": 2}),
     "overlapping": ((2, 32, 7, 8), {"kernel_size": 3, "stride": 2, "padding": 1}),

@@ -189,7 +189,7 @@ def test_in_place_refuses_a_tensor_that_overlaps_itself():
             function(expanded)
 
 
-def test_in_place_is_noticed_by_whoever_saved_the_input():
+def test_autograd_notices_that_a_saved_input_changed_in_place():
     leaf = torch.ones(3, requires_grad=True)
     hidden = leaf * 2
     square = hidden * hidden

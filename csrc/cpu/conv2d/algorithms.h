@@ -169,7 +169,7 @@ constexpr Algorithm<WeightGradient<T>> weight_gradient_algorithms[] = {
     algorithm<DepthwiseWgrad<T>, WeightGradient<T>>("depthwise", "csrc/cpu/conv2d/depthwise_weight_gradient.cpp"),
     // Narrow groups that cannot share vectors are slow to read from channels-last images, group by group.
     algorithm<GroupedPlanesWgrad<T>, WeightGradient<T>>("grouped_planes", "csrc/cpu/conv2d/weight_gradient.cpp"),
-    // Of the three ways to lay vectors, the one that leaves the fewest lanes idle.
+    // The one of the three that leaves the fewest lanes idle.
     algorithm<DotProductsWidthWgrad<T>, WeightGradient<T>>("dot_products_width",
                                                            "csrc/cpu/conv2d/weight_gradient_width.h"),
     algorithm<ImplicitGemmInputsWgrad<T>, WeightGradient<T>>("implicit_gemm_inputs",

@@ -4,7 +4,7 @@ from fuzzing.faults.fault import Fault
 
 FAULTS = (
     Fault(
-        "gemm: of squares side by side the second writes where the first does",
+        "gemm: the second of two adjacent squares writes where the first does",
         "gemm/gemm.h",
         "finish_row<F>(x.out, n + c * lanes, total[c], counts[c]);",
         "finish_row<F>(x.out, n, total[c], counts[c]);",
