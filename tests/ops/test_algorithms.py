@@ -124,6 +124,7 @@ def test_conv2d_relu_max_pool2d(dtype, op, name):
         ((33, 1, 12, 14), (6, 1, 5, 5)),
         ((17, 6, 9, 8), (16, 6, 3, 3)),
         ((5, 40, 7, 6), (20, 40, 3, 3)),
+        ((9, 2, 10, 8), (3, 2, 3, 3)),
     ]
 
     def check(shapes, options, where):
