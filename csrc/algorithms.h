@@ -65,11 +65,11 @@ class Choice {
 
 // Raises the error of a forced algorithm that does not support the problem.
 template <class Row, size_t n, class Problem>
-[[noreturn]] void refuse_forced(const Choice& choice, const Row (&table)[n], const Problem& x) {
+[[noreturn]] void refuse_forced(const Choice& choice, const Row (&table)[n], const char* name, const Problem& x) {
   std::string others;
   for (const Row& row : table)
     if (row.supports(x)) others += (others.empty() ? "" : ", ") + std::string(row.name);
-  throw std::invalid_argument(std::string(choice.op()) + ": the algorithm " + table[choice.forced()].name +
+  throw std::invalid_argument(std::string(choice.op()) + ": the algorithm " + name +
                               " is forced, but it does not support this problem; these do: " + others);
 }
 
@@ -77,7 +77,7 @@ template <class Row, size_t n, class Problem>
 template <class Row, size_t n, class Problem>
 size_t chosen_row(const Choice& choice, const Row (&table)[n], const Problem& x) {
   if (const int forced = choice.forced(); forced >= 0) {
-    if (!table[forced].supports(x)) refuse_forced(choice, table, x);
+    if (!table[forced].supports(x)) refuse_forced(choice, table, table[forced].name, x);
     return forced;
   }
   size_t i = 0;

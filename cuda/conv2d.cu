@@ -27,23 +27,6 @@ __global__ void __launch_bounds__(block_threads, 1)
 
 using Problem = Launch<Conv2dArgs>;
 
-bool is_direct_small(const Problem& x) {
-  const Conv2dShape& s = x.args.shape;
-  return !needs_wide_offsets(s) && supports_direct_small(s, s.C, s.O);
-}
-
-bool is_implicit_gemm(const Problem& x) {
-  return !needs_wide_offsets(x.args.shape) && x.args.shape.groups == 1;
-}
-
-bool is_depthwise_convolution(const Problem& x) {
-  return !needs_wide_offsets(x.args.shape) && is_depthwise(x.args.shape);
-}
-
-bool is_narrow_convolution(const Problem& x) {
-  return !needs_wide_offsets(x.args.shape) && is_narrow(x.args.shape, x.args.shape.C);
-}
-
 cudaError_t run_implicit_gemm(const Problem& x) {
   return dispatch_floating(x.args.dtype,
                            [&](auto t) { return implicit_gemm_forward<decltype(t)>(x.args, x.workspace, x.stream); });
@@ -65,18 +48,23 @@ cudaError_t run_direct(const Problem& problem) {
 
 constexpr Algorithm<Problem> algorithms[] = {
     // Few channels would leave most of a tensor core's tile empty.
-    {"direct_small", "cuda/conv2d/direct_small.cu", is_direct_small, always<Problem>,
-     [](const Problem& x) { return direct_small_forward(x.args, x.stream); }},
+    {direct_small_name.data(), "cuda/conv2d/direct_small.cu",
+     [](const Problem& x) {
+       return !needs_wide_offsets(x.args.shape) && supports_direct_small(x.args.shape, x.args.shape.C, x.args.shape.O);
+     },
+     always<Problem>, [](const Problem& x) { return direct_small_forward(x.args, x.stream); }},
     // Tensor cores multiply.
-    {"implicit_gemm", "cuda/conv2d/implicit_gemm.h", is_implicit_gemm, always<Problem>, run_implicit_gemm},
+    {"implicit_gemm", "cuda/conv2d/implicit_gemm.h",
+     [](const Problem& x) { return supports_implicit_gemm(x.args.shape); }, always<Problem>, run_implicit_gemm},
     // A group would be a matrix of one row.
-    {"depthwise", "cuda/conv2d/depthwise.cu", is_depthwise_convolution, always<Problem>,
-     [](const Problem& x) { return depthwise_convolution(x.args, x.stream); }},
+    {"depthwise", "cuda/conv2d/depthwise.cu", [](const Problem& x) { return supports_depthwise(x.args.shape); },
+     always<Problem>, [](const Problem& x) { return depthwise_convolution(x.args, x.stream); }},
     // Groups with few channels would be small matrices.
-    {"grouped", "cuda/conv2d/grouped.cu", is_narrow_convolution, always<Problem>,
+    {"grouped", "cuda/conv2d/grouped.cu",
+     [](const Problem& x) { return supports_grouped(x.args.shape, x.args.shape.C); }, always<Problem>,
      [](const Problem& x) { return grouped_convolution(x.args, x.stream); }},
     // Other groups, and images that need 64-bit offsets.
-    {"direct", "cuda/conv2d/direct.h", always<Problem>, always<Problem>, run_direct},
+    {direct_name.data(), "cuda/conv2d/direct.h", always<Problem>, always<Problem>, run_direct},
 };
 
 [[maybe_unused]] const bool listed = choices::conv2d.list(algorithms);
@@ -88,7 +76,7 @@ cudaError_t conv2d(const Conv2dArgs& x, Workspace& workspace, cudaStream_t strea
   return choose(choices::conv2d, algorithms, problem).run(problem);
 }
 
-const char* algorithm_of(const Problem& x) {
+std::string_view algorithm_of(const Problem& x) {
   return algorithms[chosen_row(choices::conv2d, algorithms, x)].name;
 }
 

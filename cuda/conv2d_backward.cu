@@ -2,8 +2,8 @@
 // read an element), of the weight (a sum over all output pixels for each tap) and of the bias (a sum over all pixels of
 // a channel). Images are in either layout, and the weight is contiguous.
 //
-// conv2d/problem.h chooses the algorithms by the shape. The generic ones are in this file: they have one thread for
-// each element of grad_input, and one block for each part of each sum of grad_weight (common/sums.h).
+// The tables below list the algorithms. The direct ones are in this file: they have one thread for each element of
+// grad_input, and one block for each part of each sum of grad_weight (common/sums.h).
 //
 // Only taps inside the image take part, so that an infinite factor over the border gives no NaN. Sums are taken in an
 // order that depends only on the shape. On sm_80 and sm_90 the direct kernel for the input takes 72 to 90 registers,
@@ -57,22 +57,6 @@ using Problem = Launch<Conv2dBackwardArgs>;
 
 // ---- the input gradient ----
 
-bool is_direct_small(const Problem& x) {
-  return !needs_wide_offsets(x.args.shape) && supports_direct_small_input_gradient(x.args.shape);
-}
-
-bool is_implicit_gemm(const Problem& x) {
-  return !needs_wide_offsets(x.args.shape) && x.args.shape.groups == 1;
-}
-
-bool is_depthwise_convolution(const Problem& x) {
-  return !needs_wide_offsets(x.args.shape) && is_depthwise(x.args.shape);
-}
-
-bool is_narrow_convolution(const Problem& x) {
-  return !needs_wide_offsets(x.args.shape) && is_narrow(x.args.shape, x.args.shape.O);
-}
-
 cudaError_t implicit_gemm_of_input(const Problem& x) {
   return dispatch_floating(
       x.args.dtype, [&](auto t) { return implicit_gemm_input_gradient<decltype(t)>(x.args, x.workspace, x.stream); });
@@ -100,12 +84,17 @@ cudaError_t direct_input_gradient(const Problem& problem) {
 
 // The reasons for the order are those of the forward (conv2d.cu).
 constexpr Algorithm<Problem> input_gradient_algorithms[] = {
-    {"direct_small", "cuda/conv2d/direct_small.cu", is_direct_small, always<Problem>,
-     [](const Problem& x) { return direct_small_input_gradient(x.args, x.stream); }},
-    {"implicit_gemm", "cuda/conv2d/implicit_gemm.h", is_implicit_gemm, always<Problem>, implicit_gemm_of_input},
-    {"depthwise", "cuda/conv2d/depthwise.cu", is_depthwise_convolution, always<Problem>,
-     [](const Problem& x) { return depthwise_convolution(x.args, x.stream); }},
-    {"grouped", "cuda/conv2d/grouped.cu", is_narrow_convolution, always<Problem>,
+    {"direct_small", "cuda/conv2d/direct_small.cu",
+     [](const Problem& x) {
+       return !needs_wide_offsets(x.args.shape) && supports_direct_small_input_gradient(x.args.shape);
+     },
+     always<Problem>, [](const Problem& x) { return direct_small_input_gradient(x.args, x.stream); }},
+    {"implicit_gemm", "cuda/conv2d/implicit_gemm.h",
+     [](const Problem& x) { return supports_implicit_gemm(x.args.shape); }, always<Problem>, implicit_gemm_of_input},
+    {"depthwise", "cuda/conv2d/depthwise.cu", [](const Problem& x) { return supports_depthwise(x.args.shape); },
+     always<Problem>, [](const Problem& x) { return depthwise_convolution(x.args, x.stream); }},
+    {"grouped", "cuda/conv2d/grouped.cu",
+     [](const Problem& x) { return supports_grouped(x.args.shape, x.args.shape.O); }, always<Problem>,
      [](const Problem& x) { return grouped_convolution(x.args, x.stream); }},
     {"direct", "cuda/conv2d/direct.h", always<Problem>, always<Problem>, direct_input_gradient},
 };
@@ -136,7 +125,8 @@ cudaError_t direct_weight_gradient(const Problem& problem) {
 
 constexpr Algorithm<Problem> weight_gradient_algorithms[] = {
     // Tensor cores multiply.
-    {"implicit_gemm", "cuda/conv2d/implicit_gemm.h", is_implicit_gemm, always<Problem>, implicit_gemm_of_weight},
+    {"implicit_gemm", "cuda/conv2d/implicit_gemm.h",
+     [](const Problem& x) { return supports_implicit_gemm(x.args.shape); }, always<Problem>, implicit_gemm_of_weight},
     // The sums of a kernel stay in a thread's registers.
     {"grouped", "cuda/conv2d/grouped_weight_gradient.cu", has_sums_in_registers, always<Problem>,
      [](const Problem& x) { return grouped_weight_gradient(x.args, x.workspace, x.stream); }},

@@ -2,7 +2,7 @@
 // algorithms:
 //   - Few channels with 2x2 windows take one kernel (conv2d/direct_small.cu), without the convolution's result in
 //   memory.
-//   - If the convolution is generic, one thread for each window sums its pixels one after another.
+//   - If the convolution is the direct one, one thread for each window sums its pixels one after another.
 //   - Otherwise the convolution's result goes to the workspace, and one kernel pools and rectifies it.
 //
 // The maximum is taken before the rectification, with which it commutes. If it is neither above 0 nor NaN, no gradient
@@ -59,16 +59,16 @@ __global__ void __launch_bounds__(block_threads, 1)
 using Problem = Launch<Conv2dReluMaxPool2dArgs>;
 
 // Whether conv2d would use this algorithm, of which the fused op has the bits.
-bool is_conv2d_by(const char* name, const Problem& x) {
-  return std::string(name) == algorithm_of({x.args.conv, x.workspace, x.stream});
+bool is_conv2d_by(std::string_view name, const Problem& x) {
+  return name == algorithm_of({x.args.conv, x.workspace, x.stream});
 }
 
 bool is_direct_small(const Problem& x) {
-  return supports_direct_small_pooled(x.args) && is_conv2d_by("direct_small", x);
+  return supports_direct_small_pooled(x.args) && is_conv2d_by(direct_small_name, x);
 }
 
 bool is_direct(const Problem& x) {
-  return is_conv2d_by("direct", x);
+  return is_conv2d_by(direct_name, x);
 }
 
 cudaError_t run_direct(const Problem& problem) {

@@ -37,8 +37,15 @@ def counts() -> Counter[str]:
 
 
 def force(op: str, name: str | None) -> None:
-    """Computes ``op`` by the algorithm ``name`` until further notice, or chooses again if ``name`` is None."""
-    if not any([module.force_algorithm(op, name) for module in modules]):
+    """Computes ``op`` by the algorithm ``name`` until further notice, or chooses again if ``name`` is None.
+
+    Kernels that have no algorithm of that name go on choosing.
+    """
+    found = [module.force_algorithm(op, name) for module in modules]
+    for module, has_it in zip(modules, found, strict=True):
+        if any(found) and not has_it:
+            module.force_algorithm(op, None)
+    if not any(found):
         known = algorithms()
         if op not in known:
             raise ValueError(f"there is no op {op!r} whose algorithm is chosen, but there are {', '.join(known)}")

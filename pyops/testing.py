@@ -54,6 +54,8 @@ def algorithms() -> dict[str, list[str]]:
 def force_algorithm(op: str, name: str) -> AbstractContextManager[None]:
     """A context in which every call of ``op``, by any thread, is computed by the algorithm ``name``.
 
+    If the CPU's kernels and the GPU's have different algorithms, this holds on the device that has ``name``.
+
     The environment variable ``PYOPS_ALGORITHM=conv2d.forward:batch_lanes``, or several such pairs with commas between
     them, does the same for a whole process. ``pyops info --algorithm`` tells which algorithms support a shape.
 

@@ -1,6 +1,6 @@
-// Shared by the CPU kernels: the compute type, intervals, prefetching, dtype dispatch, and the list of
-// kernels. These sources are compiled once per instruction set (CPU_CAPABILITY), each time into a module of its own,
-// and pyops/_load.py chooses between the modules.
+// Shared by the CPU kernels: the compute type, intervals, prefetching, dtype dispatch, and the list of kernels. These
+// sources are compiled once per instruction set (CPU_CAPABILITY), each time into a module of its own, and
+// pyops/_load.py chooses between the modules.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -21,15 +21,8 @@ constexpr bool is_reduced = std::is_same_v<T, c10::BFloat16> || std::is_same_v<T
 template <class T>
 using Compute = std::conditional_t<is_reduced<T>, float, T>;
 
-// Whether the instruction set permutes the lanes of a whole vector.
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-constexpr bool can_permute = true;
-#else
-constexpr bool can_permute = false;
-#endif
-
-// The one of three values that is for the instruction set. The vector registers are 16 with the baseline, where a
-// Vectorized takes two of them, 16 with AVX2 and 32 with AVX-512.
+// The value for the instruction set that this file is compiled for. There are 16 vector registers with the baseline,
+// where a Vectorized takes two of them, 16 with AVX2 and 32 with AVX-512.
 template <class T>
 constexpr T by_capability([[maybe_unused]] T baseline, [[maybe_unused]] T avx2, [[maybe_unused]] T avx512) {
 #if defined(CPU_CAPABILITY_AVX512)

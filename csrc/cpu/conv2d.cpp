@@ -4,8 +4,7 @@
 
 namespace pyops::cpu {
 
-[[maybe_unused]] static const bool listed =
-    choices::conv2d.list(convolution_algorithms<float>) && choices::conv2d_planes.list(convolution_algorithms<float>);
+[[maybe_unused]] static const bool listed = choices::conv2d.list(convolution_algorithms<float>);
 
 template <class T>
 ConvProblem<T> forward_problem(const Conv2dArgs& x) {

@@ -85,7 +85,7 @@ Phases<T> input_gradient_phases(const Conv2dBackwardArgs& x) {
 
 namespace {
 
-// The kernel covers the whole image, so that the convolution is a linear layer of all elements of the image.
+// Whether the kernel covers the whole image, so that the convolution is a linear layer of all elements of the image.
 template <class T>
 bool is_linear(const InputGradient<T>& x) {
   const Conv2dShape& s = x.args.shape;
@@ -184,7 +184,7 @@ void run_batch_lanes(const Conv2dBackwardArgs& x) {
 }
 
 template <class T>
-void run_one_by_one(const Conv2dBackwardArgs& x) {
+void run_separately(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;
   if (x.grad_input) {
     const InputGradient<T> problem(x);
@@ -207,8 +207,8 @@ constexpr Algorithm<Conv2dBackwardArgs> backward_algorithms[] = {
     // Both gradients share the blocks of images.
     {"batch_lanes", "csrc/cpu/conv2d/batch_lanes.cpp", BatchLanesBackward<T>::supports,
      BatchLanesBackward<T>::profitable, run_batch_lanes<T>},
-    {"one_by_one", "csrc/cpu/conv2d_backward.cpp", always<Conv2dBackwardArgs>, always<Conv2dBackwardArgs>,
-     run_one_by_one<T>},
+    {"separate", "csrc/cpu/conv2d_backward.cpp", always<Conv2dBackwardArgs>, always<Conv2dBackwardArgs>,
+     run_separately<T>},
 };
 
 [[maybe_unused]] const bool listed_backward = choices::conv2d_backward.list(backward_algorithms<float>);

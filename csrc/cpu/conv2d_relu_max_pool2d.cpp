@@ -199,10 +199,10 @@ void forward_of_chunks(const FusedProblem<T>& problem) {
 // Whether blocks of images in lanes give the bits of conv2d, which chooses its algorithm by itself.
 template <class T>
 bool supports_blocks(const FusedProblem<T>& x) {
+  if (!are_small_tiles(x.args.pool)) return false;
   const Phases<T> conv{&x.conv, 1};
   const size_t row = chosen_row(choices::conv2d, convolution_algorithms<T>, conv);
-  return are_small_tiles(x.args.pool) &&
-         agrees_with_batch_lanes(convolution_algorithms<T>[row].sums_in_order(conv), x.conv);
+  return agrees_with_batch_lanes(convolution_algorithms<T>[row].sums_in_order(conv), x.conv);
 }
 
 constexpr int64_t block_bytes = 1 << 20;  // of the blocks that are in use at a time

@@ -92,8 +92,7 @@ constexpr Algorithm<WeightGradientOfLinear<T>> weight_gradient_algorithms[] = {
     {"outer_product", "csrc/cpu/linear.cpp", [](const WeightGradientOfLinear<T>& x) { return x.args.M == 1; },
      always<WeightGradientOfLinear<T>>, outer_product<T>},
     // A small weight has too few blocks for the threads. Then the batch is split too, and the sums of the parts are
-    // added
-    // in order.
+    // added in order.
     {"split_k", "csrc/cpu/linear.cpp", [](const WeightGradientOfLinear<T>& x) { return x.parts() > 1; },
      always<WeightGradientOfLinear<T>>, split_k<T>},
     {"single_product", "csrc/cpu/linear.cpp", always<WeightGradientOfLinear<T>>, always<WeightGradientOfLinear<T>>,

@@ -4,7 +4,7 @@
 //
 // The obvious loop takes windows one by one and branches on every tap. Here a vector holds one tap of many windows, and
 // the running maximum and its tap are updated by comparison and blend. The windows are those of adjacent channels or
-// columns, or of whatever columns there are.
+// columns, or where there are too few columns, of adjacent rows and planes too.
 //
 // Every window is computed by itself, so the result does not depend on threads or on the lane of a window. A tap wins
 // if (v > max) || isnan(v): of equal taps the first wins, of several NaNs the last. Taps out of bounds are read as -inf
@@ -31,7 +31,7 @@ void pool_2x2(const MaxPool2dShape& s, const float* input, float* output, uint8_
 template <class T, class A>
 constexpr bool is_common = std::is_floating_point_v<Compute<T>> && std::is_same_v<A, uint8_t>;
 
-// Calls one of the functions above, which has a shape, the input, the output and the argmax.
+// Calls a function of the shape, the input, the output and the argmax.
 template <class T, class A, class F>
 void call(const MaxPool2dArgs& x, const F& f) {
   f(x.shape, static_cast<const T*>(x.input), static_cast<T*>(x.output), static_cast<A*>(x.argmax));

@@ -3,16 +3,13 @@
 // All operands are NCHW, or all are NHWC. The element of a window is the one that its argmax names. An argmax that
 // names no tap in bounds names no element, and its gradient goes nowhere.
 //
-// The obvious backward zeroes grad_input and scatters into it. Where the lanes of
-// vectors can be used, the elements gather instead: a vector of input elements asks each window over it, of which there
-// are kernel / stride along an axis, whether the argmax is this very tap. Every element is then written once, and
-// nothing is zeroed first. Otherwise gradients are scattered after all, into one image or plane at a time, so that it
-// is still in cache.
+// The obvious backward zeroes grad_input and scatters into it. Where the lanes of vectors can be used, the elements
+// gather instead: a vector of input elements asks each window over it, of which there are kernel / stride along an
+// axis, whether the argmax is this very tap. Every element is then written once, and nothing is zeroed first. Otherwise
+// gradients are scattered after all, into one image or plane at a time, so that it is still in cache.
 //
-// All algorithms add in window order, so the result does not depend on the threads, nor on the algorithm except for the
-// sign of a zero: the AVX-512 algorithms for non-overlapping windows copy a gradient of -0.0 that the others add to 0.
-// 16-bit types add in float32 and round once. No argmax is trusted: gathering only ever compares it, and scattering
-// checks it.
+// All algorithms add in window order, so the result depends neither on the threads nor on the algorithm. 16-bit types
+// add in float32 and round once. No argmax is trusted: gathering only ever compares it, and scattering checks it.
 #include <algorithm>
 #include <optional>
 
@@ -40,6 +37,9 @@ void run_rows(const MaxPool2dShape& s, int64_t rows, int64_t vectors, const Kern
 
 // ---- the table of algorithms ----
 
+template <class A>
+constexpr bool has_bytes = std::is_same_v<A, uint8_t>;
+
 // The problem, with the types of its elements and of its argmax.
 template <class T, class A>
 struct Problem {
@@ -53,8 +53,6 @@ struct Problem {
     return *patterns_;
   }
 #endif
-
-  static constexpr bool has_bytes = std::is_same_v<A, uint8_t>;
 
   const MaxPool2dShape& shape() const { return args.shape; }
   const T* grad_output() const { return static_cast<const T*>(args.grad_output); }
@@ -113,10 +111,10 @@ struct RowPairs3x3 {
 
 template <class T, class A>
 struct RowPairs {
-  static bool supports(const Problem<T, A>& x) { return x.has_bytes && are_tiles_2x2(x.shape()); }
+  static bool supports(const Problem<T, A>& x) { return has_bytes<A> && are_tiles_2x2(x.shape()); }
   static void run(const Problem<T, A>& x) {
     const MaxPool2dShape& s = x.shape();
-    if constexpr (x.has_bytes)
+    if constexpr (has_bytes<A>)
       run_rows(s, TileBackward<T>::row_pairs(s), 2 * ceil_div(s.W, lanes_of<T>), TileBackward<T>(s, x.windows()),
                x.grad_input());
   }
@@ -124,34 +122,34 @@ struct RowPairs {
 
 template <class T, class A>
 struct ScatterOfPlanes {
-  static bool supports(const Problem<T, A>& x) { return x.has_bytes && !x.shape().channels_last; }
+  static bool supports(const Problem<T, A>& x) { return has_bytes<A> && !x.shape().channels_last; }
   static void run(const Problem<T, A>& x) {
-    if constexpr (x.has_bytes) PlaneScatter<T>(x.shape()).run(x.grad_output(), x.argmax(), x.grad_input());
+    if constexpr (has_bytes<A>) PlaneScatter<T>(x.shape()).run(x.grad_output(), x.argmax(), x.grad_input());
   }
 };
 
 template <class T, class A>
 struct TilesOfChannels {
   static bool supports(const Problem<T, A>& x) {
-    return x.has_bytes && x.shape().channels_last && ChannelTiles<T>::take(x.shape());
+    return has_bytes<A> && x.shape().channels_last && ChannelTiles<T>::take(x.shape());
   }
   static void run(const Problem<T, A>& x) {
     const MaxPool2dShape& s = x.shape();
-    if constexpr (x.has_bytes)
+    if constexpr (has_bytes<A>)
       run_rows(s, s.N * s.OH, s.OW * s.taps() * x.channel_vectors(), ChannelTiles<T>(s, x.windows()), x.grad_input());
   }
 };
 
 template <class T, class A>
 struct GatherOfChannels {
-  static bool supports(const Problem<T, A>& x) { return x.has_bytes && x.shape().channels_last; }
+  static bool supports(const Problem<T, A>& x) { return has_bytes<A> && x.shape().channels_last; }
   // Gathering an element costs about taps / lanes_of of what scattering one costs.
   static bool profitable(const Problem<T, A>& x) {
     return x.shape().taps() <= lanes_of<T> && x.shape().C >= ChannelGather<T>::vectors_at_once * lanes_of<T>;
   }
   static void run(const Problem<T, A>& x) {
     const MaxPool2dShape& s = x.shape();
-    if constexpr (x.has_bytes)
+    if constexpr (has_bytes<A>)
       run_rows(s, s.N * s.H, s.W * x.channel_vectors(), ChannelGather<T>(s, x.windows()), x.grad_input());
   }
 };

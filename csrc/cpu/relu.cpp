@@ -13,16 +13,14 @@
 #include <algorithm>
 
 #include "runtime/algorithms.h"
-#include "runtime/parallel.h"
 #include "simd/mask_bits.h"
 
 namespace pyops::cpu {
 namespace {
 
-// The threads share the work in blocks, which keep the vectors of every thread aligned as the arrays are. They come
-// from memory, where a vector takes about four times as long as from cache.
-constexpr int64_t block_elements = 1024;
-constexpr int64_t block_vectors = 4 * block_elements / Vec<float>::size();
+// The threads share the work in blocks, which keep the vectors of every thread aligned as the arrays are. To stream
+// blocks_per_fork of them from memory takes about as long as a fork and join.
+constexpr int64_t block_elements = 1024, blocks_per_fork = 32;
 
 template <class T>
 Vec<Lane<T>> rectified(const Vec<Lane<T>>& input) {
@@ -69,10 +67,9 @@ void map_range(int64_t begin, int64_t end, L* output, const Inputs*... inputs) {
 
 template <auto f, class L, class... Inputs>
 void map(int64_t numel, L* output, const Inputs*... inputs) {
-  at::parallel_for(
-      0, ceil_div(numel, block_elements), items_per_fork(block_vectors), [&](int64_t first_block, int64_t last_block) {
-        map_range<f>(first_block * block_elements, std::min(last_block * block_elements, numel), output, inputs...);
-      });
+  at::parallel_for(0, ceil_div(numel, block_elements), blocks_per_fork, [&](int64_t first_block, int64_t last_block) {
+    map_range<f>(first_block * block_elements, std::min(last_block * block_elements, numel), output, inputs...);
+  });
 }
 
 // f(word, first, count) for each word of a mask and the elements [first, first + count) that share it, 64 of them or
@@ -80,12 +77,10 @@ void map(int64_t numel, L* output, const Inputs*... inputs) {
 template <class F>
 void for_each_word(int64_t numel, const F& f) {
   constexpr int64_t bits = 64;
-  at::parallel_for(0, ceil_div(numel, block_elements), items_per_fork(block_vectors),
-                   [&](int64_t first_block, int64_t last_block) {
-                     const int64_t end = std::min(last_block * block_elements, numel);
-                     for (int64_t i = first_block * block_elements; i < end; i += bits)
-                       f(i / bits, i, std::min(bits, end - i));
-                   });
+  at::parallel_for(0, ceil_div(numel, block_elements), blocks_per_fork, [&](int64_t first_block, int64_t last_block) {
+    const int64_t end = std::min(last_block * block_elements, numel);
+    for (int64_t i = first_block * block_elements; i < end; i += bits) f(i / bits, i, std::min(bits, end - i));
+  });
 }
 
 // output[i ...] = f(i, lanes) for each vector of `count` elements; where there are 64 elements, `lanes` is a constant.

@@ -22,7 +22,7 @@ namespace pyops::cuda {
 namespace {
 
 struct Depthwise {
-  Convolution conv;
+  LaneConvolution conv;
   Lanes lanes;
   Divider<int32_t> taps;
   int32_t padding_h, padding_w;  // before the first row and column of the source
@@ -162,7 +162,7 @@ cudaError_t launch_depthwise(const ConvolutionArgs& x, cudaStream_t stream) {
     const auto padding = [&](int64_t kernel, int64_t before) {
       return static_cast<int32_t>(turned ? kernel - 1 - before : before);
     };
-    const Depthwise d{Convolution(x),
+    const Depthwise d{LaneConvolution(x),
                       Lanes(s.C / pack, s.channels_last ? 32 : 1, s.N, x.height(), x.width()),
                       Divider<int32_t>(s.kernel_h * s.kernel_w),
                       padding(s.kernel_h, s.padding_top),

@@ -1,5 +1,5 @@
-// One value of a convolution or of its gradients, summed by one thread: the generic algorithm, which takes any shape.
-// The sums run over the taps inside the image only, so that an infinite factor over the border gives no NaN.
+// One value of a convolution or of its gradients, summed by one thread: the direct algorithm, which supports every
+// shape. The sums run over the taps inside the image only, so that an infinite factor over the border gives no NaN.
 #pragma once
 
 #include "problem.h"

@@ -40,7 +40,7 @@ struct SmallProblem {
 };
 
 template <class T>
-struct Operands {
+struct SmallOperands {
   const T *input, *weight, *bias;
   T* output;
   uint8_t* argmax;  // null: not requested
@@ -64,8 +64,8 @@ __device__ __forceinline__ void load_weights(const SmallProblem& problem, const 
 
 // Stores the 2x2 outputs of one channel, or their maximum.
 template <class T, Result result>
-__device__ __forceinline__ void finish(const SmallProblem& problem, const Operands<T>& x, const Pixel<int32_t>& block,
-                                       int32_t channel, const Compute<T> (&sums)[4]) {
+__device__ __forceinline__ void finish(const SmallProblem& problem, const SmallOperands<T>& x,
+                                       const Pixel<int32_t>& block, int32_t channel, const Compute<T> (&sums)[4]) {
   using C = Compute<T>;
   RunningMax<T, int> winner;
 #pragma unroll
@@ -93,7 +93,7 @@ __device__ __forceinline__ void finish(const SmallProblem& problem, const Operan
 
 template <class T, int kernel, int outputs, Result result>
 __global__ void __launch_bounds__(small_threads, small_blocks<T>)
-    direct_small_kernel(const __grid_constant__ SmallProblem problem, const __grid_constant__ Operands<T> x) {
+    direct_small_kernel(const __grid_constant__ SmallProblem problem, const __grid_constant__ SmallOperands<T> x) {
   using C = Compute<T>;
   constexpr int side = kernel + 1;
   C* weights = shared_memory<C>();
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(small_threads, small_blocks<T>)
 }
 
 template <class T, Result result>
-cudaError_t launch_small(SmallProblem problem, int64_t kernel, const Operands<T>& x, cudaStream_t stream) {
+cudaError_t launch_small(SmallProblem problem, int64_t kernel, const SmallOperands<T>& x, cudaStream_t stream) {
   const auto run = [&](auto kernel_constant, auto outputs_constant) {
     constexpr int k = decltype(kernel_constant)::value, outputs = decltype(outputs_constant)::value;
     const int64_t chunks = ceil_div(problem.output.C.value(), outputs);
@@ -177,12 +177,12 @@ cudaError_t direct_small_forward(const Conv2dArgs& x, cudaStream_t stream) {
   problem.relu = x.relu;
   return dispatch_floating(x.dtype, [&](auto t) {
     using T = decltype(t);
-    const Operands<T> operands{static_cast<const T*>(x.input),
-                               static_cast<const T*>(x.weight),
-                               static_cast<const T*>(x.bias),
-                               static_cast<T*>(x.output),
-                               nullptr,
-                               0};
+    const SmallOperands<T> operands{static_cast<const T*>(x.input),
+                                    static_cast<const T*>(x.weight),
+                                    static_cast<const T*>(x.bias),
+                                    static_cast<T*>(x.output),
+                                    nullptr,
+                                    0};
     return launch_small<T, Result::plain>(problem, s.kernel_h, operands, stream);
   });
 }
@@ -196,12 +196,12 @@ cudaError_t direct_small_input_gradient(const Conv2dBackwardArgs& x, cudaStream_
   problem.padding_w = static_cast<int32_t>(s.kernel_w - 1 - s.padding_left);
   return dispatch_floating(x.dtype, [&](auto t) {
     using T = decltype(t);
-    const Operands<T> operands{static_cast<const T*>(x.grad_output),
-                               static_cast<const T*>(x.weight),
-                               nullptr,
-                               static_cast<T*>(x.grad_input),
-                               nullptr,
-                               0};
+    const SmallOperands<T> operands{static_cast<const T*>(x.grad_output),
+                                    static_cast<const T*>(x.weight),
+                                    nullptr,
+                                    static_cast<T*>(x.grad_input),
+                                    nullptr,
+                                    0};
     return launch_small<T, Result::gradient>(problem, s.kernel_h, operands, stream);
   });
 }
@@ -211,9 +211,10 @@ cudaError_t direct_small_pooled(const Conv2dReluMaxPool2dArgs& x, cudaStream_t s
   const SmallProblem problem = small_problem(s, x.pool.OH, x.pool.OW);
   return dispatch_floating(x.conv.dtype, [&](auto t) {
     using T = decltype(t);
-    const Operands<T> operands{static_cast<const T*>(x.conv.input), static_cast<const T*>(x.conv.weight),
-                               static_cast<const T*>(x.conv.bias),  static_cast<T*>(x.output),
-                               static_cast<uint8_t*>(x.argmax),     static_cast<uint8_t>(dead_window(x.pool.taps()))};
+    const SmallOperands<T> operands{
+        static_cast<const T*>(x.conv.input), static_cast<const T*>(x.conv.weight),
+        static_cast<const T*>(x.conv.bias),  static_cast<T*>(x.output),
+        static_cast<uint8_t*>(x.argmax),     static_cast<uint8_t>(dead_window(x.pool.taps()))};
     return launch_small<T, Result::pooled>(problem, s.kernel_h, operands, stream);
   });
 }

@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t longest_grouped_chain = 144;
 
 struct Grouped {
-  Convolution conv;
+  LaneConvolution conv;
   Lanes lanes;
   Divider<int32_t> lanes_per_group, channels, taps;  // channels: those of a group of the source
   int32_t results;                                   // channels of a group of the result
@@ -165,7 +165,7 @@ cudaError_t launch_grouped(const ConvolutionArgs& x, cudaStream_t stream) {
   const int64_t lanes_per_group = ceil_div(results, outputs), of_output = in * taps;
   const int64_t lane_bytes = channels * taps * outputs * sizeof(Compute<T>), most_bytes = 32 << 10;
   const int64_t most_lanes = s.channels_last ? std::clamp<int64_t>(most_bytes / lane_bytes, 1, 32) : 1;
-  const Grouped g{Convolution(x),
+  const Grouped g{LaneConvolution(x),
                   Lanes(s.groups * lanes_per_group, most_lanes, s.N, x.height(), x.width()),
                   Divider<int32_t>(lanes_per_group),
                   Divider<int32_t>(channels),

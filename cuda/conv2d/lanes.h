@@ -83,12 +83,12 @@ struct Operands {
 };
 
 // The part of ConvolutionArgs that does not depend on the type of the elements.
-struct Convolution {
+struct LaneConvolution {
   Conv<int32_t> conv;
   Images<int32_t> source, result;
   bool gradient, relu;
 
-  explicit Convolution(const ConvolutionArgs& x)
+  explicit LaneConvolution(const ConvolutionArgs& x)
       : conv(x.shape),
         source(x.gradient ? conv.output : conv.input),
         result(x.gradient ? conv.input : conv.output),

@@ -172,7 +172,7 @@ cudaError_t ordered_weight(const WeightOrder<Index, channels_last>& order, int64
 }
 
 // The epilogues. In a product, taps outside the image are 0, and 0 times infinity is NaN, whereas a sum over the taps
-// inside has no such term. So a sum that is NaN is taken again by the generic algorithm, which checks each tap.
+// inside has no such term. So a sum that is NaN is taken again by the direct algorithm, which checks each tap.
 
 template <class Element, class Index, bool channels_last>
 struct StoreOutput {

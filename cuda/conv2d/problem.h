@@ -1,6 +1,8 @@
 // The shape of a convolution as the kernels see it, and the epilogue of a sum.
 #pragma once
 
+#include <string_view>
+
 #include "../algorithms.h"
 #include "../common/images.h"
 #include "direct_small.h"
@@ -54,13 +56,27 @@ inline bool needs_wide_offsets(const Conv2dShape& s) {
   return largest_conv_offset(s) > PYOPS_LARGEST_32_BIT_OFFSET;
 }
 
+// Which shapes the algorithms support. `channels` is the number of channels, of all groups, that are summed over.
+inline bool supports_implicit_gemm(const Conv2dShape& s) {
+  return !needs_wide_offsets(s) && s.groups == 1;
+}
+inline bool supports_depthwise(const Conv2dShape& s) {
+  return !needs_wide_offsets(s) && is_depthwise(s);
+}
+inline bool supports_grouped(const Conv2dShape& s, int64_t channels) {
+  return !needs_wide_offsets(s) && is_narrow(s, channels);
+}
+
 // Adds the bias to a sum and rounds it, in the order that every algorithm of conv2d uses.
 template <class T>
 __device__ __forceinline__ T finish_conv(Compute<T> sum, const T* bias, int64_t channel) {
   return narrow<T>(bias == nullptr ? sum : sum + widen(bias[channel]));
 }
 
+// The algorithms of conv2d whose work conv2d_relu_max_pool2d can do in one kernel with its own.
+inline constexpr std::string_view direct_small_name = "direct_small", direct_name = "direct";
+
 // The name of the algorithm that conv2d chooses.
-const char* algorithm_of(const Launch<Conv2dArgs>&);
+std::string_view algorithm_of(const Launch<Conv2dArgs>&);
 
 }  // namespace pyops::cuda

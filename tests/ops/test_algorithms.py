@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import oracle
 import pytest
@@ -55,19 +56,24 @@ def test_conv2d(dtype, op, name):
     assert (supported > 0) == (dtype == torch.float32 or name not in only_float)
 
 
-@rows("conv2d.forward")
-@pytest.mark.parametrize("dtype", FLOATING, ids=str)
+@rows("conv2d.forward", "conv2d.backward", "conv2d.input_gradient", "conv2d.weight_gradient")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_special_values(dtype, op, name):
-    """Taps outside of the image add nothing, even where the weight is infinite or NaN."""
+    """Taps outside of the image add nothing, even where a value is infinite or NaN."""
 
     def check(where, groups, padding):
         input = random((3, 4, 6, 7), dtype, where)
         weight = random((4, 4 // groups, 3, 3), dtype, where)
         weight[1, 0, 0, 2], weight[3, 0, 2, 0] = float("inf"), float("nan")
         options = {"groups": groups, "padding": padding}
-        output = functional.conv2d(input, weight, **options)
-        expected = oracle.conv2d_unfolded(input.double(), weight.double(), inside=True, **options)
-        torch.testing.assert_close(output.double(), expected, equal_nan=True, rtol=0.05, atol=0.05)
+
+        def grad(output):
+            values = random(output.shape, dtype, where)
+            values[0, 1, 0, 0], values[2, 3, -1, -1] = float("-inf"), float("nan")
+            return values
+
+        reference = partial(oracle.conv2d_unfolded, inside=True)
+        oracle.check("conv2d", [input, weight, None], options, grad, reference=reference)
 
     cases = itertools.product(FORMATS, (1, 2, 4), (0, 1, 2))
     count_supported(op, name, [lambda case=case: check(*case) for case in cases])

@@ -1,5 +1,6 @@
-// The algorithms of conv2d in order of preference, one table for each direction. Each algorithm is in a file of its
-// own, which defines when it can be used and when it is profitable; csrc/algorithms.h says how one is chosen.
+// The algorithms of conv2d in order of preference, one table for each direction; csrc/algorithms.h says how one is
+// chosen. The file of an algorithm, or the .cpp file that includes it, defines what it supports and when it is
+// profitable.
 #pragma once
 
 #include "../runtime/algorithms.h"
@@ -74,15 +75,14 @@ void convolve(Choice& choice, const Phases<T>& x) {
 
 // Whether a group has one channel on either side, in a layout in which the output has no gaps between its columns.
 template <class T>
-bool is_depthwise(const ConvProblem<T>& x) {
+bool has_one_channel_groups(const ConvProblem<T>& x) {
   return x.input.channels == 1 && x.out_channels == 1 && (x.channels_last || x.out_pixels().x_stride == 1);
 }
 
-// Whether the algorithm that is chosen for a single problem if the batch is small, which may be depthwise, takes each
-// sum in one chain where others take it in chunks of KC terms.
+// Whether the depthwise algorithm, which takes each sum in one chain, would be chosen and K is longer than a chunk.
 template <class T>
 bool has_long_chains(const ConvProblem<T>& x) {
-  return x.groups > 1 && is_depthwise(x) && x.depth() > KC;
+  return x.groups > 1 && has_one_channel_groups(x) && x.depth() > KC;
 }
 
 // Whether the lanes that other algorithms would leave idle, or spend on the zeros around an image, outweigh the

@@ -313,7 +313,10 @@ bool BatchLanesBackward<T>::profitable(const Conv2dBackwardArgs& x) {
   if (s.N < lanes || std::max(s.C, s.O) / s.groups > most_channels<T>(x) || depthwise ||
       (s.C * s.H * s.W + s.O * s.OH * s.OW) * lanes > most_elements)
     return false;
-  if (choices::conv2d_input_gradient.forced() >= 0 || choices::conv2d_weight_gradient.forced() >= 0) return false;
+  // An algorithm that is forced for one of the gradients computes it by itself.
+  if ((x.grad_input && choices::conv2d_input_gradient.forced() >= 0) ||
+      (x.grad_weight && choices::conv2d_weight_gradient.forced() >= 0))
+    return false;
   return !x.grad_input || input_gradient_agrees_with_batch_lanes<T>(x);
 }
 

@@ -1,7 +1,7 @@
 // What the choices between the algorithms of a convolution compare.
 #pragma once
 
-#include "algorithms.h"
+#include "problem.h"
 
 namespace pyops::cpu {
 

@@ -162,6 +162,12 @@ void convolve_3x3(const ConvProblem<T>& x, const Taps3x3& taps, const T* weight)
 #endif
 }
 
+template <class T>
+void convolve_3x3(const ConvProblem<T>& x, const T* weight) {
+  const Taps3x3 taps(x.input);
+  taps.reversed() ? convolve_3x3<true>(x, taps, weight) : convolve_3x3<false>(x, taps, weight);
+}
+
 // The filters of a phase as the kernels read them: each with its taps contiguous.
 template <class T>
 const T* filters_of_taps(const ConvProblem<T>& x) {
@@ -176,7 +182,7 @@ const T* filters_of_taps(const ConvProblem<T>& x) {
 
 template <class T>
 bool Depthwise3x3<T>::supports(const Phases<T>& phases) {
-  return is_depthwise(phases.first()) && has_3x3_kernels<T>(phases.first().channels_last) &&
+  return has_one_channel_groups(phases.first()) && has_3x3_kernels<T>(phases.first().channels_last) &&
          std::all_of(phases.begin(), phases.end(), [](const ConvProblem<T>& x) { return Taps3x3::fit(x.input); });
 }
 
@@ -193,17 +199,13 @@ bool Depthwise3x3<T>::sums_in_order(const Phases<T>&) {
 template <class T>
 void Depthwise3x3<T>::run(const Phases<T>& phases) {
   convolve_exactly(phases, [](const Phases<T>& finite) {
-    for (const ConvProblem<T>& x : finite) {
-      const Taps3x3 taps(x.input);
-      const T* weight = filters_of_taps(x);
-      taps.reversed() ? convolve_3x3<true>(x, taps, weight) : convolve_3x3<false>(x, taps, weight);
-    }
+    for (const ConvProblem<T>& x : finite) convolve_3x3(x, filters_of_taps(x));
   });
 }
 
 template <class T>
 bool Depthwise<T>::supports(const Phases<T>& x) {
-  return is_depthwise(x.first());
+  return has_one_channel_groups(x.first());
 }
 
 template <class T>
@@ -221,7 +223,11 @@ void Depthwise<T>::run(const Phases<T>& phases) {
   convolve_exactly(phases, [](const Phases<T>& finite) {
     for (const ConvProblem<T>& x : finite) {
       const T* weight = filters_of_taps(x);
-      x.channels_last ? depthwise_channels(x, weight) : depthwise_planes(x, weight);
+      if (finite.count > 1 && has_3x3_kernels<T>(x.channels_last) && Taps3x3::fit(x.input)) {
+        convolve_3x3(x, weight);  // one of the phases of a larger kernel
+      } else {
+        x.channels_last ? depthwise_channels(x, weight) : depthwise_planes(x, weight);
+      }
     }
   });
 }

@@ -155,7 +155,7 @@ void weight_gradient_of_sums(const WeightGradient<T>& x, const AddUp& add_up) {
 }
 
 template <class T>
-bool is_depthwise(const WeightGradient<T>& x) {
+bool has_one_channel_groups(const WeightGradient<T>& x) {
   return x.in() == 1 && x.out() == 1;
 }
 
@@ -163,7 +163,7 @@ bool is_depthwise(const WeightGradient<T>& x) {
 
 template <class T>
 bool Depthwise3x3Wgrad<T>::supports(const WeightGradient<T>& x) {
-  return is_depthwise(x) && has_3x3_kernels<T>(x.shape.channels_last) && Taps3x3::fit(x.input);
+  return has_one_channel_groups(x) && has_3x3_kernels<T>(x.shape.channels_last) && Taps3x3::fit(x.input);
 }
 
 template <class T>
@@ -178,7 +178,7 @@ void Depthwise3x3Wgrad<T>::run(const WeightGradient<T>& x) {
 
 template <class T>
 bool DepthwiseWgrad<T>::supports(const WeightGradient<T>& x) {
-  return is_depthwise(x);
+  return has_one_channel_groups(x);
 }
 
 template <class T>

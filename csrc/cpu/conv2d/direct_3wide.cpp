@@ -3,9 +3,9 @@
 //   output[pixel, o] = bias[o] + sum over (row of taps, channel, tap) of input(pixel, channel, tap) * filter(o, ...)
 //
 // It is chosen for channels-last images of the compute type, with a horizontal stride of 1, where vectors along the
-// width would not be faster. A register tile of gemm/microkernel.h that is one vector wide takes
-// a load for each FMA. Here a broadcast input value serves three FMAs, with the filter vectors of neighbouring taps for
-// neighbouring pixels, so that 16 pixels take 21 loads for 48 FMAs.
+// width would not be faster. A register tile of gemm/microkernel.h that is one vector wide takes a load for each FMA.
+// Here a broadcast input value serves three FMAs, with the filter vectors of neighbouring taps for neighbouring pixels,
+// so that 16 pixels take 21 loads for 48 FMAs.
 //
 // The images are read in place, and taps outside of them are skipped. Sums run over (row of taps, channel, tap from
 // left to right), which is not the order of the filters in memory. Otherwise the guarantees are those of gemm.h.

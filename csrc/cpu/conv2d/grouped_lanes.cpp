@@ -178,7 +178,7 @@ bool GroupedLanes<T>::supports(const Phases<T>& phases) {
 template <class T>
 bool GroupedLanes<T>::profitable(const Phases<T>& phases) {
   const ConvProblem<T>& x = phases.first();
-  return fills_half_of_lanes<Compute<T>>(x.groups, x.input.channels, x.out_channels);
+  return are_worth_sharing_vectors<Compute<T>>(x.groups, x.input.channels, x.out_channels);
 }
 
 template <class T>

@@ -2,6 +2,9 @@
 // vectors, the permutation of their lanes, and the taps in runs of neighbours.
 #pragma once
 
+#include <algorithm>
+#include <array>
+
 #include "algorithms.h"
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -129,20 +132,19 @@ template <class C>
 bool can_share_vectors(int64_t groups, int64_t in, int64_t out) {
   constexpr int64_t lanes = Vec<C>::size();
   const int64_t wider = std::max(in, out);
-  if (groups < 2 || wider < 2 || wider > lanes) return false;
-#if defined(CPU_CAPABILITY_AVX2)
-  // Without masks, a partial vector would go through memory.
-  return in == out && std::min(groups, lanes / wider) * in == lanes;
-#else
-  return true;
-#endif
+  return groups > 1 && wider > 1 && wider <= lanes;
 }
 
-// Whether whole groups fill at least half of the lanes.
+// Whether whole groups fill at least half of the lanes, or with AVX2, which has no masks for partial vectors, all.
 template <class C>
-bool fills_half_of_lanes(int64_t groups, int64_t in, int64_t out) {
+bool are_worth_sharing_vectors(int64_t groups, int64_t in, int64_t out) {
   constexpr int64_t lanes = Vec<C>::size();
-  return 2 * std::min(groups, lanes / std::max(in, out)) * out >= lanes;
+  const int64_t at_once = std::min(groups, lanes / std::max(in, out));
+#if defined(CPU_CAPABILITY_AVX2)
+  return in == out && at_once * in == lanes;
+#else
+  return 2 * at_once * out >= lanes;
+#endif
 }
 
 }  // namespace pyops::cpu

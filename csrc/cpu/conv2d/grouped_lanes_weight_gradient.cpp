@@ -104,7 +104,7 @@ bool GroupedLanesWgrad<T>::supports(const WeightGradient<T>& x) {
 
 template <class T>
 bool GroupedLanesWgrad<T>::profitable(const WeightGradient<T>& x) {
-  return fills_half_of_lanes<Compute<T>>(x.shape.groups, x.in(), x.out());
+  return are_worth_sharing_vectors<Compute<T>>(x.shape.groups, x.in(), x.out());
 }
 
 template <class T>
@@ -143,10 +143,10 @@ void GroupedLanesWgrad<T>::run(const WeightGradient<T>& x) {
       });
     }
   });
-  for (int64_t v = 0; v < groups.vectors(); ++v) {
+  for_each_task(groups.vectors(), 4.0 * parts * part_size, [&](int64_t v) {
     const Output<T> out{x.grad_weight + groups.first_group(v) * groups.out * K, Axis::plain(1), Axis::plain(K)};
     sum_parts(out, sums + v * size, parts, part_size, K, groups.lanes, groups.groups_of(v) * groups.out);
-  }
+  });
 }
 
 #define INSTANTIATE(T) template struct GroupedLanesWgrad<T>;

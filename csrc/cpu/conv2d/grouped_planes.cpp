@@ -18,7 +18,7 @@ bool GroupedPlanes<T>::supports(const Phases<T>& x) {
 template <class T>
 bool GroupedPlanes<T>::profitable(const Phases<T>& phases) {
   const ConvProblem<T>& x = phases.first();
-  return x.groups > 1 && lane_utilization<Compute<T>>(x.out_channels) <= 0.5 && !is_depthwise(x);
+  return x.groups > 1 && lane_utilization<Compute<T>>(x.out_channels) <= 0.5 && !has_one_channel_groups(x);
 }
 
 template <class T>

@@ -2,7 +2,7 @@
 //
 //   output [pixels, O] = input tile [pixels, K] filters^T [K, O]
 //
-// It is the general algorithm, chosen where no other applies (conv2d/convolve.cpp). The filters are packed into panels
+// It is the general algorithm, chosen where no other is profitable. The filters are packed into panels
 // and the values of the input tile are broadcast. Taps outside of the image are skipped where there are many of them,
 // and always where the images are read in place (conv2d/border_taps.h). The sums of a channels-last output are stored
 // directly where that is possible (gemm/epilogue.h); others are written block by block, which transposes those of a

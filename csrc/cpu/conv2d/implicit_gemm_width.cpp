@@ -3,7 +3,7 @@
 //   output [O, pixels] = filters [O, K] input tile [K, pixels]
 //
 // It is chosen where vectors along the output channels would take more vector operations for each pixel and term, as
-// they do with few output channels (conv2d/convolve.cpp). The values of the filters are broadcast, in place if they
+// they do with few output channels. The values of the filters are broadcast, in place if they
 // have the type of the operands. Every row of pixels begins a new vector, unless the rows are contiguous; then they are
 // joined into one line. The sums of a channels-first output are stored directly where that is possible
 // (gemm/epilogue.h). Guarantees: those of gemm.h.

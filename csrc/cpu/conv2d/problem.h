@@ -7,6 +7,8 @@
 // that solve them, and those of the weight gradient, are listed in conv2d/algorithms.h.
 #pragma once
 
+#include <optional>
+
 #include "input_tile.h"
 
 namespace pyops::cpu {
@@ -128,6 +130,9 @@ ConvProblem<T> forward_problem(const Conv2dArgs& x);
 template <class T>
 Phases<T> input_gradient_phases(const Conv2dBackwardArgs& x);
 
+// What the vectors of an implicit GEMM run along.
+enum class WgradLanes { outputs, inputs, width };
+
 // The weight gradient of conv2d: `input` is that of the forward.
 template <class T>
 struct WeightGradient {
@@ -135,6 +140,7 @@ struct WeightGradient {
   ConvInput<T> input;
   const T* grad_output;
   T* grad_weight;
+  mutable std::optional<WgradLanes> lanes = std::nullopt;  // those that leave the fewest idle, once they are known
 
   int64_t in() const { return shape.C / shape.groups; }
   int64_t out() const { return shape.O / shape.groups; }

@@ -4,11 +4,10 @@
 //   grad_weight [O, K] = grad_output [O, pixels] input tile [pixels, K]
 //
 // It supports every convolution. There are three ways to lay the vectors, and the one that leaves the fewest lanes idle
-// is chosen.
-// Along the output channels (conv2d/weight_gradient_outputs.h), values of the input tile are broadcast; along the
-// inputs, for few output channels (conv2d/weight_gradient_inputs.h), the gradients. Along the width, where either would
-// leave most lanes idle, conv2d/weight_gradient_width.h computes dot products. If a bfloat16 batch is even, pairs of
-// images are multiplied where the CPU supports it (gemm/operand.h).
+// is chosen. Along the output channels (conv2d/weight_gradient_outputs.h), values of the input tile are broadcast;
+// along the inputs, for few output channels (conv2d/weight_gradient_inputs.h), the gradients. Along the width, where
+// either would leave most lanes idle, conv2d/weight_gradient_width.h computes dot products. If a bfloat16 batch is
+// even, pairs of images are multiplied where the CPU supports it (gemm/operand.h).
 //
 // The batch is cut into parts whose number depends on the shape only, and their sums are added in order. The sums run
 // over the taps inside of the image only, even where values are infinite or NaN (conv2d/nonfinite.h).
@@ -48,8 +47,6 @@ OperandA<F> grad_values(const Conv2dShape& s, const T* grad_output, const Output
 int64_t even_block(int64_t count, int64_t most) {
   return ceil_div(count, ceil_div(count, std::clamp(most, int64_t{1}, count)));
 }
-
-enum class WgradLanes { outputs, inputs, width };
 
 // Chooses the vectors that use the largest share of their lanes, with factors fitted to measurements: a register tile
 // that is one or two vectors wide needs more loads for each FMA.
@@ -272,7 +269,8 @@ bool DotProductsWidthWgrad<T>::supports(const WeightGradient<T>&) {
 
 template <class T>
 bool DotProductsWidthWgrad<T>::profitable(const WeightGradient<T>& x) {
-  return choose_lanes(x) == WgradLanes::width;
+  if (!x.lanes) x.lanes = choose_lanes(x);
+  return x.lanes == WgradLanes::width;
 }
 
 template <class T>
@@ -287,7 +285,8 @@ bool ImplicitGemmInputsWgrad<T>::supports(const WeightGradient<T>&) {
 
 template <class T>
 bool ImplicitGemmInputsWgrad<T>::profitable(const WeightGradient<T>& x) {
-  return choose_lanes(x) == WgradLanes::inputs;
+  if (!x.lanes) x.lanes = choose_lanes(x);
+  return x.lanes == WgradLanes::inputs;
 }
 
 template <class T>

@@ -1,7 +1,7 @@
 // C[M, N] = A[M, K] B[K, N] + bias for matrices in memory, rectified if the output asks for it.
 //
-// choose_gemm_algorithm() picks the algorithm: a product of one row streams B, every other one is tiled. The tiled
-// algorithms follow Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and the names of
+// A product of one row streams B, every other one is tiled; gemm_algorithms lists the variants of both. The tiled ones
+// follow Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and the names of
 // BLIS. C is cut into blocks of at most MC x NC, which the threads share, and K into chunks of at most KC, over which
 // macrokernel() of gemm/microkernel.h runs its register tiles. A matrix of the compute type (float, or double for
 // double) is read in place as long as that is as fast. Otherwise the part that a chunk needs is packed: copied,

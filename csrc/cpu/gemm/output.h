@@ -2,8 +2,6 @@
 // images, and the output may be stored by columns.
 #pragma once
 
-#include <ATen/cpu/vec/functional.h>
-
 #include <algorithm>
 
 #include "../simd/transpose.h"

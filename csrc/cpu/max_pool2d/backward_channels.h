@@ -74,7 +74,7 @@ class ChannelGather {
   }
 
  private:
-  // Computes vectors vectors of channels from c on.
+  // Computes the channels of `vectors` vectors from c on.
   template <int64_t vectors>
   void pixel(const Cover& rows, const Cover& columns, int64_t image, int64_t c, T* grad_input, int64_t room) const {
     const int64_t live = std::min(lanes_of<T>, s_.C - c);

@@ -1,9 +1,9 @@
-// The backward of max_pool2d for one-byte argmaxes, plane by plane: a plane starts as zeros, and the gradient of each
-// window is added to the element that its argmax names.
+// The backward of max_pool2d by scattering: a plane, or an image of any layout, starts as zeros, and the gradient of
+// each window is added to the element that its argmax names.
 //
-// The plane has margins for the taps out of bounds, whose sums are dropped, so that finding an element takes one
-// addition. If no margins are needed, the plane is that of grad_input itself, for the types that are summed as they are
-// stored.
+// With one-byte argmaxes, the plane has margins for the taps out of bounds, whose sums are dropped, so that finding an
+// element takes one addition. If no margins are needed, the plane is that of grad_input itself, for the types that are
+// summed as they are stored.
 //
 // Windows are added in order, and 16-bit types are added in float32 and rounded once. An argmax that names no tap is
 // skipped.

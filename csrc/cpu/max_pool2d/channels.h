@@ -47,7 +47,7 @@ class ChannelPool {
     Range taps_h, taps_w;
   };
 
-  // Computes vectors vectors of channels from c on.
+  // Computes the channels of `vectors` vectors from c on.
   template <int64_t vectors>
   void pool(const Pixel& pixel, int64_t c, T* output, A* argmax, int64_t room) const {
     const auto [first, taps_h, taps_w] = pixel;

@@ -7,8 +7,8 @@
 
 namespace pyops::cpu {
 
-// fixed_stride is stride_w if that is 1 or 2, otherwise 0. A fixed_kernel other than 0 stands for a
-// square kernel of that size without dilation, so that the loops over its taps disappear.
+// fixed_stride is stride_w if that is 1 or 2, otherwise 0. A fixed_kernel other than 0 stands for a square kernel of
+// that size without dilation, so that the loops over its taps disappear.
 template <int64_t fixed_stride, int64_t fixed_kernel, class T, class A>
 class ColumnPool {
  public:

@@ -77,7 +77,10 @@ inline void store(Out* target, Vec<Compute<Out>> value, int64_t count) {
   }
 #endif
   if constexpr (is_reduced<Out>) {
-    at::vec::convert_from_float<Out>(value, value).store(target, static_cast<int>(count));
+    // A whole vector is stored with a constant count, which is an instruction rather than a copy of bytes.
+    constexpr int lanes = lanes_of<Out>;
+    const Vec<Out> rounded = at::vec::convert_from_float<Out>(value, value);
+    count == lanes ? rounded.store(target, lanes) : rounded.store(target, static_cast<int>(count));
   } else {
     value.store(target, static_cast<int>(count));
   }

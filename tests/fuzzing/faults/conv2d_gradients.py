@@ -17,7 +17,7 @@ FAULTS = (
         "sum_planes(grad_bias, grad_output, s.N, s.O, s.OH * s.OW);",
         "sum_planes(grad_bias, grad_output, s.N - 1, s.O, s.OH * s.OW);",
         "conv2d",
-        "conv2d.backward:one_by_one",
+        "conv2d.backward:separate",
     ),
     Fault(
         "kn2row: taps that are met take the weights of the first ones",
