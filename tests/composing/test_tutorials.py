@@ -7,58 +7,14 @@ exactly. (The timing loops of the fourth tutorial are benchmarks, in bench/.)
 
 import warnings
 from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from libraries import PYOPS, Library, Trace, assert_same_trace
 from torch import nn
 
 import pyops
-
-
-class MyReLU(torch.autograd.Function):
-    """The fifth tutorial's own ReLU, on stock operations."""
-
-    @staticmethod
-    def forward(ctx, input):
-        ctx.save_for_backward(input)
-        return input.clamp(min=0)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        (input,) = ctx.saved_tensors
-        grad_input = grad_output.clone()
-        grad_input[input < 0] = 0
-        return grad_input
-
-
-class Library(NamedTuple):
-    """The library that a program runs on."""
-
-    nn: ModuleType
-    F: ModuleType
-    MyReLU: type[torch.autograd.Function]
-    matmul: Callable[[Any, Any], Any]  # multiplies two matrices
-    relu: Callable[[Any], Any]
-
-
-STOCK = Library(
-    nn,
-    nn.functional,
-    MyReLU,
-    lambda a, b: a @ b,
-    lambda a: a.clip(min=0),
-)
-PYOPS = Library(
-    pyops.nn,
-    pyops.functional,
-    pyops.autograd.ReLU,
-    lambda a, b: pyops.functional.linear(a, b.T),
-    pyops.functional.relu,
-)
-Trace = Iterator[tuple[str, Any]]
 
 
 @pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
@@ -66,23 +22,6 @@ def dtype(request):
     torch.set_default_dtype(request.param)
     yield request.param
     torch.set_default_dtype(torch.float32)
-
-
-def assert_same_trace(program: Callable[[Library], Trace], seed: int = 0) -> dict[str, Any]:
-    """Runs ``program`` on both libraries from the same seed, compares, and returns the values that pyops gave."""
-    traces = []
-    for library in (STOCK, PYOPS):
-        torch.manual_seed(seed)
-        traces.append(list(program(library)))
-    for (stock_name, stock), (name, ours) in zip(*traces, strict=True):
-        assert name == stock_name
-        if isinstance(ours, torch.Tensor):
-            torch.testing.assert_close(ours, stock, msg=lambda text, name=name: f"{name}: {text}")
-        else:
-            assert ours == stock, name
-    trace = dict(traces[1])
-    assert len(trace) == len(traces[1])
-    return trace
 
 
 def named_grads(net: nn.Module, when: str) -> Trace:
@@ -265,153 +204,3 @@ def test_our_lenet_is_the_tutorials(dtype, kernel_size):
             lambda library: pyops.LeNet(kernel_size) if library is PYOPS else tutorial_net(library, kernel_size),
         )
     )
-
-
-# The fifth tutorial: one network, y = relu(x w1) w2, in all its forms.
-STEPS = 500
-BATCH, D_IN, HIDDEN, D_OUT = 64, 1000, 100, 10
-ADAM_LEARNING_RATE = 1e-4
-
-
-def data() -> tuple[torch.Tensor, ...]:
-    """x, y, w1, w2."""
-    return tuple(torch.randn(size) for size in ((BATCH, D_IN), (BATCH, D_OUT), (D_IN, HIDDEN), (HIDDEN, D_OUT)))
-
-
-def by_hand(library: Library) -> Iterator[float]:
-    """Trains on tensors, with gradients computed by hand."""
-    matmul, relu = library.matmul, library.relu
-    x, y, w1, w2 = data()
-    for _ in range(STEPS):
-        h = matmul(x, w1)
-        h_relu = relu(h)
-        y_pred = matmul(h_relu, w2)
-        yield (y_pred - y).pow(2).sum().item()
-        grad_y_pred = 2.0 * (y_pred - y)
-        grad_w2 = matmul(h_relu.T, grad_y_pred)
-        grad_h = matmul(grad_y_pred, w2.T)
-        grad_h[h < 0] = 0
-        grad_w1 = matmul(x.T, grad_h)
-        w1 -= 1e-6 * grad_w1
-        w2 -= 1e-6 * grad_w2
-
-
-def in_numpy(library: Library) -> Iterator[float]:
-    """Trains on numpy arrays, with gradients computed by hand; pyops shares the memory of the arrays."""
-    if library is STOCK:
-        matmul, relu = np.dot, lambda a: np.maximum(a, 0)
-    else:
-
-        def matmul(a, b):
-            return library.matmul(torch.from_numpy(a), torch.from_numpy(b)).numpy()
-
-        def relu(a):
-            return library.relu(torch.from_numpy(a)).numpy()
-
-    x, y, w1, w2 = (tensor.numpy() for tensor in data())
-    for _ in range(STEPS):
-        h = matmul(x, w1)
-        h_relu = relu(h)
-        y_pred = matmul(h_relu, w2)
-        yield float(np.square(y_pred - y).sum())
-        grad_y_pred = 2.0 * (y_pred - y)
-        grad_w2 = matmul(h_relu.T, grad_y_pred)
-        grad_h = matmul(grad_y_pred, w2.T)
-        grad_h[h < 0] = 0
-        grad_w1 = matmul(x.T, grad_h)
-        w1 -= 1e-6 * grad_w1
-        w2 -= 1e-6 * grad_w2
-
-
-def with_autograd(library: Library, relu: Callable[[Any], Any] | None = None) -> Iterator[float]:
-    """Trains with gradients computed by autograd."""
-    relu = relu or library.relu
-    x, y, w1, w2 = data()
-    w1.requires_grad_()
-    w2.requires_grad_()
-    for _ in range(STEPS):
-        loss = (library.matmul(relu(library.matmul(x, w1)), w2) - y).pow(2).sum()
-        yield loss.item()
-        loss.backward()
-        with torch.no_grad():
-            for weight in (w1, w2):
-                weight -= 1e-6 * weight.grad
-                weight.grad.zero_()
-
-
-def with_my_relu(library: Library) -> Iterator[float]:
-    """Trains with a user-defined Function."""
-    return with_autograd(library, library.MyReLU.apply)
-
-
-def sequential(library: Library) -> nn.Module:
-    return nn.Sequential(library.nn.Linear(D_IN, HIDDEN), library.nn.ReLU(), library.nn.Linear(HIDDEN, D_OUT))
-
-
-def with_sequential(library: Library) -> Iterator[float]:
-    """Trains a module, with the update computed by hand."""
-    x, y, *_ = data()
-    model = sequential(library)
-    for _ in range(STEPS):
-        loss = nn.MSELoss(reduction="sum")(model(x), y)
-        yield loss.item()
-        model.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter -= 1e-4 * parameter.grad
-
-
-def optimized(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor, y: torch.Tensor) -> Iterator[float]:
-    for _ in range(STEPS):
-        loss = nn.MSELoss(reduction="sum")(model(x), y)
-        yield loss.item()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
-def with_adam(library: Library) -> Iterator[float]:
-    x, y, *_ = data()
-    model = sequential(library)
-    return optimized(model, torch.optim.Adam(model.parameters(), lr=ADAM_LEARNING_RATE), x, y)
-
-
-def with_custom_module(library: Library) -> Iterator[float]:
-    """Trains a user-defined module, with a clamp for the ReLU."""
-
-    class TwoLayerNet(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear1 = library.nn.Linear(D_IN, HIDDEN)
-            self.linear2 = library.nn.Linear(HIDDEN, D_OUT)
-
-        def forward(self, x):
-            return self.linear2(self.linear1(x).clamp(min=0))
-
-    x, y, *_ = data()
-    model = TwoLayerNet()
-    return optimized(model, torch.optim.SGD(model.parameters(), lr=1e-4), x, y)
-
-
-FORMS = [in_numpy, by_hand, with_autograd, with_my_relu, with_sequential, with_adam, with_custom_module]
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_two_layer_net(dtype, form):
-    torch.set_num_threads(1)  # a network this small gains nothing from more, and loses much on a busy machine
-    curves = []
-    for library in (STOCK, PYOPS):
-        torch.manual_seed(0)
-        curves.append(list(form(library)))
-    stock, ours = (torch.tensor(curve, dtype=torch.float64) for curve in curves)
-    assert len(ours) == STEPS
-    # The square root of the loss is the norm of the residual y_pred - y. Each rounding error in it is proportional to
-    # the numbers that were rounded, however small the residual has become; those of the first step are the largest.
-    rounding = 16 * torch.finfo(dtype).eps
-    if form is with_adam and dtype is torch.float32:
-        # Adam moves a weight by the learning rate however small its gradient is, so a weight whose gradient is mostly
-        # rounding error moves in either direction. Some of 100,000 weights do so in float32, and none in float64.
-        rounding = ADAM_LEARNING_RATE
-    torch.testing.assert_close(ours.sqrt(), stock.sqrt(), rtol=rounding, atol=rounding * stock[0].sqrt().item())
-    assert ours[-1] < 1e-6 * ours[0]

@@ -11,7 +11,11 @@
 
 namespace pyops::cpu {
 
+// Who uses which buffer. A function may fill a buffer while its callers use those of other groups, or other buffers of
+// its own group. Only one algorithm of a convolution runs at a time in a thread, unless it is named as the caller of
+// others.
 enum class Scratch {
+  // Operands and sums of a product: gemm/gemm.h, and every caller of macrokernel().
   a,
   a_offsets,
   a_steps,
@@ -19,52 +23,60 @@ enum class Scratch {
   b_offsets,
   b_steps,
   sums,
+  target_rows,
+  target_vectors,
+  target_lanes,
+  run_steps,
+  row_offsets,
+  // gemm/epilogue.h
   sums_rows,
   sums_vectors,
   row_bias,
   column_bias,
-  target_rows,
-  target_vectors,
-  target_lanes,
-  grad_rows,
-  weight,
-  taps,
-  phases,
-  phases_of_pairs,
-  spans,
-  classes,
-  chunk_begins,
-  phase_filters,
+  // The partial sums of a batch that is cut into parts.
   partial_sums,
-  image_sums,
-  between,
-  planes,
-  result_planes,
-  phases_of_planes,
+  // The description of a convolution, which its algorithm reads: conv2d/problem.h and conv2d_backward.cpp.
+  taps,
   gradient_taps,
-  source_block,
-  output_block,
-  grad_block,
-  block_sums,
-  class_pixels,
-  met_taps,
+  phases,
+  // An algorithm of a convolution: its packed filters and its tables.
+  weight,
+  bias,
+  classes,
+  spans,
+  phases_of_pairs,
+  phase_filters,
   taps_of_terms,
-  sum_rows,
-  row_offsets,
-  run_steps,
-  filter_steps,
-  filter_rows,
-  source_steps,
   source_pixels,
   output_pixels,
   output_channels,
-  bias,
-  patterns,
+  source_steps,
+  filter_steps,
+  filter_rows,
+  class_pixels,
+  chunk_begins,
+  met_taps,
+  tap_runs,
+  permutations,
+  // A weight gradient.
+  grad_rows,
+  sum_rows,
+  tap_begins,
+  // CHWN blocks of images: conv2d/batch_lanes.cpp and conv2d_relu_max_pool2d.cpp.
+  source_block,
+  output_block,
+  grad_block,
   pooled_block,
   argmax_block,
-  tap_runs,
-  tap_begins,
-  permutations,
+  block_sums,
+  // The callers of other algorithms: conv2d/grouped_planes.cpp, implicit_gemm_of_planes and forward_of_chunks.
+  planes,
+  result_planes,
+  phases_of_planes,
+  between,
+  // max_pool2d
+  image_sums,
+  patterns,
   count
 };
 
