@@ -85,8 +85,8 @@ def known(size: Any) -> tuple[int, ...]:
     return tuple(n.node.hint if isinstance(n, torch.SymInt) else n for n in size)
 
 
-def compare(what: str, other: Outcome, real: Outcome) -> None:
-    """Compares the outcome on tensors without values with that on the CPU."""
+def compare(what: str, other: Outcome, real: Outcome, strides: bool) -> None:
+    """Compares the outcome on tensors without values with that on the CPU, with or without the strides."""
     if any(isinstance(each, Exception) and TORCHS_OWN.search(str(each)) for each in (other, real)):
         return
     if isinstance(real, Exception) or isinstance(other, Exception):
@@ -97,8 +97,9 @@ def compare(what: str, other: Outcome, real: Outcome) -> None:
     for one, like in zip(ours, expected, strict=True):
         kind, kind_on_cpu = ((known(t.shape), t.dtype, t.layout) for t in (one, like))
         assert kind == kind_on_cpu, f"{what}: {kind}, on cpu {kind_on_cpu}"
-        placed = torch.empty_strided(known(one.shape), known(one.stride()), device="meta")
-        assert_same_strides(what, placed, like)
+        if strides:
+            placed = torch.empty_strided(known(one.shape), known(one.stride()), device="meta")
+            assert_same_strides(what, placed, like)
 
 
 def fake(mode: FakeTensorMode, arg: Any) -> Any:
@@ -257,7 +258,8 @@ class Problem:
         if not self.writes() or (isinstance(real, Exception) and self.context not in TRANSFORMS):
             assert all(map(torch.equal, contents(args), before)), f"{self.function}: an argument was changed"
         for what, other in others.items():
-            compare(f"{self.function} on {what}", other, real)
+            # Samples that vmap turns into channels may be laid out in either memory format.
+            compare(f"{self.function} on {what}", other, real, strides=self.context != "vmap")
         if self.context == "vmap":
             self.check_samples(arguments("cpu"), real)
         elif not self.writes() and isinstance(real, Exception) and not TORCHS_OWN.search(str(real)):
@@ -303,6 +305,8 @@ class Problem:
                 own[at] = args[at].select(dim, i)
             of_sample = outcome(self.function, lambda own=own: self.plain(own))
         if of_sample is None:
+            return
+        if isinstance(real, Exception) and TORCHS_OWN.search(str(real)):
             return
         same = isinstance(real, Exception) == isinstance(of_sample, Exception)
         assert same, f"{self.function}: by vmap {described(real)!r}, one sample {described(of_sample)!r}"
