@@ -22,6 +22,15 @@ def empty_images(like: torch.Tensor, size: Sequence[int], last: bool, dtype: tor
     return images if len(size) == 4 else images.squeeze(0)
 
 
+def dense(images: torch.Tensor, last: bool) -> torch.Tensor:
+    """The results [B, N, C, H, W] or [B, C, H, W] of a batching rule, stored sample by sample as C H W or, if `last`,
+    as H W C. A tangent needs the layout of its result, because torch copies it otherwise, by a functional copy that has
+    no derivative under `functionalize`."""
+    if not last:
+        return images.contiguous()
+    return images.movedim(-3, -1).contiguous().movedim(-1, -3)
+
+
 def is_empty(size: Sequence[int]) -> bool:
     """Whether a batch is known to hold no images; conv2d's result is then not channels-last, as in stock torch."""
     return len(size) == 4 and statically_known_true(size[0] == 0)

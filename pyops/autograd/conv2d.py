@@ -19,7 +19,7 @@ from pyops.autograd._function import (
     unfold,
     vmap_by_loop,
 )
-from pyops.autograd._images import channels_last, empty_images, is_empty, pair
+from pyops.autograd._images import channels_last, dense, empty_images, is_empty, pair
 
 
 def output_size(image: Sequence[int], kernel: Sequence[int], stride: Any, padding: Any, dilation: Any) -> list[int]:
@@ -72,7 +72,10 @@ def vmap_images(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[
         outputs = call(x, merge(w, -4, parts), merge(b, -1, parts), stride, padding, dilation, groups, *pool)
 
         def undo(output: torch.Tensor) -> torch.Tensor:
-            return split(output, -3, size, parts)
+            samples = split(output, -3, size, parts)
+            if by_weight is not None and call is Conv2d.call:
+                return samples
+            return dense(samples, channels_last(output))
 
     if isinstance(outputs, torch.Tensor):
         return undo(outputs), 0

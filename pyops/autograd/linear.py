@@ -106,13 +106,14 @@ class Linear(Bilinear):
         info: Any, in_dims: Dims, input: torch.Tensor, weight: torch.Tensor, bias: MaybeTensor
     ) -> tuple[torch.Tensor, int]:
         """If all samples share weight and bias, they are more rows of one input. If they share the input, their weights
-        become one weight with more output features. Otherwise each sample is a product of its own."""
+        become one weight with more output features. Otherwise each sample is a product of its own. The result is stored
+        sample by sample, so that tangents have its layout, whichever rule computes them (see `dense` in _images.py)."""
         if in_dims[1] is None and in_dims[2] is None:
             return Linear.call(input.movedim(in_dims[0], 0), weight, bias), 0
         size, (by_input, *_) = info.batch_size, in_dims
         w, b = (batch_first(t, d, size) for t, d in zip((weight, bias), in_dims[1:], strict=True))
         if by_input is None:
-            return split(Linear.call(input, merge(w, -2), merge(b, -1)), -1, size), 0
+            return split(Linear.call(input, merge(w, -2), merge(b, -1)), -1, size).contiguous(), 0
         return LinearBatched.call(input.movedim(by_input, 0), w, b), 0
 
     @staticmethod

@@ -98,6 +98,14 @@ def output_and_gradients(
     return output.detach(), [next(grads) if want else None for want in wanted]
 
 
+def linear_in_chunks(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """linear with sums of at most 64 terms at a time. In stock's longer chains, all roundings may go in one direction
+    if the products are about equal, as they are for an expanded operand."""
+    parts = [torch.nn.functional.linear(*pair) for pair in zip(input.split(64, -1), weight.split(64, -1), strict=True)]
+    output = torch.stack(parts).sum(0)
+    return output if bias is None else output + bias
+
+
 def conv2d_unfolded(
     input: torch.Tensor,
     weight: torch.Tensor,
