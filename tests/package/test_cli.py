@@ -143,7 +143,7 @@ def test_info_on_algorithms(capsys):
     assert re.search(r"^conv2d.weight_gradient ", out, re.M)
     main(["info", "--algorithm", "max_pool2d", "2x64x8x8", "--kernel-size=2", "--channels-last", "--dtype=bfloat16"])
     out = capsys.readouterr().out
-    assert re.search(r"^max_pool2d.forward +channels +csrc/cpu/max_pool2d.cpp$", out, re.M)
+    assert re.search(r"^max_pool2d.forward +channels +csrc/cpu/max_pool2d/channels.h$", out, re.M)
     assert re.search(r"^max_pool2d.backward +channel_tiles .*\n +also: channel_gather, scatter$", out, re.M)
 
 
