@@ -10,8 +10,8 @@
 
 namespace pyops {
 
-// The operands of an op on which stock's gradients depend although they are not operands of our backward op. The
-// derivatives with respect to them are known in advance, and yet the graph has a path to them.
+// Stock's graph connects a gradient to some operands of the op that our backward op does not take, although the
+// derivatives with respect to them are zero or undefined. This says which operands these are.
 enum class Path {
   none,     // the operands of the backward op are all there are
   factors,  // input and weight, with an undefined derivative: every gradient requires grad if they do

@@ -34,6 +34,10 @@ constexpr T by_capability([[maybe_unused]] T baseline, [[maybe_unused]] T avx2, 
 #endif
 }
 
+// Whether comparing and blending vectors are single instructions. The baseline emulates them lane by lane, which is
+// slower than scalar code.
+constexpr bool has_vector_compares = by_capability(false, true, true);
+
 inline constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

@@ -18,6 +18,8 @@
 
 namespace pyops::cpu {
 
+// The polyphase decomposition: one phase for each residue of the stride, with its share of the taps. Filling the
+// problems by name makes this function long.
 template <class T>
 Phases<T> input_gradient_phases(const Conv2dBackwardArgs& x) {
   const Conv2dShape& s = x.shape;

@@ -53,7 +53,7 @@ struct InRegisters2x2 {
 template <class T, class A>
 struct Columns {
   static bool supports(const MaxPool2dArgs& x) { return is_common<T, A> && !x.shape.channels_last; }
-  static bool profitable(const MaxPool2dArgs& x) { return x.shape.OW >= lanes_of<T> / 4; }
+  static bool profitable(const MaxPool2dArgs& x) { return has_vector_compares && x.shape.OW >= lanes_of<T> / 4; }
   // A constant stride makes the loads vectors, and a constant kernel size removes the loops over its taps.
   static void run(const MaxPool2dArgs& x) {
     if constexpr (is_common<T, A>) {
@@ -73,6 +73,7 @@ struct GatheredWindows {
   static bool supports(const MaxPool2dArgs& x) {
     return is_common<T, A> && !is_reduced<T> && !x.shape.channels_last && can_gather_windows(x.shape);
   }
+  static bool profitable(const MaxPool2dArgs&) { return has_vector_compares; }
   static void run(const MaxPool2dArgs& x) {
     if constexpr (is_common<T, A> && !is_reduced<T>) call<T, A>(x, gather_windows<T>);
   }
@@ -88,8 +89,8 @@ constexpr Algorithm<MaxPool2dArgs> algorithms[] = {
     {"columns", "csrc/cpu/max_pool2d/columns.h", Columns<T, A>::supports, Columns<T, A>::profitable,
      Columns<T, A>::run},
     // With so few columns, most lanes of a vector of columns would be idle.
-    {"gathered_windows", "csrc/cpu/max_pool2d/windows.h", GatheredWindows<T, A>::supports, always<MaxPool2dArgs>,
-     GatheredWindows<T, A>::run},
+    {"gathered_windows", "csrc/cpu/max_pool2d/windows.h", GatheredWindows<T, A>::supports,
+     GatheredWindows<T, A>::profitable, GatheredWindows<T, A>::run},
     {"windows", "csrc/cpu/max_pool2d/windows.h", [](const MaxPool2dArgs& x) { return !x.shape.channels_last; },
      always<MaxPool2dArgs>, [](const MaxPool2dArgs& x) { call<T, A>(x, pool_windows<T, A>); }},
     {"channels", "csrc/cpu/max_pool2d/channels.h", [](const MaxPool2dArgs& x) { return x.shape.channels_last; },

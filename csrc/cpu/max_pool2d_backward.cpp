@@ -3,10 +3,10 @@
 // All operands are NCHW, or all are NHWC. The element of a window is the one that its argmax names. An argmax that
 // names no tap in bounds names no element, and its gradient goes nowhere.
 //
-// The obvious backward zeroes grad_input and scatters into it. Where the lanes of vectors can be used, the elements
-// gather instead: a vector of input elements asks each window over it, of which there are kernel / stride along an
-// axis, whether the argmax is this very tap. Every element is then written once, and nothing is zeroed first. Otherwise
-// gradients are scattered after all, into one image or plane at a time, so that it is still in cache.
+// The obvious backward zeroes grad_input and scatters into it, here one image or plane at a time, which stays in cache.
+// Where that is faster, the elements gather instead: a vector of elements compares its tap with the argmax of every
+// window that covers it. Every element is then written once, and nothing is zeroed first. If the windows do not
+// overlap, there is one such window, and a vector of windows gives the vectors of their elements.
 //
 // All algorithms add in window order, so the result depends neither on the threads nor on the algorithm. 16-bit types
 // add in float32 and round once. No argmax is trusted: gathering only ever compares it, and scattering checks it.
@@ -112,6 +112,10 @@ struct RowPairs3x3 {
 template <class T, class A>
 struct RowPairs {
   static bool supports(const Problem<T, A>& x) { return has_bytes<A> && are_tiles_2x2(x.shape()); }
+  // In shorter rows, too many lanes are idle (with AVX-512 this was not measured). bench/algorithms.py compares them.
+  static bool profitable(const Problem<T, A>& x) {
+    return has_vector_compares && x.shape().OW > by_capability<int64_t>(0, 12, 0);
+  }
   static void run(const Problem<T, A>& x) {
     const MaxPool2dShape& s = x.shape();
     if constexpr (has_bytes<A>)
@@ -133,6 +137,7 @@ struct TilesOfChannels {
   static bool supports(const Problem<T, A>& x) {
     return has_bytes<A> && x.shape().channels_last && ChannelTiles<T>::take(x.shape());
   }
+  static bool profitable(const Problem<T, A>&) { return has_vector_compares; }
   static void run(const Problem<T, A>& x) {
     const MaxPool2dShape& s = x.shape();
     if constexpr (has_bytes<A>)
@@ -145,7 +150,8 @@ struct GatherOfChannels {
   static bool supports(const Problem<T, A>& x) { return has_bytes<A> && x.shape().channels_last; }
   // Gathering an element costs about taps / lanes_of of what scattering one costs.
   static bool profitable(const Problem<T, A>& x) {
-    return x.shape().taps() <= lanes_of<T> && x.shape().C >= ChannelGather<T>::vectors_at_once * lanes_of<T>;
+    return has_vector_compares && x.shape().taps() <= lanes_of<T> &&
+           x.shape().C >= ChannelGather<T>::vectors_at_once * lanes_of<T>;
   }
   static void run(const Problem<T, A>& x) {
     const MaxPool2dShape& s = x.shape();
@@ -157,7 +163,7 @@ struct GatherOfChannels {
 template <class T, class A>
 constexpr Algorithm<Problem<T, A>> algorithms[] = {
 #ifdef CPU_CAPABILITY_AVX512
-    // Short rows leave no idle lanes.
+    // Vectors continue across short rows, so that few lanes are idle.
     {"patterns", "csrc/cpu/max_pool2d/backward_patterns_avx512.h", Patterns<T, A>::supports, Patterns<T, A>::profitable,
      Patterns<T, A>::run},
     // Masks handle the ends of rows, for which row_pairs needs partial vectors.
@@ -169,14 +175,14 @@ constexpr Algorithm<Problem<T, A>> algorithms[] = {
      RowPairs3x3<T, A>::profitable, RowPairs3x3<T, A>::run},
 #endif
     // A vector of windows gives whole vectors of elements, which is cheaper than scattering.
-    {"row_pairs", "csrc/cpu/max_pool2d/backward_row_pairs.h", RowPairs<T, A>::supports, always<Problem<T, A>>,
+    {"row_pairs", "csrc/cpu/max_pool2d/backward_row_pairs.h", RowPairs<T, A>::supports, RowPairs<T, A>::profitable,
      RowPairs<T, A>::run},
-    // For other shapes, gathering vectors of columns is slower than scattering.
+    // Overlapping windows of planes are scattered.
     {"plane_scatter", "csrc/cpu/max_pool2d/backward_scatter.h", ScatterOfPlanes<T, A>::supports, always<Problem<T, A>>,
      ScatterOfPlanes<T, A>::run},
     // Every window writes pixels of its own, so that there is no search for windows and nothing to add.
-    {"channel_tiles", "csrc/cpu/max_pool2d/backward_channels.h", TilesOfChannels<T, A>::supports, always<Problem<T, A>>,
-     TilesOfChannels<T, A>::run},
+    {"channel_tiles", "csrc/cpu/max_pool2d/backward_channels.h", TilesOfChannels<T, A>::supports,
+     TilesOfChannels<T, A>::profitable, TilesOfChannels<T, A>::run},
     {"channel_gather", "csrc/cpu/max_pool2d/backward_channels.h", GatherOfChannels<T, A>::supports,
      GatherOfChannels<T, A>::profitable, GatherOfChannels<T, A>::run},
     {"scatter", "csrc/cpu/max_pool2d/backward_scatter.h", always<Problem<T, A>>, always<Problem<T, A>>,

@@ -85,7 +85,7 @@ def in_transform() -> bool:
 
 def below_this_level(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` with recording enabled, which torch disables. Nested transforms each record the call on their own
-    level, and the transforms outside of the one that is recording now have not recorded it yet."""
+    level, and the outer transforms still have to record the call."""
 
     @functools.wraps(forward)
     def on_the_levels_below(*args: Any) -> Any:

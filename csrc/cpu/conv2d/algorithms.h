@@ -1,6 +1,6 @@
 // The algorithms of conv2d in order of preference, one table for each direction; csrc/algorithms.h says how one is
-// chosen. The file of an algorithm, or the .cpp file that includes it, defines what it supports and when it is
-// profitable.
+// chosen. The file that the table names, or the .cpp file that includes it, defines what an algorithm supports and when
+// it is profitable.
 #pragma once
 
 #include "../runtime/algorithms.h"
@@ -10,8 +10,9 @@ namespace pyops::cpu {
 
 // ---- convolutions: the forward, and the input gradient as a convolution of grad_output ----
 
-// A batch of another size may be computed by another algorithm, but a sample's result must not depend on its batch. So
-// an algorithm that is profitable for some batch sizes only has to sum in the order of those that take its place.
+// A sample's result must not depend on its batch, although a batch of another size may be computed by another
+// algorithm. So an algorithm that is chosen only at some batch sizes must sum in the same order as those that are
+// chosen at the others.
 template <class T>
 struct ConvolutionAlgorithm {
   const char *name, *file;
@@ -96,8 +97,8 @@ bool is_worth_batch_lanes(const ConvProblem<T>& x, int64_t count);
 template <class T>
 bool multiplies_pairs(const ConvProblem<T>& x);
 
-// Whether the batch lanes may compute this problem for batches of some sizes and the algorithm that is chosen now for
-// others.
+// Whether batch_lanes and the algorithm that is chosen give the same bits, so that the batch size may decide between
+// them.
 template <class T>
 bool agrees_with_batch_lanes(bool sums_in_order, const ConvProblem<T>& x) {
   return sums_in_order && !multiplies_pairs(x);
@@ -105,7 +106,7 @@ bool agrees_with_batch_lanes(bool sums_in_order, const ConvProblem<T>& x) {
 
 // ---- the input gradient ----
 
-// The problem, and the convolution that it is, which is described when that is asked for.
+// The problem, and the phases of its convolution, which are built when they are first asked for.
 template <class T>
 class InputGradient {
  public:
@@ -122,7 +123,7 @@ class InputGradient {
   mutable Phases<T> phases_{nullptr, 0};
 };
 
-// Whether the algorithm that is chosen for the input gradient agrees with the batch lanes about every bit.
+// Whether batch_lanes and the algorithm that is chosen for the input gradient give the same bits.
 template <class T>
 bool input_gradient_agrees_with_batch_lanes(const Conv2dBackwardArgs& x);
 

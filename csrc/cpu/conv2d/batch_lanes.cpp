@@ -1,9 +1,9 @@
 // Convolutions with the batch in lanes, over CHWN blocks of images: the convolution itself, which serves the forward
 // and the input gradient, and the gradients of weight and bias. Declarations and formulas are in conv2d/batch_lanes.h.
 //
-// The convolution is chosen where the lanes that it saves are worth two transposes (is_worth_batch_lanes), all
-// gradients together for few channels with no tap outside of the image. A task is a block of images, or several for the
-// gradients; threads that would otherwise have no work share a task.
+// The convolution is chosen where the lanes that it saves are worth two transposes (is_worth_batch_lanes). The combined
+// backward is chosen for few channels, if every tap is inside of the image. A task is a block of images, or several for
+// the gradients; threads that would otherwise have no work share a task.
 //
 // Only taps inside of the image are multiplied. A convolution's sums run over (channel, tap) in order, in the chunks of
 // gemm.h. A weight gradient sums over the pixels of each image in a lane of its own, over the blocks of a part of the
@@ -286,9 +286,10 @@ void BatchLanesWeightGradient<T>::operator()(const Compute<T>* source, const Com
   }
 }
 
-// The most channels that a group may have. More channels than a vector has lanes pay only where both gradients share
-// the transposed blocks and vectors along the channels would need transposes too. They do not pay in double, nor with
-// 1x1 kernels, where there is little to multiply.
+// The most channels that a group may have. More channels than a vector has lanes are worth it only if both gradients
+// are wanted, which then share the transposed blocks, and the images are channels-first, so that vectors along the
+// channels would need transposes too. They are not worth it in double, nor with 1x1 kernels, where there is little to
+// multiply.
 template <class T>
 int64_t most_channels(const Conv2dBackwardArgs& x) {
   constexpr int64_t lanes = Vec<Compute<T>>::size(), most = std::is_same_v<Compute<T>, float> ? 16 : lanes;

@@ -3,8 +3,9 @@
 //   block[e * lanes + n] = element e of image n
 //
 // A block holds as many images as a vector has lanes; if the batch has fewer left, zeros take their place. Each vector
-// operation then computes one element for a whole block of images: every load is aligned and no lane is idle, whatever
-// the size of a plane. The elements of a block keep the order that they have in the images' own layout.
+// operation then computes one element for a whole block of images: every load is aligned, and only the lanes of missing
+// images are idle, whatever the size of a plane. The elements of a block keep the order that they have in the images'
+// own layout.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What the choices between the algorithms of a convolution compare.
+// Estimates of the costs that the choice of a convolution's algorithm compares.
 #pragma once
 
 #include "problem.h"

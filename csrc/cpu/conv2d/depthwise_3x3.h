@@ -7,7 +7,8 @@
 // skipped.
 //
 // A sum runs over the taps in the order of the filter, which for an input gradient is the reverse of that of the image,
-// so that it has the bits of other algorithms. A weight gradient sums over the pixels of each image.
+// so that the results are bit-identical to those of the other algorithms. A weight gradient sums over the pixels of
+// each image.
 #pragma once
 
 #include "problem.h"

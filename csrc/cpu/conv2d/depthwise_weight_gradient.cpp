@@ -1,4 +1,4 @@
-// The weight gradient of a depthwise convolution (conv2d/depthwise.cpp), for every one of which it is chosen:
+// The weight gradient of a depthwise convolution (conv2d/depthwise.cpp). It is chosen for every one:
 //
 //   grad_weight[c, tap] = sum over pixels of grad_output[c, pixel] * input(c, pixel, tap)
 //

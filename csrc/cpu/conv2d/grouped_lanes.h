@@ -63,7 +63,7 @@ struct GroupLanes {
 
 // ---- taps ----
 
-// A run of up to three taps of one row, each the horizontal stride right of the one before. Through tap t of the run,
+// A run of up to three taps of one row, which are spaced by the horizontal stride. Through tap t of the run,
 // output pixel x reads the input column (x + t) * step_w + dx, which is called position x + t.
 struct TapRun {
   static constexpr int64_t longest = 3;

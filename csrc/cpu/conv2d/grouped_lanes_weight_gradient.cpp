@@ -1,5 +1,5 @@
 // The weight gradient of narrow groups over channels-last images, with the lanes and the permutations of
-// conv2d/grouped_lanes.cpp, and chosen as that is where every tap meets the image:
+// conv2d/grouped_lanes.cpp. It is chosen under the same condition, if every tap also meets the image:
 //
 //   grad_weight[tap, i, (g, o)] = sum over pixels of input[pixel + tap, (g, i)] * grad_output[pixel, (g, o)]
 //

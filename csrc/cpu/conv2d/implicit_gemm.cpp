@@ -3,7 +3,8 @@
 //   output [O, pixels] = filters [O, K] input tile [K, pixels]      vectors along the width, filters broadcast
 //   output [pixels, O] = input tile [pixels, K] filters^T [K, O]    vectors along the channels, inputs broadcast
 //
-// They support every convolution. Which one is chosen depends on the share of their lanes that they use.
+// This file cuts the work into tasks and packs the filters. When each is chosen and its inner loops are in
+// conv2d/implicit_gemm_width.cpp and conv2d/implicit_gemm_channels.cpp.
 //
 // A task is a tile of output rows (or several small images) of one group and, if there are few tiles, a part of the
 // output channels. With the vectors along the channels, the filters are packed into panels, once for all tiles if there
@@ -12,11 +13,6 @@
 //
 // Guarantees: those of gemm.h. Borders are exact even if the weight is infinite or NaN (conv2d/nonfinite.h).
 #include "implicit_gemm.h"
-
-#include <cmath>
-
-#include "costs.h"
-#include "nonfinite.h"
 
 namespace pyops::cpu {
 namespace {
@@ -59,25 +55,6 @@ ConvProblem<T> paired(ConvProblem<T> x) {
   return x;
 }
 
-// The pixel classes of each phase, which implicit_gemm_channels reads.
-struct PhaseClasses {
-  const PixelClasses* data = nullptr;
-  bool in_place = false;  // no phase multiplies zeros around the images, which are then read in place
-};
-
-template <class T>
-PhaseClasses classify_pixels(const Phases<T>& phases) {
-  // Channels-first planes may be a page or more apart, too far to be read pixel by pixel: they are copied and padded
-  // with zeros.
-  bool in_place = phases.first().channels_last && (std::is_same_v<T, Compute<T>> || multiplies_pairs(phases.first()));
-  PixelClasses* classes = scratch<PixelClasses>(Scratch::classes, phases.count);
-  for (int64_t p = 0; p < phases.count; ++p) {
-    classes[p] = PixelClasses(phases[p].input, /*wanted=*/in_place);
-    in_place &= classes[p].exact;
-  }
-  return {classes, in_place};
-}
-
 template <class F, class T>
 void multiply(const Phases<T>& phases, bool by_width, PhaseClasses classes) {
   constexpr int64_t lanes = OperandVec<F>::size();
@@ -116,7 +93,8 @@ void multiply(const Phases<T>& phases, bool by_width, PhaseClasses classes) {
   });
 }
 
-// Runs an implicit GEMM, whose operands may be bfloat16 pairs.
+}  // namespace
+
 template <class T>
 void implicit_gemm(const Phases<T>& x, bool by_width, PhaseClasses classes) {
   const bool pairs = multiplies_pairs(x.first());
@@ -126,77 +104,14 @@ void implicit_gemm(const Phases<T>& x, bool by_width, PhaseClasses classes) {
   dispatch_operand<T>([&](auto operand) { multiply<decltype(operand)>(phases, by_width, classes); }, pairs);
 }
 
-}  // namespace
-
 template <class T>
 bool multiplies_pairs(const ConvProblem<T>& x) {
   return has_pairs<T>() && x.input.channels % 2 == 0 && !is_worth_batch_lanes(x, Vec<Compute<T>>::size());
 }
 
-// ---- vectors along the width ----
-
-template <class T>
-bool ImplicitGemmWidth<T>::supports(const Phases<T>&) {
-  return true;
-}
-
-// Compares the lanes that each implicit GEMM takes for one pixel and term, with factors fitted to measurements.
-template <class T>
-bool ImplicitGemmWidth<T>::profitable(const Phases<T>& phases) {
-  constexpr double lanes = Vec<Compute<T>>::size();
-  const ConvProblem<T>& x = phases.first();
-  const auto taps = static_cast<double>(x.input.tap_count), O = static_cast<double>(x.out_channels);
-  const double vectors = std::ceil(O / lanes);
-  const double used = lane_utilization<Compute<T>>(are_rows_joined(x) ? x.input.pixels() : x.input.out_width);
-  // Lines make for shorter register tiles, and channels-last images and their outputs have to be transposed.
-  const double by_width = (x.channels_last ? 1.25 * (O + 9 / taps) : 1.15 * O) / used;
-  // A register tile that is one vector wide takes a load for every FMA, direct_3wide fewer. With several x phases the
-  // transpose does not count: vectors along the width would have to scatter their columns, which costs as much.
-  const double transpose = x.x_phases > 1 ? 0 : transpose_cost(x);
-  const bool direct_3wide = Direct3Wide<T>::supports(phases) && Direct3Wide<T>::profitable(phases);
-  const double of_tiles = vectors > 1 ? 1 : direct_3wide ? 1.1 : 1.5;
-  const double along_channels = of_tiles * vectors * lanes * (1 + transpose);
-  return by_width < along_channels;
-}
-
-template <class T>
-bool ImplicitGemmWidth<T>::sums_in_order(const Phases<T>&) {
-  return true;
-}
-
-template <class T>
-void ImplicitGemmWidth<T>::run(const Phases<T>& x) {
-  convolve_exactly(x, [](const Phases<T>& finite) { implicit_gemm(finite, /*by_width=*/true, {}); });
-}
-
-// ---- vectors along the output channels ----
-
-template <class T>
-bool ImplicitGemmChannels<T>::supports(const Phases<T>&) {
-  return true;
-}
-
-template <class T>
-bool ImplicitGemmChannels<T>::profitable(const Phases<T>&) {
-  return true;
-}
-
-template <class T>
-bool ImplicitGemmChannels<T>::sums_in_order(const Phases<T>&) {
-  return true;
-}
-
-template <class T>
-void ImplicitGemmChannels<T>::run(const Phases<T>& x) {
-  const PhaseClasses classes = classify_pixels(x);
-  const auto gemm = [&](const Phases<T>& phases) { implicit_gemm(phases, /*by_width=*/false, classes); };
-  classes.in_place ? gemm(x) : convolve_exactly(x, gemm);
-}
-
 #define INSTANTIATE(T)                                   \
   template bool multiplies_pairs(const ConvProblem<T>&); \
-  template struct ImplicitGemmWidth<T>;                  \
-  template struct ImplicitGemmChannels<T>;
+  template void implicit_gemm(const Phases<T>&, bool, PhaseClasses);
 FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 

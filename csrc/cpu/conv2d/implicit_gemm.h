@@ -1,11 +1,22 @@
-// The inner loops of the implicit GEMMs of conv2d/implicit_gemm.cpp, with the vectors along the width or along the
-// output channels, and the packing of filters.
+// What conv2d/implicit_gemm.cpp, which cuts an implicit GEMM into tasks, shares with the inner loops: those with the
+// vectors along the width (conv2d/implicit_gemm_width.cpp) and along the output channels
+// (conv2d/implicit_gemm_channels.cpp).
 #pragma once
 
 #include "algorithms.h"
 #include "border_taps.h"
 
 namespace pyops::cpu {
+
+// The pixel classes of each phase, which implicit_gemm_channels reads.
+struct PhaseClasses {
+  const PixelClasses* data = nullptr;
+  bool in_place = false;  // no phase multiplies zeros around the images, which are then read in place
+};
+
+// Runs an implicit GEMM with the vectors along the width or along the output channels.
+template <class T>
+void implicit_gemm(const Phases<T>& x, bool by_width, PhaseClasses classes);
 
 // One task of an implicit GEMM. F is the type of the operands; if they are pairs, all channels are counted in pairs.
 template <class T, class F>

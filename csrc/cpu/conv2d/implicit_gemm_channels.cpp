@@ -9,6 +9,7 @@
 // channels-first output. Guarantees: those of gemm.h.
 #include "../gemm/epilogue.h"
 #include "implicit_gemm.h"
+#include "nonfinite.h"
 
 namespace pyops::cpu {
 namespace {
@@ -88,7 +89,8 @@ const TapSet* taps_of_terms(const ConvInput<T>& s) {
   return taps;
 }
 
-// Multiplies the lines of phase q by the filters of the output channels [n, n + columns).
+// Multiplies the lines of phase q by the filters of the output channels [n, n + columns). The nest of loops over
+// chunks, panels and register tiles stands in one function, because every level uses the bounds of those outside it.
 template <class T, class F>
 void multiply_phase(const GemmTask<T, F>& t, int64_t q, const Lines& lines, int64_t n, int64_t columns,
                     const Sums<T>& sums) {
@@ -212,6 +214,51 @@ void implicit_gemm_channels(const GemmTask<T, F>& t, int64_t p) {
   }
 }
 
+// ---- the algorithm ----
+
+namespace {
+
+// The pixel classes of each phase.
+template <class T>
+PhaseClasses classify_pixels(const Phases<T>& phases) {
+  // Channels-first planes may be a page or more apart, too far to be read pixel by pixel: they are copied and padded
+  // with zeros.
+  bool in_place = phases.first().channels_last && (std::is_same_v<T, Compute<T>> || multiplies_pairs(phases.first()));
+  PixelClasses* classes = scratch<PixelClasses>(Scratch::classes, phases.count);
+  for (int64_t p = 0; p < phases.count; ++p) {
+    classes[p] = PixelClasses(phases[p].input, /*wanted=*/in_place);
+    in_place &= classes[p].exact;
+  }
+  return {classes, in_place};
+}
+
+}  // namespace
+
+template <class T>
+bool ImplicitGemmChannels<T>::supports(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+bool ImplicitGemmChannels<T>::profitable(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+bool ImplicitGemmChannels<T>::sums_in_order(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+void ImplicitGemmChannels<T>::run(const Phases<T>& x) {
+  const PhaseClasses classes = classify_pixels(x);
+  const auto gemm = [&](const Phases<T>& phases) { implicit_gemm(phases, /*by_width=*/false, classes); };
+  classes.in_place ? gemm(x) : convolve_exactly(x, gemm);
+}
+
+#define INSTANTIATE(T) template struct ImplicitGemmChannels<T>;
+FOR_EACH_FLOATING(INSTANTIATE)
+#undef INSTANTIATE
 #define INSTANTIATE(T, F)                                                                                      \
   template void pack_filters(F*, const ConvProblem<T>&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t); \
   template void implicit_gemm_channels(const GemmTask<T, F>&, int64_t);

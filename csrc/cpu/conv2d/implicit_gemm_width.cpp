@@ -7,11 +7,17 @@
 // have the type of the operands. Every row of pixels begins a new vector, unless the rows are contiguous; then they are
 // joined into one line. The sums of a channels-first output are stored directly where that is possible
 // (gemm/epilogue.h). Guarantees: those of gemm.h.
+#include <cmath>
+
 #include "../gemm/epilogue.h"
+#include "costs.h"
 #include "implicit_gemm.h"
+#include "nonfinite.h"
 
 namespace pyops::cpu {
 
+// The nest of loops over blocks, chunks and register tiles stands in one function, because every level uses the bounds
+// of those outside it.
 template <class T, class F>
 void implicit_gemm_width(const GemmTask<T, F>& t, int64_t p) {
   using C = Accumulator<F>;
@@ -91,6 +97,47 @@ void implicit_gemm_width(const GemmTask<T, F>& t, int64_t p) {
   }
 }
 
+// ---- the algorithm ----
+
+template <class T>
+bool ImplicitGemmWidth<T>::supports(const Phases<T>&) {
+  return true;
+}
+
+// Compares the estimated operations of both implicit GEMMs, in lanes for each pixel and term. The factors were fitted
+// to measurements.
+template <class T>
+bool ImplicitGemmWidth<T>::profitable(const Phases<T>& phases) {
+  constexpr double lanes = Vec<Compute<T>>::size();
+  const ConvProblem<T>& x = phases.first();
+  const auto taps = static_cast<double>(x.input.tap_count), O = static_cast<double>(x.out_channels);
+  const double vectors = std::ceil(O / lanes);
+  const double used = lane_utilization<Compute<T>>(are_rows_joined(x) ? x.input.pixels() : x.input.out_width);
+  // Vectors that end with a row of pixels fill the register tiles badly, and channels-last images and outputs have to
+  // be transposed.
+  const double by_width = (x.channels_last ? 1.25 * (O + 9 / taps) : 1.15 * O) / used;
+  // A register tile that is one vector wide takes a load for every FMA, direct_3wide fewer. With several x phases the
+  // transpose does not count: vectors along the width would have to scatter their columns, which costs as much.
+  const double transpose = x.x_phases > 1 ? 0 : transpose_cost(x);
+  const bool direct_3wide = Direct3Wide<T>::supports(phases) && Direct3Wide<T>::profitable(phases);
+  const double of_tiles = vectors > 1 ? 1 : direct_3wide ? 1.1 : 1.5;
+  const double along_channels = of_tiles * vectors * lanes * (1 + transpose);
+  return by_width < along_channels;
+}
+
+template <class T>
+bool ImplicitGemmWidth<T>::sums_in_order(const Phases<T>&) {
+  return true;
+}
+
+template <class T>
+void ImplicitGemmWidth<T>::run(const Phases<T>& x) {
+  convolve_exactly(x, [](const Phases<T>& finite) { implicit_gemm(finite, /*by_width=*/true, {}); });
+}
+
+#define INSTANTIATE(T) template struct ImplicitGemmWidth<T>;
+FOR_EACH_FLOATING(INSTANTIATE)
+#undef INSTANTIATE
 #define INSTANTIATE(T, F) template void implicit_gemm_width(const GemmTask<T, F>&, int64_t);
 FOR_EACH_OPERAND(INSTANTIATE)
 #undef INSTANTIATE

@@ -5,8 +5,8 @@
 // a tap leaves the image and the other operand is not finite, the product is taken with that operand's finite part (its
 // infinities and NaN are replaced by the smallest normal number of their sign), and the terms of the replaced values
 // are added one by one, over the taps inside only. Any such term makes its sum infinite or NaN, so neither the order
-// nor the rounding of these terms matters. Nor does the smallest number that was added in their place: multiplied by an
-// infinity it gives the same infinity, where a 0 would give NaN.
+// nor the rounding of these terms matters. The number that takes their place does no harm either: times an infinity it
+// gives the infinity that the replaced value gives, whereas a 0 would give NaN.
 //
 // The cost is a pass over the weight (in the weight gradient, over grad_output or its sums), and time for each value
 // that is not finite.

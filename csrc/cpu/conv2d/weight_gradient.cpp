@@ -3,8 +3,8 @@
 //
 //   grad_weight [O, K] = grad_output [O, pixels] input tile [pixels, K]
 //
-// It supports every convolution. There are three ways to lay the vectors, and the one that leaves the fewest lanes idle
-// is chosen. Along the output channels (conv2d/weight_gradient_outputs.h), values of the input tile are broadcast;
+// It supports every convolution. The vectors can run along three dimensions, and the one that leaves the fewest lanes
+// idle is chosen. Along the output channels (conv2d/weight_gradient_outputs.h), values of the input tile are broadcast;
 // along the inputs, for few output channels (conv2d/weight_gradient_inputs.h), the gradients. Along the width, where
 // either would leave most lanes idle, conv2d/weight_gradient_width.h computes dot products. If a bfloat16 batch is
 // even, pairs of images are multiplied where the CPU supports it (gemm/operand.h).

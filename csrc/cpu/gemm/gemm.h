@@ -48,8 +48,8 @@ struct GemmArgs {
 // Reading a matrix in place saves the copy, but past this size it costs more in cache and TLB misses.
 constexpr int64_t in_place_bytes = 1 << 20;
 // Products of few rows are the exception: they read even a large B in place, because packing it would not pay off over
-// so little use. That holds only where a tile reads long enough pieces of each row of B, so without AVX-512 these
-// products have at most one tile of rows.
+// so little use. Without AVX-512 the pieces that a tile reads from each row of B are too short for this, and the limit
+// is a single tile of rows.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int64_t few_rows = 64;
 #else

@@ -43,7 +43,8 @@ C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Accumulator<T>
   sum.store(to, lanes);
 }
 
-// Loops over compile-time counts must be unrolled for the sums to stay in registers. `adjacent` means that the vectors
+// The body is one function, however long, and its loops over compile-time counts are unrolled, because only so do the
+// sums stay in registers from the first product to the epilogue. `adjacent` means that the vectors
 // are adjacent both in B and in C: then one pointer serves all of them, and the pointers of all rows fit in registers.
 template <class T, int rows, int vectors, bool adjacent>
 void tile(const TileArgs<T>& x) {
@@ -173,7 +174,7 @@ bool are_full(const int32_t* lanes, int64_t vectors) {
   return std::all_of(lanes, lanes + vectors, [](int32_t count) { return count == OperandVec<T>::size(); });
 }
 
-// Has the next tile prefetch what the tile `rows` rows further on reads first.
+// Makes the next tile prefetch the first bytes of the tile that is `rows` rows further on.
 template <class T>
 void fetch_ahead(TileArgs<T>& x, int64_t bytes, int64_t rows) {
   x.lines_ahead = std::min(x.kc, bytes / cache_line);

@@ -39,8 +39,8 @@ struct OperandB {
   const int64_t* steps;
 };
 
-// The most rows of a register tile by its width in vectors: what the registers hold beside one row of B. Only a product
-// of a single row is wider than max_vectors, because its few sums would otherwise wait for one another.
+// The most rows of a register tile by its width in vectors: what the registers hold beside one row of B. Only the
+// product of a single row is wider than max_vectors, to have enough chains of FMAs that do not wait for one another.
 // With AVX2, 3 x 4 is faster than 6 x 2.
 constexpr std::array<int, 8> tile_rows =
     by_capability<std::array<int, 8>>({4, 1}, {8, 6, 4, 3, 1, 1, 1, 1}, {8, 8, 8, 6, 1, 1, 1, 1});

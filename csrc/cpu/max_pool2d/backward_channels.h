@@ -118,7 +118,7 @@ class ChannelTiles {
 
   // Computes the rows of windows [begin, end) of N * OH; the last row of an image also writes the rows of pixels below
   // it that no window reaches.
-  void rows(int64_t begin, int64_t end, T* grad_input) const {
+  C10_ALWAYS_INLINE void rows(int64_t begin, int64_t end, T* grad_input) const {
     const int64_t line = s_.W * s_.C, reached = s_.OW * s_.kernel_w * s_.C;
     for (int64_t row = begin; row < end; ++row) {
       const int64_t n = row / s_.OH, y = row % s_.OH;

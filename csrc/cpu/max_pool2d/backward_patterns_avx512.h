@@ -7,8 +7,8 @@
 // window that the lane is. A vector then costs two permutations, a comparison and a store, and each pattern stays in
 // registers while it is applied to a block of groups.
 //
-// An argmax that names no tap equals none, so its gradient goes nowhere. A gradient is copied, so one of -0.0 keeps its
-// sign.
+// An argmax that names no tap equals none, so its gradient goes nowhere. Sums begin with 0, so a gradient of -0.0
+// becomes 0.
 #pragma once
 
 #ifdef CPU_CAPABILITY_AVX512

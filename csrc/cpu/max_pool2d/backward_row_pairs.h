@@ -15,7 +15,7 @@ class TileBackward {
 
   // Computes the pairs of rows [begin, end) of row_pairs(); the last pair of a plane may be one row, or have no
   // windows.
-  void rows(int64_t begin, int64_t end, T* grad_input) const {
+  C10_ALWAYS_INLINE void rows(int64_t begin, int64_t end, T* grad_input) const {
     const int64_t pairs = ceil_div(s_.H, 2);
     const auto first_element = [&](int64_t pair) { return (pair / pairs * s_.H + pair % pairs * 2) * s_.W; };
     T* const chunk_end = grad_input + first_element(end);

@@ -7,7 +7,7 @@
 // short rows.
 //
 // The gradients of an element are added in window order. An argmax that names no tap equals none, so its gradient goes
-// nowhere. RowPair2x2 copies gradients, so one of -0.0 keeps its sign.
+// nowhere. Sums begin with 0, so a gradient of -0.0 becomes 0.
 #pragma once
 
 #ifdef CPU_CAPABILITY_AVX512

@@ -31,7 +31,6 @@ struct Windows {
 
   // add() for vectors that may reach beyond the tensor: reads only these lanes if the whole vector does not exist.
   Vec<C> add_edge(Vec<C> sum, int64_t first, int64_t tap, LaneRange lanes) const {
-    if (lanes.begin >= lanes.end) return sum;
     if (grad.holds(first, lanes_of<T>)) return add(sum, first, tap, lanes);
     std::array<C, lanes_of<T>> chosen{};
     for (int64_t l = lanes.begin; l < lanes.end; ++l) {

@@ -14,7 +14,7 @@ class ChannelPool {
       : s_(shape), in_{input, shape.N * shape.H * shape.W * shape.C} {}
 
   // Computes the rows [begin, end) of the output's N * OH.
-  void rows(int64_t begin, int64_t end, T* output, A* argmax) const {
+  C10_ALWAYS_INLINE void rows(int64_t begin, int64_t end, T* output, A* argmax) const {
     int64_t room = (end - begin) * s_.OW * s_.C;
     output += begin * s_.OW * s_.C;
     argmax += begin * s_.OW * s_.C;

@@ -3,8 +3,8 @@
 //
 // All operands are NCHW, or all are NHWC. The element of a window is the one that its argmax names.
 //
-// The windows are processed one at a time. A table in place of a running index (elements.h) leaves little more than the
-// loads.
+// The windows are processed one at a time. A table (elements.h) gives the element of a tap, so that the loads take most
+// of the time.
 //
 // An argmax that names no tap in bounds is not trusted: gather gives 0 for it, and so does indices.
 #include <algorithm>
@@ -37,7 +37,7 @@ void for_all_windows(const MaxPool2dShape& s, const void* argmax, int64_t pitch,
 
 void max_pool2d_gather(const MaxPool2dGatherArgs& args) {
   count_run(parts::max_pool2d_gather.runs);
-  dispatch_real(args.dtype, [&](auto t) {
+  dispatch_floating(args.dtype, [&](auto t) {
     using T = decltype(t);
     const MaxPool2dShape s = as_channels_last(args.shape);
     const auto* input = static_cast<const T*>(args.input);

@@ -76,13 +76,15 @@ inline void store(Out* target, Vec<Compute<Out>> value, int64_t count) {
     return _mm256_mask_storeu_epi16(target, static_cast<__mmask16>((1u << count) - 1), numbers);
   }
 #endif
+  // A whole vector is stored with a constant count, which is an instruction rather than a copy of bytes.
+  constexpr int lanes = lanes_of<Out>;
+  const auto store_lanes = [&](const Vec<Out>& numbers) {
+    count == lanes ? numbers.store(target, lanes) : numbers.store(target, static_cast<int>(count));
+  };
   if constexpr (is_reduced<Out>) {
-    // A whole vector is stored with a constant count, which is an instruction rather than a copy of bytes.
-    constexpr int lanes = lanes_of<Out>;
-    const Vec<Out> rounded = at::vec::convert_from_float<Out>(value, value);
-    count == lanes ? rounded.store(target, lanes) : rounded.store(target, static_cast<int>(count));
+    store_lanes(at::vec::convert_from_float<Out>(value, value));
   } else {
-    value.store(target, static_cast<int>(count));
+    store_lanes(value);
   }
 }
 
