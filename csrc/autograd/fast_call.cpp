@@ -1,7 +1,7 @@
 // Calls operators from Python without torch's argument matching. Arguments that are plain tensors, numbers, lists of
 // numbers or None go straight onto the dispatcher's stack. Anything else (subclasses, modes that override functions,
-// symbols, keywords) falls back to torch's own call of an operator, which matches any arguments with any schema and whose
-// overhead is as large as the run time of a small kernel.
+// symbols, keywords) falls back to torch's own call of an operator, which matches any arguments with any schema and
+// whose overhead is as large as the run time of a small kernel.
 //
 // It also calls an operator for its checks alone, which the fake kernels and the batching rules (pyops/autograd) do
 // before they look at their arguments.

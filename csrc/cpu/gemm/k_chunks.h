@@ -8,8 +8,8 @@
 namespace pyops::cpu {
 
 // f(k, kc, first, last) for each chunk of [begin, end); f is called once, with kc = 0, if that range is empty. Chunks
-// are about equal, have at most `most` terms, and begin at multiples of 16 from `begin`, so that the 16x16 transposes of
-// simd/transpose.h stay whole. The function is inlined so that what f captures stays in registers.
+// are about equal, have at most `most` terms, and begin at multiples of 16 from `begin`, so that the 16x16 transposes
+// of simd/transpose.h stay whole. The function is inlined so that what f captures stays in registers.
 template <int64_t most = KC, class F>
 C10_ALWAYS_INLINE void for_each_chunk(int64_t begin, int64_t end, const F& f) {
   const int64_t chunks = std::max(ceil_div(end - begin, most), int64_t{1});
