@@ -16,7 +16,8 @@ namespace pyops::cpu {
 // Stores as many lanes of `values` at p as there is room for, which may be none or more than a vector.
 template <class T>
 void store_within(T* p, const Vec<Compute<T>>& values, int64_t room) {
-  if (room > 0) store(p, values, std::min(room, lanes_of<T>));
+  if (room >= lanes_of<T>) return store(p, values, lanes_of<T>);
+  if (room > 0) store(p, values, room);
 }
 
 // The gradients whose argmax is `tap`, and zeros elsewhere.
