@@ -69,8 +69,8 @@ template <class Row, size_t n, class Problem>
   std::string others;
   for (const Row& row : table)
     if (row.supports(x)) others += (others.empty() ? "" : ", ") + std::string(row.name);
-  throw std::invalid_argument(std::string(choice.op()) + ": the algorithm " + name +
-                              " is forced, but it does not support this problem; these do: " + others);
+  throw std::runtime_error(std::string(choice.op()) + ": the algorithm " + name +
+                           " is forced, but it does not support this problem; these do: " + others);
 }
 
 // The row of the algorithm that is taken for a problem.
