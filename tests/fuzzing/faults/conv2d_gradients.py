@@ -69,7 +69,7 @@ FAULTS = (
     ),
     Fault(
         "along outputs: the second part of the batch is not added",
-        "gemm/gemm.h",
+        "gemm/sum_parts.h",
         "for (int64_t part = 1; part < parts; ++part) {",
         "for (int64_t part = 2; part < parts; ++part) {",
         "conv2d",

@@ -22,7 +22,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: the tap after the image is inside",
-        "max_pool2d.cpp",
+        "max_pool2d/taps.h",
         "range_inside(origin, dilation, kernel, size);",
         "range_inside(origin, dilation, kernel, size + 1);",
         "max_pool2d",
@@ -30,15 +30,15 @@ FAULTS = (
     ),
     Fault(
         "pooling: the padding counts as zeros",
-        "max_pool2d.cpp",
-        "? lanes.select(load_strided<kStride>(in_.data + first, stride()), kLowest<Compute<T>>)",
-        "? lanes.select(load_strided<kStride>(in_.data + first, stride()), Compute<T>(0))",
+        "max_pool2d/columns.h",
+        "? lanes.select(load_strided<fixed_stride>(in_.data + first, stride()), lowest<Compute<T>>)",
+        "? lanes.select(load_strided<fixed_stride>(in_.data + first, stride()), Compute<T>(0))",
         "max_pool2d",
         "max_pool2d.forward:columns",
     ),
     Fault(
         "pooling: the argmax of a window of -inf is the first tap but one",
-        "max_pool2d.cpp",
+        "max_pool2d/columns.h",
         "for (int64_t w = w0 + l * stride(); w < 0; w += s_.dilation_w) ++first[l];",
         "++first[l];",
         "max_pool2d",
@@ -46,7 +46,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: the last plane that is left over is not pooled",
-        "max_pool2d.cpp",
+        "max_pool2d/windows.h",
         "rest.C = 1, rest.N = s.N * s.C - groups * planes_at_once;",
         "rest.C = 1, rest.N = s.N * s.C - groups * planes_at_once - 1;",
         "max_pool2d",
@@ -54,7 +54,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: of equal taps of a single window the last one wins",
-        "max_pool2d.cpp",
+        "max_pool2d/windows.h",
         "if (v > max || v != v) {",
         "if (v >= max || v != v) {",
         "max_pool2d",
@@ -78,7 +78,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: a row below the windows takes gradients of the next plane",
-        "max_pool2d_backward.cpp",
+        "max_pool2d/backward_row_pairs.h",
         "const int64_t columns = y < s_.OH ? s_.OW : 0;",
         "const int64_t columns = s_.OW;",
         "max_pool2d",
@@ -94,7 +94,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: pixels right of the windows are not written",
-        "max_pool2d_backward.cpp",
+        "max_pool2d/backward_channels.h",
         "i < s_.kernel_h && reached < line; ++i)",
         "i < s_.kernel_h - 1 && reached < line; ++i)",
         "max_pool2d",
@@ -102,7 +102,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: a window does not reach its last tap",
-        "max_pool2d_backward.cpp",
+        "max_pool2d/backward_channels.h",
         "while (begin_ < end_ && begin_ * stride_ + reach_ < at_) ++begin_;",
         "while (begin_ < end_ && begin_ * stride_ + reach_ <= at_) ++begin_;",
         "max_pool2d",
@@ -110,7 +110,7 @@ FAULTS = (
     ),
     Fault(
         "pooling: the first element of an image gets no gradient",
-        "max_pool2d_backward.cpp",
+        "max_pool2d/backward_scatter.h",
         "if (element >= 0) sums[element] +=",
         "if (element > 0) sums[element] +=",
         "max_pool2d",

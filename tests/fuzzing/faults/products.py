@@ -96,10 +96,10 @@ FAULTS = (
     ),
     Fault(
         "output: 16-bit results are truncated",
-        "gemm/output.h",
-        "at::vec::convert_from_float<Out>(value, value).store(target, static_cast<int>(count));",
+        "simd/vec.h",
+        "store_lanes(at::vec::convert_from_float<Out>(value, value));",
         "const Vec<float> exact = value & Vec<float>(c10::bit_cast<float>(0xFFFF0000u));\n"
-        "    at::vec::convert_from_float<Out>(exact, exact).store(target, static_cast<int>(count));",
+        "    store_lanes(at::vec::convert_from_float<Out>(exact, exact));",
         "linear",
     ),
 )
