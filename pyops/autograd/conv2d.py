@@ -73,6 +73,8 @@ def vmap_images(call: Callable[..., Any], info: Any, in_dims: Dims, args: tuple[
 
         def undo(output: torch.Tensor) -> torch.Tensor:
             samples = split(output, -3, size, parts)
+            # If the samples have weights of their own, stock leaves the result of a convolution in one piece too, which
+            # saves a copy.
             if by_weight is not None and call is Conv2d.call:
                 return samples
             return dense(samples, channels_last(output))

@@ -60,9 +60,7 @@ class Problem:
                 if function.__name__ + "(" in source and function.__name__ not in helpers:
                     helpers[function.__name__] = inspect.getsource(function)
                     used.append(helpers[function.__name__])
-        constants = (
-            f"FUNCTIONAL_COPY = {derivations.FUNCTIONAL_COPY!r}\nLIMITS_OF_STOCK = {derivations.LIMITS_OF_STOCK}\n"
-        )
+        constants = f"LIMITS_OF_STOCK = {derivations.LIMITS_OF_STOCK}\n"
         body = "\n".join(f"    {line}" for line in self.program)
         test = f"def test_{self.name}_{self.seed}():\n{body}\n"
         return "\n\n".join([IMPORTS + "\n" + constants, *helpers.values(), test])
