@@ -38,7 +38,8 @@ class Choice {
 
   constexpr explicit Choice(const char* op) : op_(op) {}
 
-  // Takes the names of the table's rows. Returns true, so that a constant can be initialized with it.
+  // Takes the names of the table's rows. Returns true, so that a file can call it once, when its module is loaded, by
+  // initializing a constant.
   template <class Row, size_t n>
   bool list(const Row (&table)[n]) {
     static_assert(n <= most_algorithms);

@@ -5,9 +5,13 @@ import gc
 import json
 import random
 import resource
+import sys
 from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 from tensors import FLOATING, place
 
 from pyops import _load

@@ -7,8 +7,13 @@ runs this program enables the C library's checking allocator, which aborts if a 
 
 import ctypes
 import mmap
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
+
 from tensors import FLOATING, place
 
 import pyops  # noqa: F401

@@ -5,6 +5,13 @@
 
 namespace pyops::cpu {
 
+// The fraction of their lanes that vectors along a dimension of this size use.
+template <class T>
+double lane_utilization(int64_t size) {
+  constexpr int64_t lanes = Vec<T>::size();
+  return static_cast<double>(size) / static_cast<double>(ceil_div(size, lanes) * lanes);
+}
+
 // Whether the rows of pixels are contiguous in the image or in the input tile copied from it, as they are with a single
 // tap.
 template <class T>

@@ -7,6 +7,7 @@
 //
 // Guarantees: those of gemm.h. Every image is computed separately.
 #include "algorithms.h"
+#include "costs.h"
 
 namespace pyops::cpu {
 

@@ -13,6 +13,7 @@
 // Every element sums over (tap, chunk of O) in order, whatever the batch and the threads. No zeros are multiplied.
 #include "algorithms.h"
 #include "border_taps.h"
+#include "costs.h"
 
 namespace pyops::cpu {
 namespace {

@@ -13,6 +13,7 @@
 // over the taps inside of the image only, even where values are infinite or NaN (conv2d/nonfinite.h).
 #include "../gemm/sum_parts.h"
 #include "algorithms.h"
+#include "costs.h"
 #include "nonfinite.h"
 #include "weight_gradient_inputs.h"
 #include "weight_gradient_outputs.h"

@@ -117,11 +117,4 @@ void write(const Output<Out>& out, const Compute<Out>* sums, int64_t sums_stride
   }
 }
 
-// The fraction of their lanes that vectors along a dimension of this size use.
-template <class T>
-double lane_utilization(int64_t size) {
-  constexpr int64_t lanes = Vec<T>::size();
-  return static_cast<double>(size) / static_cast<double>(ceil_div(size, lanes) * lanes);
-}
-
 }  // namespace pyops::cpu
