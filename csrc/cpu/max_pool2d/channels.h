@@ -50,31 +50,39 @@ class ChannelPool {
   // Computes the channels of `vectors` vectors from c on.
   template <int64_t vectors>
   void pool(const Pixel& pixel, int64_t c, T* output, A* argmax, int64_t room) const {
-    const auto [first, taps_h, taps_w] = pixel;
-    const int64_t row_step = s_.dilation_h * s_.W * s_.C, column_step = s_.dilation_w * s_.C;
-    const int64_t last = first + c + (taps_h.end - 1) * row_step + (taps_w.end - 1) * column_step;
-    const bool whole = in_.holds(last, vectors * lanes_of<T>);
-    using Windows = RunningMax<Compute<T>, A>;
-    const Windows start(static_cast<A>(taps_h.begin * s_.kernel_w + taps_w.begin));
-    std::array<Windows, vectors> best;
-    best.fill(start);
-    for (int64_t i = taps_h.begin; i < taps_h.end; ++i) {
-      for (int64_t j = taps_w.begin; j < taps_w.end; ++j) {
-        const int64_t at = first + c + i * row_step + j * column_step;
-#pragma GCC unroll 4
-        for (int64_t v = 0; v < vectors; ++v) {
-          best[v].update(whole ? load_whole(in_.data + at + v * lanes_of<T>)
-                               : in_.load_part(at + v * lanes_of<T>, 1, LaneRange{0, std::min(lanes_of<T>, s_.C - c)},
-                                               lowest<Compute<T>>),
-                         i * s_.kernel_w + j);
-        }
-      }
-    }
+    const int64_t first = pixel.first + c;
+    const int64_t last = first + (pixel.taps_h.end - 1) * row_step() + (pixel.taps_w.end - 1) * column_step();
+    const auto best = in_.holds(last, vectors * lanes_of<T>)
+                          ? best_of<vectors>(pixel, first, [&](int64_t at) { return load_whole(in_.data + at); })
+                          : best_of<vectors>(pixel, first, [&](int64_t at) {
+                              const LaneRange lanes{0, std::min(lanes_of<T>, s_.C - c)};
+                              return in_.load_part(at, 1, lanes, lowest<Compute<T>>);
+                            });
 #pragma GCC unroll 4
     for (int64_t v = 0; v < vectors; ++v) {
       store_windows(best[v], output + v * lanes_of<T>, argmax + v * lanes_of<T>, room - v * lanes_of<T>);
     }
   }
+
+  // The maxima of vectors whose tap (0, 0) is at `first`.
+  template <int64_t vectors, class Load>
+  C10_ALWAYS_INLINE auto best_of(const Pixel& pixel, int64_t first, const Load& load_at) const {
+    using Windows = RunningMax<Compute<T>, A>;
+    const Windows start(static_cast<A>(pixel.taps_h.begin * s_.kernel_w + pixel.taps_w.begin));
+    std::array<Windows, vectors> best;
+    best.fill(start);
+    for (int64_t i = pixel.taps_h.begin; i < pixel.taps_h.end; ++i) {
+      for (int64_t j = pixel.taps_w.begin; j < pixel.taps_w.end; ++j) {
+        const int64_t at = first + i * row_step() + j * column_step();
+#pragma GCC unroll 4
+        for (int64_t v = 0; v < vectors; ++v) best[v].update(load_at(at + v * lanes_of<T>), i * s_.kernel_w + j);
+      }
+    }
+    return best;
+  }
+
+  int64_t column_step() const { return s_.dilation_w * s_.C; }
+  int64_t row_step() const { return s_.dilation_h * s_.W * s_.C; }
 
   const MaxPool2dShape s_;
   const Flat<T> in_;
