@@ -188,7 +188,13 @@ def _explain(args: argparse.Namespace) -> None:
         tensors = [torch.zeros(tuple(map(int, shape.split("x"))), dtype=getattr(torch, args.dtype)) for shape in shapes]
         if args.channels_last:
             tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
-        function = {"conv2d": functional.conv2d, "linear": functional.linear, "max_pool2d": functional.max_pool2d}[op]
+        function, most = {
+            "conv2d": (functional.conv2d, 3),
+            "linear": (functional.linear, 3),
+            "max_pool2d": (functional.max_pool2d, 1),
+        }[op]
+        if len(shapes) > most:
+            raise ValueError(f"{op} takes up to {most} shapes, got {' '.join(shapes)}")
 
         def call() -> None:
             output = function(*(tensor.requires_grad_() for tensor in tensors), **options)
