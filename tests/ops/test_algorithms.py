@@ -211,7 +211,7 @@ def test_unknown_names():
 
 def run_python(code: str, algorithm: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYOPS_ALGORITHM": algorithm}
-    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
 
 
 def test_the_environment_forces_an_algorithm():
