@@ -194,7 +194,9 @@ def _explain(args: argparse.Namespace) -> None:
             "max_pool2d": (functional.max_pool2d, 1),
         }[op]
         if len(shapes) > most:
-            raise ValueError(f"{op} takes up to {most} shapes, got {' '.join(shapes)}")
+            raise ValueError(
+                f"{op} has at most {most} operand{'s' * (most > 1)}, got {len(shapes)}: {', '.join(shapes)}"
+            )
 
         def call() -> None:
             output = function(*(tensor.requires_grad_() for tensor in tensors), **options)

@@ -154,7 +154,7 @@ def test_info_on_algorithms(capsys):
         (["conv2d", "1x3x8x8", "4x2x3x3"], "expected input.* to have 2 channels|channels"),
         (["linear", "8x5", "3x5", "--stride=2"], "stride"),
         (["linear", "8xfive"], "invalid literal"),
-        (["max_pool2d", "2x2x8x8", "2"], "takes up to 1 shapes, got 2x2x8x8 2"),
+        (["max_pool2d", "2x2x8x8", "2"], "has at most 1 operand, got 2: 2x2x8x8, 2"),
     ],
 )
 def test_info_on_an_impossible_call(capsys, arguments, message):

@@ -99,6 +99,17 @@ inline void store_vector(float* p, __m256 v) {
 }
 #endif
 
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+// For the rows that do not fill a vector.
+inline void transpose_4x4(float* target, int64_t target_stride, const float* source, int64_t source_stride) {
+  __m128 a = _mm_loadu_ps(source), b = _mm_loadu_ps(source + source_stride);
+  __m128 c = _mm_loadu_ps(source + 2 * source_stride), d = _mm_loadu_ps(source + 3 * source_stride);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(target, a), _mm_storeu_ps(target + target_stride, b);
+  _mm_storeu_ps(target + 2 * target_stride, c), _mm_storeu_ps(target + 3 * target_stride, d);
+}
+#endif
+
 template <class T, class In>
 void transpose(T* target, int64_t target_stride, const In* source, int64_t source_stride, int64_t rows,
                int64_t columns) {
@@ -125,6 +136,12 @@ void transpose(T* target, int64_t target_stride, const In* source, int64_t sourc
         for (int i = 0; i < tile_columns; ++i)
           store_vector(reinterpret_cast<float*>(target + (c + i) * target_stride + r), v[i]);
       }
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      for (; whole_rows + 4 <= rows; whole_rows += 4)
+        for (int64_t c = in_squares; c < whole_columns; c += 4)
+          transpose_4x4(target + c * target_stride + whole_rows, target_stride, source + whole_rows * source_stride + c,
+                        source_stride);
     }
   }
 #endif
