@@ -39,27 +39,33 @@ class Timing:
         return statistics.median(self.stock) / statistics.median(self.ours)
 
 
-def compare(stock: Callable[[], object], ours: Callable[[], object], threads: int) -> Timing:
+def compare(
+    stock: Callable[[], object],
+    ours: Callable[[], object],
+    threads: int,
+    block_seconds: float = BLOCK_SECONDS,
+    case_seconds: float = CASE_SECONDS,
+) -> Timing:
     """Times the two calls in turns with `threads` threads of torch. Both must have been called before."""
     torch.set_num_threads(threads)
     timers = [timeit.Timer(call) for call in (stock, ours)]
-    numbers = [calls_per_block(timer) for timer in timers]
+    numbers = [calls_per_block(timer, block_seconds) for timer in timers]
     timing = Timing([], [])
     started = timeit.default_timer()
     while len(timing.ours) < MIN_ROUNDS or (
-        len(timing.ours) < MAX_ROUNDS and timeit.default_timer() - started < CASE_SECONDS
+        len(timing.ours) < MAX_ROUNDS and timeit.default_timer() - started < case_seconds
     ):
         for timer, number, seconds in zip(timers, numbers, (timing.stock, timing.ours), strict=True):
             seconds.append(timer.timeit(number) / number)
     return timing
 
 
-def calls_per_block(timer: timeit.Timer) -> int:
+def calls_per_block(timer: timeit.Timer, block_seconds: float = BLOCK_SECONDS) -> int:
     number = 1
     # The best of three counts: the first call may take much longer, because it maps memory that the other side freed.
-    while (seconds := min(timer.repeat(3, number))) < BLOCK_SECONDS / 2:
+    while (seconds := min(timer.repeat(3, number))) < block_seconds / 2:
         number *= 2
-    return max(1, round(number * BLOCK_SECONDS / seconds))
+    return max(1, round(number * block_seconds / seconds))
 
 
 @functools.cache

@@ -37,7 +37,7 @@ class Case:
     op: str
     input: tuple[int, ...]
     weight: tuple[int, ...] | None = None
-    options: tuple[int, ...] = ()  # the arguments after the tensors
+    options: tuple[int | tuple[int, ...], ...] = ()  # the arguments after the tensors
     timed: str = "forward"  # or "forward with grad", "grad_input", "grad_weight" (with the bias's, if there is a bias)
     bias: bool = True
     dtype: torch.dtype = torch.float32
@@ -47,8 +47,11 @@ class Case:
 
     @property
     def name(self) -> str:
-        sizes = ["x".join(map(str, size)) for size in (self.input, self.weight) if size]
-        options = [",".join(map(str, self.options))] if self.options else []
+        def text(sizes: int | tuple[int, ...]) -> str:
+            return str(sizes) if isinstance(sizes, int) else "x".join(map(str, sizes))
+
+        sizes = [text(size) for size in (self.input, self.weight) if size]
+        options = [",".join(map(text, self.options))] if self.options else []
         layout = ["channels_last"] if self.layout == NHWC else []
         dtype = [str(self.dtype).removeprefix("torch.")] if self.dtype != torch.float32 else []
         return " ".join([self.op, *sizes, *options, *layout, *dtype, self.timed])

@@ -18,6 +18,7 @@ import harness  # noqa: E402
 import lenet  # noqa: E402
 import measure  # noqa: E402
 import ops  # noqa: E402
+import survey  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,48 @@ def test_the_document_on_algorithms():
     assert "| gemm | tiles | 1 | 1 | other | 2 | one_row 3 |" in text
     assert "as for 1 of 2 cases" in text
     assert text.endswith("| linear | gemm | one_row | 1.50 | tiles |")
+
+
+def test_survey(tmp_path):
+    files = ["--json", tmp_path / "results.json", "--plot", tmp_path / "ratios.png"]
+    command = [sys.executable, BENCH / "survey.py", "--sample", "2", "--op", "relu", "max_pool2d", "--threads", "1"]
+    printed = subprocess.run([*command, *files], check=True, capture_output=True, text=True).stdout
+    assert re.search(r"max_pool2d grad_input float32 │ +1 │ +2 │", printed)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert {"machine", "versions", "commit", "date", "seed"} < set(report)
+    assert len(report["results"]) == 8
+    for _, name, threads, stock, ours in report["results"]:
+        assert re.match(r"(relu|max_pool2d) [\dx]+ .*(forward|grad_input)$", name)
+        assert threads == 1
+        assert min(stock, ours) > 0
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_survey_ends_when_the_time_is_over():
+    command = [sys.executable, BENCH / "survey.py", "--sample", "5", "--seconds", "0", "--op", "relu"]
+    assert "The time is over" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_every_layer_of_the_survey_has_the_output_of_stock():
+    layers = survey.layers()
+    assert len({layer.network for layer in layers}) > 80
+    assert len({(layer.op, layer.input, layer.weight, layer.options) for layer in layers}) == len(layers)
+    for layer in layers:
+        case = ops.Case(layer.op, (2, *layer.input), layer.weight, layer.options)
+        with torch.device("meta"):
+            assert case.prepare().stock().numel() > 0, case.name
+
+
+def test_a_sample_of_the_survey_depends_on_its_seed_alone():
+    def sample(seed):
+        return survey.draw(6, seed, survey.OPS, ops.PASSES, ["float32", "bfloat16"])
+
+    cases = sample(1)
+    assert cases == sample(1)
+    assert cases != sample(2)
+    assert len(set(cases)) == 2 * 6 * (3 + 3 + 2 + 2)
+    assert {case.layout for _, case in cases} == {ops.NCHW, ops.NHWC}
+    assert any(network == "random" for network, _ in cases)
 
 
 def test_ratio_is_above_one_where_pyops_is_faster():
