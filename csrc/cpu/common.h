@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "../kernels.h"
 
@@ -58,6 +59,28 @@ inline Range range_inside(int64_t first, int64_t step, int64_t count, int64_t si
   const int64_t begin = first < 0 ? std::min(steps(-first), count) : 0;
   const int64_t end = first + (count - 1) * step < size ? count : std::clamp(steps(size - first), begin, count);
   return {begin, end};
+}
+
+// A column of pixels lies in memory as a row does. Where images, outputs and windows are columns, they are computed as
+// rows, because that is what vectors run along. (Networks of audio and time series have such shapes.)
+inline bool is_column(const Conv2dShape& s) {
+  return s.W == 1 && s.OW == 1 && s.kernel_w == 1 && s.padding_left == 0;
+}
+inline bool is_column(const MaxPool2dShape& s) {
+  return s.W == 1 && s.OW == 1 && s.kernel_w == 1 && s.padding_w == 0;
+}
+inline void make_row(Conv2dShape& s) {
+  std::swap(s.H, s.W), std::swap(s.OH, s.OW), std::swap(s.kernel_h, s.kernel_w), std::swap(s.stride_h, s.stride_w);
+  std::swap(s.padding_top, s.padding_left), std::swap(s.dilation_h, s.dilation_w);
+}
+inline void make_row(MaxPool2dShape& s) {
+  std::swap(s.H, s.W), std::swap(s.OH, s.OW), std::swap(s.kernel_h, s.kernel_w), std::swap(s.stride_h, s.stride_w);
+  std::swap(s.padding_h, s.padding_w), std::swap(s.dilation_h, s.dilation_w);
+}
+// Whether all shapes are columns, of more than one pixel.
+template <class... Shape>
+bool are_columns(const Shape&... shapes) {
+  return (is_column(shapes) && ...) && ((shapes.H > 1) || ...);
 }
 
 constexpr int64_t cache_line = 64;  // bytes

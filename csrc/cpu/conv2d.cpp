@@ -31,6 +31,11 @@ ConvProblem<T> forward_problem(const Conv2dArgs& x) {
 }
 
 void conv2d(const Conv2dArgs& x) {
+  if (are_columns(x.shape)) {
+    Conv2dArgs rows = x;
+    make_row(rows.shape);
+    return conv2d(rows);
+  }
   dispatch_floating(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const ConvProblem<T> problem = forward_problem<T>(x);

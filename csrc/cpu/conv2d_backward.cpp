@@ -227,6 +227,11 @@ FOR_EACH_FLOATING(INSTANTIATE)
 #undef INSTANTIATE
 
 void conv2d_backward(const Conv2dBackwardArgs& x) {
+  if (are_columns(x.shape)) {
+    Conv2dBackwardArgs rows = x;
+    make_row(rows.shape);
+    return conv2d_backward(rows);
+  }
   dispatch_floating(
       x.dtype, [&](auto zero) { choose(choices::conv2d_backward, backward_algorithms<decltype(zero)>, x).run(x); });
 }

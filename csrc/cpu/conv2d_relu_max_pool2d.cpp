@@ -268,9 +268,16 @@ constexpr Algorithm<Conv2dReluMaxPool2dBackwardArgs> backward_algorithms[] = {
 
 [[maybe_unused]] const bool listed_backward = choices::conv2d_relu_max_pool2d_backward.list(backward_algorithms<float>);
 
+template <class Args>
+Args with_rows(Args args) {
+  make_row(args.conv.shape), make_row(args.pool);
+  return args;
+}
+
 }  // namespace
 
 void conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs& args) {
+  if (are_columns(args.conv.shape, args.pool)) return conv2d_relu_max_pool2d(with_rows(args));
   dispatch_floating(args.conv.dtype, [&](auto zero) {
     using T = decltype(zero);
     Conv2dReluMaxPool2dArgs x = args;
@@ -281,6 +288,7 @@ void conv2d_relu_max_pool2d(const Conv2dReluMaxPool2dArgs& args) {
 }
 
 bool conv2d_relu_max_pool2d_backward(const Conv2dReluMaxPool2dBackwardArgs& x) {
+  if (are_columns(x.conv.shape, x.pool)) return conv2d_relu_max_pool2d_backward(with_rows(x));
   bool computed = false;
   dispatch_floating(x.conv.dtype, [&](auto zero) {
     const auto run = choose(choices::conv2d_relu_max_pool2d_backward, backward_algorithms<decltype(zero)>, x).run;

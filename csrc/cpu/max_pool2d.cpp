@@ -102,6 +102,11 @@ constexpr Algorithm<MaxPool2dArgs> algorithms[] = {
 }  // namespace
 
 void max_pool2d(const MaxPool2dArgs& args) {
+  if (are_columns(args.shape)) {
+    MaxPool2dArgs rows = args;
+    make_row(rows.shape);
+    return max_pool2d(rows);
+  }
   dispatch_real(args.dtype, [&](auto t) {
     using T = decltype(t);
     const auto pool = [&](auto argmax) {

@@ -194,6 +194,11 @@ constexpr Algorithm<Problem<T, A>> algorithms[] = {
 }  // namespace
 
 void max_pool2d_backward(const MaxPool2dBackwardArgs& args) {
+  if (are_columns(args.shape)) {
+    MaxPool2dBackwardArgs rows = args;
+    make_row(rows.shape);
+    return max_pool2d_backward(rows);
+  }
   dispatch_floating(args.dtype, [&](auto t) {
     using T = decltype(t);
     const auto backward = [&](auto argmax) {

@@ -74,10 +74,10 @@ void convolve(Choice& choice, const Phases<T>& x) {
   choose(choice, convolution_algorithms<T>, x).run(x);
 }
 
-// Whether a group has one channel on either side, in a layout in which the output has no gaps between its columns.
+// Whether a group has one channel on either side.
 template <class T>
 bool has_one_channel_groups(const ConvProblem<T>& x) {
-  return x.input.channels == 1 && x.out_channels == 1 && (x.channels_last || x.out_pixels().x_stride == 1);
+  return x.input.channels == 1 && x.out_channels == 1;
 }
 
 // Whether the depthwise algorithm, which takes each sum in one chain, would be chosen and K is longer than a chunk.
