@@ -23,10 +23,11 @@
 
 namespace pyops::cpu {
 
-// An L2 cache of 1 MB or more holds two blocks of A, MC x KC floats each (216 KB), their blocks of C (384 KB) and a
-// block of B, KC x NC floats (144 KB).
+// An L2 cache of 1 MB or more holds two blocks of A, MC x KC floats each (216 KB), their blocks of C (384 KB) and, with
+// AVX-512, a block of B, KC x NC floats (144 KB). With AVX2 it pays to pack longer rows of B, because a page of B is
+// then read in one go.
 constexpr int64_t MC = 192;
-constexpr int64_t NC = 256;
+constexpr int64_t NC = by_capability(1024, 1024, 256);
 
 // element(r, c) = data[r * row_stride + c * column_stride]
 template <class In>
@@ -45,16 +46,33 @@ struct GemmArgs {
   int64_t k_begin, k_end;  // the part of K to sum over
 };
 
-// Reading a matrix in place saves the copy, but past this size it costs more in cache and TLB misses.
-constexpr int64_t in_place_bytes = 1 << 20;
-// Products of few rows are the exception: they read even a large B in place, because packing it would not pay off over
-// so little use. Without AVX-512 the pieces that a tile reads from each row of B are too short for this, and the limit
-// is a single tile of rows.
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr int64_t few_rows = 64;
-#else
-constexpr int64_t few_rows = tile_rows[max_vectors - 1];
-#endif
+// Reading a matrix in place saves the copy, but past this size it costs more in cache and TLB misses. Products of few
+// rows are the exception: they read even a large B in place, because packing it would not pay off over so little use.
+// Without AVX-512 the pieces that a tile reads from each row of B are so short that rows of B evict one another from
+// the L1 cache: only what is no larger than half of it is read in place, or by a single tile of rows.
+constexpr int64_t in_place_bytes = by_capability(1 << 14, 1 << 14, 1 << 20);
+constexpr int64_t few_rows = by_capability(tile_rows[max_vectors - 1], tile_rows[max_vectors - 1], 64);
+
+// Packs rows m.. and columns k.. of an A that is stored by columns into panels of two register tiles of rows, so that
+// the values that a tile reads are close to one another.
+template <class F, class In>
+OperandA<F> pack_columns(const Matrix<In>& a, int64_t m, int64_t mc, int64_t k, int64_t kc) {
+  constexpr int64_t panel = 2 * tile_rows[max_vectors - 1];
+  const int64_t steps = ceil_div(kc, k_per_step<F>);
+  F* copy = scratch<F>(Scratch::a, ceil_div(mc, panel) * panel * steps);
+  for (int64_t i = 0; i < steps; ++i) {
+    const In* column = a.at(m, k + i * k_per_step<F>);
+    int64_t r = 0;
+    if constexpr (std::is_same_v<F, In>)
+      for (; r + panel <= mc; r += panel) std::copy_n(column + r, panel, copy + r * steps + i * panel);
+    for (; r < mc; r += panel)
+      copy_operand(copy + r * steps + i * panel, column + r, std::min(panel, mc - r), 1, a.column_stride,
+                   kc - i * k_per_step<F>);
+  }
+  int64_t* offsets = scratch<int64_t>(Scratch::a_offsets, mc);
+  for (int64_t r = 0; r < mc; ++r) offsets[r] = r / panel * panel * steps + r % panel;
+  return {copy, offsets, multiples(Scratch::a_steps, steps, panel)};
+}
 
 // Rows m.. and columns k.. of A as an operand, in place or packed; all of A has `elements`.
 template <class F, class In>
@@ -64,13 +82,8 @@ OperandA<F> operand_a(const Matrix<In>& a, int64_t elements, int64_t m, int64_t 
       (a.column_stride == 1 || elements * int64_t{sizeof(In)} <= in_place_bytes))
     return {reinterpret_cast<const F*>(a.at(m, k)), multiples(Scratch::a_offsets, mc, a.row_stride / k_per_step<F>),
             multiples(Scratch::a_steps, steps, a.column_stride)};
+  if (a.row_stride == 1) return pack_columns<F>(a, m, mc, k, kc);
   F* copy = scratch<F>(Scratch::a, mc * steps);
-  if (a.row_stride == 1) {
-    // A is stored by columns and copied by columns, because a broadcast can read its value from anywhere.
-    for (int64_t i = 0; i < steps; ++i)
-      copy_operand(copy + i * mc, a.at(m, k + i * k_per_step<F>), mc, 1, a.column_stride, kc - i * k_per_step<F>);
-    return {copy, multiples(Scratch::a_offsets, mc, 1), multiples(Scratch::a_steps, steps, mc)};
-  }
   for (int64_t i = 0; i < mc; ++i) copy_terms(copy + i * steps, a.at(m + i, k), kc, a.column_stride);
   return {copy, multiples(Scratch::a_offsets, mc, steps), multiples(Scratch::a_steps, steps, 1)};
 }
@@ -85,14 +98,20 @@ void pack_panels(F* panels, const Matrix<In>& b, int64_t k, int64_t kc, int64_t 
       transpose_terms(panels + c * steps, panel_width, b.at(k, n + c), b.column_stride, std::min(panel_width, nc - c),
                       kc);
   } else {
-    // Panels are filled one at a time. For 16-bit numbers, whose rows are short in a panel, all panels are filled row
-    // by row, so that B is still read in long runs.
-    const int64_t at_once = is_reduced<In> ? nc : panel_width;
-    for (int64_t begin = 0; begin < nc; begin += at_once)
-      for (int64_t i = 0; i < steps; ++i)
+    // All panels are filled row by row, so that B is read in long runs, unless the run of one panel is long enough. The
+    // next rows may be in other pages, where the hardware prefetcher does not follow.
+    constexpr bool long_runs = by_capability(false, false, !is_reduced<In>);
+    constexpr int64_t steps_ahead = 8;
+    const int64_t at_once = long_runs ? panel_width : nc;
+    for (int64_t begin = 0; begin < nc; begin += at_once) {
+      for (int64_t i = 0; i < steps; ++i) {
+        const int64_t term = i * k_per_step<F>, later = (i + steps_ahead) * k_per_step<F>;
+        if (!long_runs && b.column_stride == 1 && later < kc) prefetch(b.at(k + later, n), nc * int64_t{sizeof(In)});
         for (int64_t c = begin; c < std::min(begin + at_once, nc); c += panel_width)
-          copy_operand(panels + c * steps + i * panel_width, b.at(k + i * k_per_step<F>, n + c),
-                       std::min(panel_width, nc - c), b.column_stride, b.row_stride, kc - i * k_per_step<F>);
+          copy_operand(panels + c * steps + i * panel_width, b.at(k + term, n + c), std::min(panel_width, nc - c),
+                       b.column_stride, b.row_stride, kc - term);
+      }
+    }
   }
   F* last = panels + nc / panel_width * panel;
   for (F* row = last; odd > 0 && row < last + panel; row += panel_width) std::fill(row + odd, row + panel_width, F{});

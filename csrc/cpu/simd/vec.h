@@ -59,6 +59,11 @@ template <class T, class In>
 inline void copy_values(T* target, const In* source, int64_t n, int64_t stride) {
   if (stride != 1) {
     for (int64_t i = 0; i < n; ++i) target[i] = static_cast<T>(source[i * stride]);
+  } else if constexpr (std::is_floating_point_v<T> && std::is_same_v<T, In>) {  // short runs, for which a call is long
+    constexpr int64_t lanes = Vec<T>::size();
+    int64_t i = 0;
+    for (; i + lanes <= n; i += lanes) Vec<T>::loadu(source + i).store(target + i);
+    for (; i < n; ++i) target[i] = source[i];
   } else if constexpr (std::is_same_v<T, In>) {
     std::copy_n(source, n, target);
   } else {
