@@ -62,7 +62,8 @@ void implicit_gemm_width(const GemmTask<T, F>& t, int64_t p) {
     }
   }
 
-  const int64_t blocks = ceil_div(vectors * lanes, NC);
+  constexpr int64_t block_columns = 256;
+  const int64_t blocks = ceil_div(vectors * lanes, block_columns);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t v = block * vectors / blocks, count = (block + 1) * vectors / blocks - v;
     for (int64_t m = t.o; m < t.o + t.o_count; m += MC) {

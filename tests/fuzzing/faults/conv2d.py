@@ -54,8 +54,8 @@ FAULTS = (
     Fault(
         "depthwise: every block of channels has the bias of the first",
         "conv2d/depthwise.cpp",
-        "x.bias ? x.bias + c : nullptr, x.relu};",
-        "x.bias, x.relu};",
+        "offsets, x.bias ? x.bias + c : nullptr,",
+        "offsets, x.bias,",
         "conv2d",
         "conv2d.forward:depthwise",
     ),
