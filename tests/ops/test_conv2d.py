@@ -207,6 +207,7 @@ def test_more_than_2_to_the_31_elements(where):
     ("input_size", "weight_size", "options"),
     [
         ((2, 70, 7, 6), (70, 1, 3, 3), (None, 1, 1, 1, 70)),  # depthwise, with full and partial vectors of channels
+        ((1, 8, 4, 4), (8, 1, 3, 3), (None, 5, 3, 1, 8)),  # depthwise, with pixels that meet no column of the image
         ((2, 3, 5, 40), (2, 3, 3, 3), (None, 1, 6, 6, 1)),  # only the middle row of taps ever meets the image
         ((3, 2, 9, 33), (4, 1, 3, 5), (None, (2, 3), 1, 1, 2)),  # few output channels: weight gradient along the width
         ((2, 20, 9, 10), (24, 20, 5, 5), (None, 1, 2)),  # 25 classes of pixels by the taps inside

@@ -56,7 +56,8 @@ ChannelBlocks<Compute<T>> pack_blocks(Scratch use, const ConvInput<T>& s, int64_
   constexpr int64_t lanes = lanes_of<T>;
   const int64_t y_stride = columns.size() * lanes, stride = rows.size() * y_stride, blocks = ceil_div(count, lanes);
   C* const packed = scratch<C>(use, blocks * stride);
-  const Range inside{std::clamp(columns.begin, int64_t{0}, s.width), std::clamp(columns.end, int64_t{0}, s.width)};
+  const Range inside{std::clamp(int64_t{0}, columns.begin, columns.end),
+                     std::clamp(s.width, columns.begin, columns.end)};
   const int64_t begin = (inside.begin - columns.begin) * lanes, end = begin + inside.size() * lanes;
   const T* image = s.images + n * s.image_stride + c * s.channel_stride + inside.begin * s.x_stride;
   if (count % lanes != 0) std::fill_n(packed + (blocks - 1) * stride, stride, C(0));
