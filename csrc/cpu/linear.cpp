@@ -41,7 +41,7 @@ struct WeightGradientOfLinear {
   Output<T> out() const { return {static_cast<T*>(args.grad_weight), Axis::plain(args.K), Axis::plain(1)}; }
   // The number of parts of the batch that make enough tasks, which depends on the shape only.
   int64_t parts() const {
-    const int64_t blocks = ceil_div(args.N, MC) * ceil_div(args.K, NC), chunks = ceil_div(args.M, KC);
+    const int64_t blocks = ceil_div(args.N, smallest_mc) * ceil_div(args.K, smallest_nc), chunks = ceil_div(args.M, KC);
     return std::min(ceil_div(enough_tasks, blocks), chunks);
   }
 };

@@ -43,6 +43,16 @@ C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Accumulator<T>
   sum.store(to, lanes);
 }
 
+// Brings the sums of a tile, `runs` runs of `count` sums in each row, to the L1 cache while they are not yet needed.
+template <int rows, int runs, class T>
+C10_ALWAYS_INLINE void fetch_sums(const OperandC<T>& target, int64_t count) {
+#pragma GCC unroll 32
+  for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 32
+    for (int j = 0; j < runs; ++j)
+      prefetch(target.data + target.rows[i] + target.vectors[j], count * int64_t{sizeof(T)});
+}
+
 // The body is one function, however long, and its loops over compile-time counts are unrolled, because only so do the
 // sums stay in registers from the first product to the epilogue. `adjacent` means that the vectors
 // are adjacent both in B and in C: then one pointer serves all of them, and the pointers of all rows fit in registers.
@@ -89,6 +99,7 @@ void tile(const TileArgs<T>& x) {
       }
     }
   };
+  if (x.accumulate) fetch_sums<rows, adjacent ? 1 : vectors>(x.target, (adjacent ? vectors : 1) * lanes);
   int64_t k = 0;
   for (; k < x.lines_ahead; ++k) {
     __builtin_prefetch(x.ahead + k * cache_line);

@@ -5,7 +5,7 @@ from fuzzing.faults.fault import Fault
 FAULTS = (
     Fault(
         "gemm: the second of two adjacent squares writes where the first does",
-        "gemm/gemm.h",
+        "gemm/one_row.h",
         "finish_row<F>(x.out, n + c * lanes, total[c], counts[c]);",
         "finish_row<F>(x.out, n, total[c], counts[c]);",
         "linear",
@@ -14,7 +14,7 @@ FAULTS = (
     ),
     Fault(
         "gemm: of squares one after the other only the last chunk of K counts",
-        "gemm/gemm.h",
+        "gemm/one_row.h",
         "total[c] = first ? sum[c] : total[c] + sum[c];",
         "total[c] = first || chains == 1 ? sum[c] : total[c] + sum[c];",
         "linear",

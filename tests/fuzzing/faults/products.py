@@ -5,7 +5,7 @@ from fuzzing.faults.fault import Fault
 FAULTS = (
     Fault(
         "gemm: of one row only the last chunk of K counts",
-        "gemm/gemm.h",
+        "gemm/one_row.h",
         "(load(total + j, count) + load(sums + j, count)).store(total + j, count);",
         "load(sums + j, count).store(total + j, count);",
         "linear",
@@ -13,7 +13,7 @@ FAULTS = (
     ),
     Fault(
         "gemm: every chunk of K begins at the first row of B",
-        "gemm/gemm.h",
+        "gemm/matrix.h",
         "return {b.at(k, n), multiples(Scratch::b_offsets",
         "return {b.at(0, n), multiples(Scratch::b_offsets",
         "linear",
