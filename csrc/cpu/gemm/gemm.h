@@ -23,12 +23,11 @@
 
 namespace pyops::cpu {
 
-// With AVX-512, an L2 cache of 1 MB or more holds two blocks of A, MC x KC floats each (216 KB), their blocks of C
-// (384 KB) and a block of B, KC x NC floats (144 KB). With AVX2 it pays to pack longer rows of B, because a page of B
-// is then read in one go; one block of A at a time then shares the L2 cache with the panels.
+// An L2 cache of 1 MB or more holds two blocks of A, MC x KC floats each (216 KB), their blocks of C (384 KB) and, with
+// AVX-512, a block of B, KC x NC floats (144 KB). With AVX2 it pays to pack longer rows of B, because a page of B is
+// then read in one go, and to keep more of the panels than the L2 cache holds.
 constexpr int64_t MC = 192;
 constexpr int64_t NC = by_capability(1024, 1024, 256);
-constexpr int64_t most_rows_at_once = by_capability(MC, MC, 2 * MC);
 
 // If the panels of all K for one block of columns fit in this many bytes, they are packed once and kept for all the
 // rows that the thread multiplies by them.
@@ -43,7 +42,7 @@ void multiply_tiled(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t
   constexpr int64_t lanes = Vec<T>::size(), most_terms = KC * k_per_step<F>;
   const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes);
   const int64_t width = panel_width<T>(nc), columns = ceil_div(nc, width) * width, steps = ceil_div(K, k_per_step<F>);
-  const int64_t rows_at_once = ceil_div(mc, ceil_div(mc, most_rows_at_once));  // in parts of about equal size
+  const int64_t rows_at_once = ceil_div(mc, ceil_div(mc, 2 * MC));  // in parts of about equal size
   const bool kept = rows_at_once < mc && columns * steps * int64_t{sizeof(F)} <= kept_bytes;
   F* panels = scratch<F>(Scratch::b, columns * (kept ? steps : KC));
   const int64_t* target_vectors = multiples(Scratch::target_vectors, vectors, lanes);
