@@ -3,8 +3,12 @@
 // pybind11 would be compiled anew for each module.
 #include <c10/macros/Macros.h>
 
+#include <cstdlib>
+#include <stdexcept>
+
 #include "../algorithms_module.h"
 #include "common.h"
+#include "gemm/tile_unit.h"
 #include "runtime/algorithms.h"
 
 namespace {
@@ -51,9 +55,21 @@ PyMethodDef methods[] = {
 };
 PyModuleDef definition = {PyModuleDef_HEAD_INIT, name, nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
+// Refuses a variable PYOPS_TILES that cannot be obeyed. Without the variable, nothing is decided yet.
+bool is_tile_unit_valid() {
+  try {
+    if (std::getenv("PYOPS_TILES") != nullptr) pyops::cpu::tile_unit();
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 PyMODINIT_FUNC C10_CONCATENATE(PyInit_, TORCH_EXTENSION_NAME)() {
+  if (!is_tile_unit_valid()) return nullptr;
   PyObject* module = PyModule_Create(&definition);
   if (module == nullptr) return nullptr;
   PyObject* table = PyCapsule_New(const_cast<pyops::Kernels*>(&kernels), nullptr, nullptr);

@@ -1,4 +1,4 @@
-// The epilogue of products whose output the microkernel stores directly: an output with contiguous rows, of the
+// The epilogue of the microkernel, and products whose output it stores directly: an output with contiguous rows, of the
 // accumulator's own type or, for operands that are bfloat16 pairs, of bfloat16. Sums of pairs collect in scratch as
 // float32, and the last call rounds them in registers, which is cheaper than a second pass over the sums. Every other
 // output takes its sums from scratch through write() of gemm/output.h.
@@ -14,6 +14,25 @@ namespace pyops::cpu {
 template <class F, class Out>
 constexpr bool stores_directly =
     std::is_same_v<Out, Accumulator<F>> || (is_pair<F> && std::is_same_v<Out, c10::BFloat16>);
+
+// Stores vector j of row i of the sums of one call at `to`, or rounded, as OperandC says. The vector may be partial.
+template <class F>
+C10_ALWAYS_INLINE void store_sums(const OperandC<Accumulator<F>>& target, bool accumulate, bool last, int64_t i,
+                                  int64_t j, Accumulator<F>* to, const Vec<Accumulator<F>>& of_call) {
+  using V = Vec<Accumulator<F>>;
+  const int lanes = target.lanes ? target.lanes[j] : static_cast<int>(V::size());
+  V sum = of_call;
+  if (accumulate) sum = V::loadu(to, lanes) + sum;
+  if (last) {
+    if (target.row_bias) sum = sum + V(target.row_bias[i]);
+    if (target.column_bias) sum = sum + V::loadu(target.column_bias + j * V::size(), lanes);
+    if (target.relu) sum = at::vec::clamp_min(sum, V(0));
+    if constexpr (is_pair<F>)
+      if (target.rounded)
+        return store_rounded(target.rounded + target.rounded_rows[i] + target.rounded_vectors[j], sum, lanes);
+  }
+  sum.store(to, lanes);
+}
 
 // The values in the compute type: in place if they have it already, otherwise converted into scratch; null if there are
 // none.

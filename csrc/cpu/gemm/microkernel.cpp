@@ -7,7 +7,8 @@
 #include <algorithm>
 #include <utility>
 
-#include "../runtime/scratch.h"
+#include "epilogue.h"
+#include "tile_kernel.h"
 
 namespace pyops::cpu {
 namespace {
@@ -24,24 +25,6 @@ struct TileArgs {
   const char* ahead = nullptr;  // data that a later tile reads: one cache line is prefetched in each of the first steps
   int64_t lines_ahead = 0;
 };
-
-// Stores one vector of sums that may be partial. Tiles of whole vectors do without these branches.
-template <class T>
-C10_ALWAYS_INLINE void finish(const TileArgs<T>& x, int i, int j, Accumulator<T>* to, Vec<Accumulator<T>> sum) {
-  using V = Vec<Accumulator<T>>;
-  const OperandC<Accumulator<T>>& target = x.target;
-  const int lanes = target.lanes ? target.lanes[j] : static_cast<int>(V::size());
-  if (x.accumulate) sum = V::loadu(to, lanes) + sum;
-  if (x.last) {
-    if (target.row_bias) sum = sum + V(target.row_bias[i]);
-    if (target.column_bias) sum = sum + V::loadu(target.column_bias + j * V::size(), lanes);
-    if (target.relu) sum = at::vec::clamp_min(sum, V(0));
-    if constexpr (is_pair<T>)
-      if (target.rounded)
-        return store_rounded(target.rounded + target.rounded_rows[i] + target.rounded_vectors[j], sum, lanes);
-  }
-  sum.store(to, lanes);
-}
 
 // Brings the sums of a tile, `runs` runs of `count` sums in each row, to the L1 cache while they are not yet needed.
 template <int rows, int runs, class T>
@@ -116,7 +99,9 @@ void tile(const TileArgs<T>& x) {
     }
   };
   if (target.lanes) {
-    for_each_sum([&](int i, int j, Accumulator<T>* to, V value) { finish(x, i, j, to, value); });
+    for_each_sum([&](int i, int j, Accumulator<T>* to, V value) {
+      store_sums<T>(target, x.accumulate, x.last, i, j, to, value);
+    });
   } else if (x.last && (target.row_bias || target.column_bias || target.relu || target.rounded)) {
     if (x.accumulate)
       for_each_sum([&](int i, int j, Accumulator<T>* to, V value) { sum[i][j] = V::loadu(to) + value; });
@@ -197,6 +182,14 @@ void fetch_ahead(TileArgs<T>& x, int64_t bytes, int64_t rows) {
 template <class T>
 void macrokernel(const RowRun* runs, int64_t run_count, int64_t vectors, OperandA<T> a, OperandB<T> b,
                  OperandC<Accumulator<T>> target, bool accumulate, bool last) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (is_pair<T>) {
+    if (tile_unit() == TileUnit::amx)
+      return tile_macrokernel<AmxTiles>(runs, run_count, vectors, a, b, target, accumulate, last);
+    if (tile_unit() == TileUnit::model)
+      return tile_macrokernel<TileModel>(runs, run_count, vectors, a, b, target, accumulate, last);
+  }
+#endif
   const int64_t widest = run_count == 1 && runs[0].rows == 1 ? most_vectors : max_vectors;
   // Sums that wait in scratch to be rounded are whole, adjacent vectors.
   const bool rounds = target.rounded && last, waits = target.rounded && !last;

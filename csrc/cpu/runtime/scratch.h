@@ -28,6 +28,11 @@ enum class Scratch {
   target_lanes,
   run_steps,
   row_offsets,
+  // gemm/tile_kernel.cpp
+  staged_a,
+  staged_b,
+  // multiply_exchanged() of gemm/gemm.h
+  exchanged,
   // gemm/epilogue.h
   sums_rows,
   sums_vectors,

@@ -75,7 +75,7 @@ FAULTS = (
     ),
     Fault(
         "tile: a part of a vector is not rectified",
-        "gemm/microkernel.cpp",
+        "gemm/epilogue.h",
         "    if (target.relu) sum = at::vec::clamp_min(sum, V(0));\n    if constexpr",
         "    if constexpr",
         "linear_relu",
