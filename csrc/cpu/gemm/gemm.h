@@ -1,16 +1,18 @@
 // C[M, N] = A[M, K] B[K, N] + bias for matrices in memory, rectified if the output asks for it.
 //
-// A product of one row streams B, every other one is tiled; gemm_algorithms lists the variants of both. The tiled ones
-// follow Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), and the names of
-// BLIS. C is cut into blocks of at most MC x NC, which the threads share, and K into chunks of at most KC, over which
-// macrokernel() of gemm/microkernel.h runs its register tiles. A matrix of the compute type (float, or double for
-// double) is read in place as long as that is as fast. Otherwise the part that a chunk needs is packed: copied,
-// converted and, for B, laid out in panels as wide as a register tile. Matrices of bfloat16 are multiplied in pairs if
-// the CPU can (gemm/operand.h); a step then takes two terms, and a chunk twice as many.
+// A product of one row streams B, unless a tile unit multiplies it, and every other one is tiled; gemm_algorithms lists
+// the variants of both. The tiled ones follow Goto and van de Geijn, "Anatomy of High-Performance Matrix
+// Multiplication" (2008), and the names of BLIS. C is cut into blocks of at most MC x NC, which the threads share, and
+// K into chunks of at most KC, over which macrokernel() of gemm/microkernel.h runs its register tiles. A matrix of the
+// compute type (float, or double for double) is read in place as long as that is as fast. Otherwise the part that a
+// chunk needs is packed: copied, converted and, for B, laid out in panels as wide as a register tile. Matrices of
+// bfloat16 are multiplied in pairs if the CPU can (gemm/operand.h); a step then takes two terms, and a chunk twice as
+// many.
 //
-// Every element of C is (((s0 + s1) + s2) ...) + bias, where s_i is the sum of chunk i in order of k. The cut depends
-// on K alone, not on the thread count, M, N or the element's position, so a sample's result is the same in any batch.
-// Each s_i is a chain of at most KC steps, so the error grows like KC + K / KC, not like K.
+// Every element of C is (((s0 + s1) + s2) ...) + bias, where s_i is the sum of chunk i in order of k; a tile unit sums
+// a chunk in pieces (gemm/tile_kernel.h). The cut depends on K alone, not on the thread count, M, N or the element's
+// position, so a sample's result is the same in any batch. Each s_i is a chain of at most KC steps, so the error grows
+// like KC + K / KC, not like K.
 #pragma once
 
 #include <algorithm>
@@ -39,7 +41,7 @@ template <class In, class Out, class F>
 void multiply_tiled(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t mc, int64_t n, int64_t nc,
                     bool b_in_place) {
   using T = Accumulator<F>;
-  constexpr int64_t lanes = Vec<T>::size(), most_terms = KC * k_per_step<F>;
+  constexpr int64_t lanes = Vec<T>::size();
   const int64_t K = x.k_end - x.k_begin, vectors = ceil_div(nc, lanes);
   const int64_t width = panel_width<T>(nc), columns = ceil_div(nc, width) * width, steps = ceil_div(K, k_per_step<F>);
   const int64_t rows_at_once = ceil_div(mc, ceil_div(mc, 2 * MC));  // in parts of about equal size
@@ -50,7 +52,7 @@ void multiply_tiled(const GemmArgs<In, Out, F>& x, int64_t M, int64_t m, int64_t
   for (int64_t begin = m; begin < m + mc; begin += rows_at_once) {
     const int64_t rows = std::min(rows_at_once, m + mc - begin);
     const auto product = [&](const OperandC<T>& target) {
-      for_each_chunk<most_terms>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
+      for_each_chunk<k_per_step<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
         const OperandA<F> a = operand_a<F>(x.a, M * K, begin, rows, k, kc);
         F* panels_here = panels + (kept ? (k - x.k_begin) / k_per_step<F> * columns : 0);
         const OperandB<F> b = operand_b<F>(x.b, b_in_place, k, kc, n, nc, panels_here, kept && begin > m);
@@ -82,17 +84,57 @@ struct GemmBlock {
   int64_t M, N, m, mc, n, nc;
 
   int64_t K() const { return x.k_end - x.k_begin; }
+  // Whether B is stored by columns that are read as operands in place.
+  bool has_columns_of_operands() const { return x.b.row_stride == 1 && are_operands<F, In>(1, K(), x.b.column_stride); }
 };
+
+// The block by C^T = B^T A^T: the columns of B are the rows of the left operand, which a tile unit reads in place, and
+// the few rows of A are packed. Every sum has the order that it has in multiply_tiled.
+template <class In, class Out, class F>
+void multiply_exchanged(const GemmBlock<In, Out, F>& block) {
+  using T = Accumulator<F>;
+  constexpr int64_t lanes = Vec<T>::size(), most_rows = 64;
+  const auto& [x, M, N, m, mc, n, nc] = block;
+  const int64_t vectors = ceil_div(mc, lanes), stride = vectors * lanes, steps = ceil_div(block.K(), k_per_step<F>);
+  const Matrix<In> right{x.a.data, x.a.column_stride, x.a.row_stride};
+  const int64_t width = panel_width<T>(mc), columns = ceil_div(mc, width) * width;
+  // With the panels of all K, some columns of B after the other are read from beginning to end, as they lie in memory.
+  const bool kept = columns * steps * int64_t{sizeof(F)} <= kept_bytes;
+  F* panels = scratch<F>(Scratch::b, columns * (kept ? steps : KC));
+  Out* transposed = scratch<Out>(Scratch::exchanged, nc * stride);
+  const int64_t* target_vectors = multiples(Scratch::target_vectors, vectors, lanes);
+  const int64_t rows_at_once = kept ? most_rows : nc;
+  for (int64_t i = 0; i < nc; i += rows_at_once) {
+    const int64_t rows = std::min(rows_at_once, nc - i);
+    const OperandC<Out> target{transposed + i * stride,
+                               multiples(Scratch::target_rows, rows, stride),
+                               target_vectors,
+                               nullptr,
+                               x.out.column_bias ? x.out.column_bias + n + i : nullptr,
+                               nullptr,
+                               x.out.relu};
+    with_epilogue<F>(target, rows, stride, [&](const OperandC<T>& sums) {
+      for_each_chunk<k_per_step<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool last) {
+        const OperandA<F> left{reinterpret_cast<const F*>(x.b.at(k, n + i)),
+                               multiples(Scratch::a_offsets, rows, x.b.column_stride / k_per_step<F>),
+                               multiples(Scratch::a_steps, ceil_div(kc, k_per_step<F>), 1)};
+        F* panels_here = kept ? panels + (k - x.k_begin) / k_per_step<F> * columns : panels;
+        const OperandB<F> b = operand_b<F>(right, /*in_place=*/false, k, kc, m, mc, panels_here, kept && i > 0);
+        macrokernel<F>(rows, vectors, ceil_div(kc, k_per_step<F>), left, b, sums, !first, last);
+      });
+    });
+  }
+  transpose(x.out.data + m * x.out.rows.x_stride + n, x.out.rows.x_stride, transposed, stride, nc, mc);
+}
 
 #if defined(CPU_CAPABILITY_AVX512)
 // Reads B, which is stored by columns, in the order of memory. `chains` is the number of columns of squares at a time.
 template <int chains, class In, class Out, class F>
 struct OneRowTransposed {
   static bool supports(const GemmBlock<In, Out, F>& block) {
-    const GemmArgs<In, Out, F>& x = block.x;
     if constexpr (is_squared<In>)
-      return block.M == 1 && x.b.row_stride == 1 &&
-             (!is_pair<F> || are_operands<F, In>(1, block.K(), x.b.column_stride));
+      return block.M == 1 && block.x.b.row_stride == 1 &&
+             (!is_pair<F> || (block.has_columns_of_operands() && !uses_tiles<F>()));
     return false;
   }
   static bool profitable(const GemmBlock<In, Out, F>& block) {
@@ -107,7 +149,7 @@ struct OneRowTransposed {
 template <class In, class Out, class F>
 struct OneRow {
   static bool supports(const GemmBlock<In, Out, F>& block) {
-    return block.M == 1 && block.x.b.column_stride == 1 && block.K() > 0;
+    return block.M == 1 && block.x.b.column_stride == 1 && block.K() > 0 && !uses_tiles<F>();
   }
   static void run(const GemmBlock<In, Out, F>& block) { multiply_one_row(block.x, block.n, block.nc); }
 };
@@ -118,6 +160,8 @@ struct Tiles {
     return block.M <= few_rows || block.K() * block.N * int64_t{sizeof(Accumulator<F>)} <= in_place_bytes;
   }
   static void run(const GemmBlock<In, Out, F>& block) {
+    if constexpr (in_place && is_pair<F> && stores_directly<F, Out>)
+      if (uses_tiles<F>() && block.M <= few_rows && block.has_columns_of_operands()) return multiply_exchanged(block);
     multiply_tiled(block.x, block.M, block.m, block.mc, block.n, block.nc, in_place);
   }
 };
@@ -134,7 +178,8 @@ constexpr Algorithm<Block> gemm_algorithms[] = {
 #endif
     // B is read once, row by row; a register tile would read it column by column.
     {"one_row", "csrc/cpu/gemm/one_row.h", OneRow<In, Out, F>::supports, always<Block>, OneRow<In, Out, F>::run},
-    // With few rows of C, or with a small B, packing B costs more than it saves.
+    // With few rows of C, or with a small B, packing B costs more than it saves. A tile unit reads in place the columns
+    // of B, if the rows are few and B is stored by columns.
     {"tiles_in_place", "csrc/cpu/gemm/gemm.h", always<Block>, Tiles<true, In, Out, F>::profitable,
      Tiles<true, In, Out, F>::run},
     // Each panel is used by enough rows to pay for its packing.

@@ -8,12 +8,14 @@
 namespace pyops::cpu {
 
 // f(k, kc, first, last) for each chunk of [begin, end); f is called once, with kc = 0, if that range is empty. Chunks
-// are about equal, have at most `most` terms, and begin at multiples of 16 from `begin`, so that the 16x16 transposes
-// of simd/transpose.h stay whole. The function is inlined so that what f captures stays in registers.
-template <int64_t most = KC, class F>
+// are about equal, have at most KC steps of `step` terms, and begin at multiples of 16 steps from `begin`, so that the
+// 16x16 transposes of simd/transpose.h and the pieces of gemm/tile_kernel.h stay whole. The function is inlined so that
+// what f captures stays in registers.
+template <int64_t step = 1, class F>
 C10_ALWAYS_INLINE void for_each_chunk(int64_t begin, int64_t end, const F& f) {
-  const int64_t chunks = std::max(ceil_div(end - begin, most), int64_t{1});
-  const int64_t size = ceil_div(ceil_div(end - begin, chunks), 16) * 16;
+  constexpr int64_t unit = 16 * step;
+  const int64_t chunks = std::max(ceil_div(end - begin, KC * step), int64_t{1});
+  const int64_t size = ceil_div(ceil_div(end - begin, chunks), unit) * unit;
   for (int64_t k = begin, i = 0; i < chunks; ++i, k += size)
     f(k, std::clamp(end - k, int64_t{0}, size), i == 0, i == chunks - 1);
 }

@@ -33,11 +33,11 @@ struct GemmArgs {
 constexpr int64_t in_place_bytes = by_capability(1 << 14, 1 << 14, 1 << 20);
 constexpr int64_t few_rows = by_capability(tile_rows[max_vectors - 1], tile_rows[max_vectors - 1], 64);
 
-// Packs rows m.. and columns k.. of an A that is stored by columns into panels of two register tiles of rows, so that
-// the values that a tile reads are close to one another.
+// Packs rows m.. and columns k.. of an A that is stored by columns into panels of two register tiles of rows, or of a
+// tile unit's, so that the values that a tile reads are close to one another.
 template <class F, class In>
 OperandA<F> pack_columns(const Matrix<In>& a, int64_t m, int64_t mc, int64_t k, int64_t kc) {
-  constexpr int64_t panel = 2 * tile_rows[max_vectors - 1];
+  const int64_t panel = uses_tiles<F>() ? 32 : 2 * tile_rows[max_vectors - 1];
   const int64_t steps = ceil_div(kc, k_per_step<F>);
   F* copy = scratch<F>(Scratch::a, ceil_div(mc, panel) * panel * steps);
   for (int64_t i = 0; i < steps; ++i) {

@@ -58,7 +58,7 @@ void multiply_one_row(const GemmArgs<In, Out, F>& x, int64_t n, int64_t nc) {
   using T = Accumulator<F>;
   constexpr int64_t lanes = Vec<T>::size();
   T *total = scratch<T>(Scratch::sums, 2 * nc), *sums = total + nc;
-  for_each_chunk<KC * k_per_step<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool) {
+  for_each_chunk<k_per_step<F>>(x.k_begin, x.k_end, [&](int64_t k, int64_t kc, bool first, bool) {
     multiply_row<F>(kc, x.a, x.b, k, n, nc, first ? total : sums);
     for (int64_t j = 0; j < nc && !first; j += lanes) {
       const int64_t count = std::min(lanes, nc - j);
@@ -84,7 +84,7 @@ void multiply_one_row_transposed(const GemmArgs<In, Out, F>& x, int64_t n, int64
     int64_t counts[chains];
     for (int64_t c = 0; c < chains; ++c) counts[c] = std::clamp(end - n - c * lanes, int64_t{0}, lanes);
     V total[chains];
-    for_each_chunk<KC * k_per_step<F>>(x.k_begin, x.k_end, [&](int64_t chunk, int64_t kc, bool first, bool) {
+    for_each_chunk<k_per_step<F>>(x.k_begin, x.k_end, [&](int64_t chunk, int64_t kc, bool first, bool) {
       V sum[chains];
       std::fill_n(sum, chains, V(0));
       for (int64_t k = chunk; k < chunk + kc; k += square_columns * k_per_step<F>) {

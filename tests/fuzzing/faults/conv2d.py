@@ -126,8 +126,8 @@ FAULTS = (
     Fault(
         "along channels: filters lie as if every tap were met",
         "conv2d/implicit_gemm_channels.cpp",
-        "!s.tap_by_tap && taps > 0 && f.tap_stride == 1 && s.taps[taps - 1].index - s.taps[0].index == taps - 1;",
-        "!s.tap_by_tap && taps > 0 && f.tap_stride == 1;",
+        "taps > 0 && f.tap_stride == 1 && s.taps[taps - 1].index - s.taps[0].index == taps - 1;",
+        "taps > 0 && f.tap_stride == 1;",
         "conv2d",
         "conv2d.forward:implicit_gemm_channels",
     ),

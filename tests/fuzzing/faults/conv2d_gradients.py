@@ -62,7 +62,7 @@ FAULTS = (
     Fault(
         "along outputs: rows go by channel where they are multiplied by tap",
         "conv2d/weight_gradient_outputs.h",
-        "by_tap && !s.tap_by_tap ? i % tile.channels * s.tap_count + i / tile.channels : i;",
+        "tap_major && !s.tap_by_tap ? i % tile.channels * s.tap_count + i / tile.channels : i;",
         "i;",
         "conv2d",
         "conv2d.weight_gradient:implicit_gemm_outputs",
