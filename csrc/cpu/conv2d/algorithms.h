@@ -91,6 +91,14 @@ bool has_long_chains(const ConvProblem<T>& x) {
 template <class T>
 bool is_worth_batch_lanes(const ConvProblem<T>& x, int64_t count);
 
+// Whether the channels are even and, for a tile unit, enough: a piece of K takes 32 terms, and with fewer than 16
+// channels it is copied from so many taps that to multiply single numbers costs no more (reasoned, not measured).
+template <class T>
+bool could_multiply_pairs(const ConvProblem<T>& x) {
+  const int64_t channels = x.input.channels;
+  return has_pairs<T>() && channels % 2 == 0 && (channels >= 16 || !uses_tiles<Bf16Pair>());
+}
+
 // Whether the implicit GEMMs multiply the channels, whose number is then even, in bfloat16 pairs (gemm/operand.h). A
 // problem that would use batch lanes at some batch size never does, because a sample's result must not depend on the
 // batch it is in.

@@ -123,10 +123,15 @@ bool is_worth_batch_lanes(const ConvProblem<T>& x, int64_t count) {
   const double transposes = 8.0 * static_cast<double>(s.image_stride + out);
   // The factors are fitted to measurements. Vectors along the width end at every row. Along the channels, a tile that
   // is one vector wide has too few chains of sums to hide the latency of an FMA; a wider one pays for the transpose of
-  // a channels-first output, but bfloat16 pairs make up for that.
+  // a channels-first output, but bfloat16 pairs make up for that. A tile unit performs 512 multiply-adds per cycle,
+  // sixteen times as many as float32 vectors; a quarter of that is left for copies and idle registers (reasoned, not
+  // measured).
   const double by_width =
       are_rows_joined(x) ? lane_utilization<Compute<T>>(s.pixels()) : 0.75 * lane_utilization<Compute<T>>(s.out_width);
-  const double chains = x.out_channels <= lanes ? 0.6 : has_pairs<T>() ? 1 : 1 / (1 + transpose_cost(x));
+  const double chains = uses_tiles<Bf16Pair>() && could_multiply_pairs(x) ? 4
+                        : x.out_channels <= lanes                         ? 0.6
+                        : has_pairs<T>()                                  ? 1
+                                                                          : 1 / (1 + transpose_cost(x));
   const double channels = lane_utilization<Compute<T>>(x.out_channels) * chains;
   const double others = std::max(by_width, channels);
   return lane_utilization<Compute<T>>(count) * products / (products + transposes) > inside * others;

@@ -2,7 +2,9 @@
 // lie outside, the products skip them: of a 3x3 kernel with padding 1 they are 18 % on 7x7 images and 9 % on 14x14.
 // Images that are read in place have no zeros around them, so there all outside taps are skipped.
 //
-// Skipping a tap changes no bit of a sum, because adding a zero does not either.
+// Skipping a tap changes no bit of a sum, because adding a zero does not either. Only on a tile unit
+// (gemm/tile_kernel.h) it changes which terms a piece of the sum has, so there only the shape and the layout may
+// decide.
 #pragma once
 
 #include <bit>
@@ -94,12 +96,12 @@ struct PixelClasses {
   int64_t count = 1;
   bool exact = false;  // whether every tap that a class multiplies lies inside for all of its pixels
 
-  // `wanted`: partition the pixels even where few taps lie outside.
+  // `wanted`: partition the pixels rather than multiply zeros.
   template <class In>
   PixelClasses(const ConvInput<In>& s, bool wanted) {
     const Range all_rows{0, s.out_height}, all_columns{0, s.out_width};
     classes[0] = {all_rows, all_columns, all_taps};
-    if (!wanted && !should_skip_border_taps(s)) return;
+    if (!wanted) return;
     Range* rows = scratch<Range>(Scratch::spans, s.out_height + s.out_width);
     const int64_t row_count = cut_rows(rows, s);
     Range* columns = rows + row_count;

@@ -9,7 +9,7 @@
 // A task is a tile of output rows (or several small images) of one group and, if there are few tiles, a part of the
 // output channels. With the vectors along the channels, the filters are packed into panels, once for all tiles if there
 // are several. An even number of bfloat16 channels is multiplied in pairs where the CPU supports it (gemm/operand.h);
-// then K = (pair, tap).
+// then K = (pair, tap), and on a tile unit K = (tap, pair).
 //
 // Guarantees: those of gemm.h. Borders are exact even if the weight is infinite or NaN (conv2d/nonfinite.h).
 #include "implicit_gemm.h"
@@ -48,9 +48,11 @@ const F** pack_all_filters(const Phases<T>& phases, bool by_width, int64_t width
   return filters;
 }
 
+// On a tile unit the sums run tap by tap, so that the pairs of a pixel that a piece of K takes are adjacent.
 template <class T>
 ConvProblem<T> paired(ConvProblem<T> x) {
   x.input = paired(x.input);
+  x.input.tap_by_tap |= uses_tiles<Bf16Pair>();
   x.filters.second = x.filters.channel_stride, x.filters.channel_stride *= 2;
   return x;
 }
@@ -72,7 +74,11 @@ void multiply(const Phases<T>& phases, bool by_width, PhaseClasses classes) {
   const int64_t o_parts = ceil_div(O, o_part);
 
   // With a single tile in each group, its tasks pack the filters themselves and multiply them while they are in cache.
-  const F** filters = by_width || tiles > x.groups ? pack_all_filters<F>(phases, by_width, width) : nullptr;
+  // Not so for a tile unit: filters that are stored channel by channel are read in order only if all are packed at
+  // once.
+  const bool packed_before = by_width || tiles > x.groups || uses_tiles<F>();
+  const F** filters = packed_before ? pack_all_filters<F>(phases, by_width, width) : nullptr;
+  const bool tile_by_pixel = x.channels_last || (uses_tiles<F>() && !by_width);
   for_each_range(tiles * o_parts, flops, [&](int64_t begin, int64_t end) {
     InputTile<F> input{};
     for (int64_t task = begin; task < end; ++task) {
@@ -81,7 +87,7 @@ void multiply(const Phases<T>& phases, bool by_width, PhaseClasses classes) {
       const int64_t n = task / o_parts / row_tiles / x.groups * size.images;
       const OutputTile tile{
           g, 0, s.channels, n, std::min(size.images, s.count - n), y, std::min(size.rows, s.out_height - y)};
-      if (task == begin || o == 0) input = input_tile<F>(s, field, tile, x.channels_last, by_width, classes.in_place);
+      if (task == begin || o == 0) input = input_tile<F>(s, field, tile, tile_by_pixel, by_width, classes.in_place);
       const GemmTask<T, F> t{
           phases.data, classes.data,           filters ? filters + g * phases.count : nullptr, width, tile, input,
           o,           std::min(o_part, O - o)};
@@ -106,7 +112,7 @@ void implicit_gemm(const Phases<T>& x, bool by_width, PhaseClasses classes) {
 
 template <class T>
 bool multiplies_pairs(const ConvProblem<T>& x) {
-  return has_pairs<T>() && x.input.channels % 2 == 0 && !is_worth_batch_lanes(x, Vec<Compute<T>>::size());
+  return could_multiply_pairs(x) && !is_worth_batch_lanes(x, Vec<Compute<T>>::size());
 }
 
 #define INSTANTIATE(T)                                   \

@@ -4,9 +4,10 @@
 //
 // It is the general algorithm, chosen where no other is profitable. The filters are packed into panels
 // and the values of the input tile are broadcast. Taps outside of the image are skipped where there are many of them,
-// and always where the images are read in place (conv2d/border_taps.h). The sums of a channels-last output are stored
-// directly where that is possible (gemm/epilogue.h); others are written block by block, which transposes those of a
-// channels-first output. Guarantees: those of gemm.h.
+// and always where the images are read in place (conv2d/border_taps.h). A tile unit multiplies the zeros instead,
+// unless every piece of K lies within one tap. The sums of a channels-last output are stored directly where that is
+// possible (gemm/epilogue.h); others are written block by block, which transposes those of a channels-first output.
+// Guarantees: those of gemm.h.
 #include "../gemm/epilogue.h"
 #include "implicit_gemm.h"
 #include "nonfinite.h"
@@ -38,9 +39,12 @@ void pack_filters(F* panel, const ConvProblem<T>& x, int64_t g, int64_t o, int64
     return pack_panels(panel, Matrix<T>{first, 1, f.out_stride}, k * k_per_step<F>, kc * k_per_step<F>, 0, columns,
                        width);
   // Contiguous taps of one channel are transposed together.
-  const bool in_runs =
-      !s.tap_by_tap && taps > 0 && f.tap_stride == 1 && s.taps[taps - 1].index - s.taps[0].index == taps - 1;
-  for (int64_t i = k; i < k + kc;) {
+  const bool contiguous = taps > 0 && f.tap_stride == 1 && s.taps[taps - 1].index - s.taps[0].index == taps - 1;
+  const bool in_runs = !s.tap_by_tap && contiguous, by_channel = s.tap_by_tap && contiguous && kc == x.depth();
+  for (int64_t c = 0; c < s.channels && by_channel; ++c)
+    transpose_operand(panel + c * width, s.channels * width, first + f.step(c, s.taps[0]), f.out_stride, f.second,
+                      columns, taps);
+  for (int64_t i = by_channel ? k + kc : k; i < k + kc;) {
     const int64_t count = in_runs ? std::min(taps - i % taps, k + kc - i) : 1;
     const T* source = first + x.filter_step(i);
     if (count > 1) {
@@ -223,10 +227,15 @@ template <class T>
 PhaseClasses classify_pixels(const Phases<T>& phases) {
   // Channels-first planes may be a page or more apart, too far to be read pixel by pixel: they are copied and padded
   // with zeros.
-  bool in_place = phases.first().channels_last && (std::is_same_v<T, Compute<T>> || multiplies_pairs(phases.first()));
+  const ConvProblem<T>& first = phases.first();
+  const bool pairs = multiplies_pairs(first), on_tiles = pairs && uses_tiles<Bf16Pair>();
+  bool in_place = first.channels_last && (std::is_same_v<T, Compute<T>> || pairs);
+  // Where taps are skipped, the steps that remain are not a constant stride apart, so that their tiles are copied.
+  if (on_tiles) in_place &= first.input.channels % 32 == 0;
   PixelClasses* classes = scratch<PixelClasses>(Scratch::classes, phases.count);
   for (int64_t p = 0; p < phases.count; ++p) {
-    classes[p] = PixelClasses(phases[p].input, /*wanted=*/in_place);
+    const ConvInput<T>& input = phases[p].input;
+    classes[p] = PixelClasses(input, /*wanted=*/in_place || (!on_tiles && should_skip_border_taps(input)));
     in_place &= classes[p].exact;
   }
   return {classes, in_place};

@@ -111,6 +111,8 @@ template <class T>
 bool ImplicitGemmWidth<T>::profitable(const Phases<T>& phases) {
   constexpr double lanes = Vec<Compute<T>>::size();
   const ConvProblem<T>& x = phases.first();
+  // A tile unit loads pixels as they lie in a channels-last copy, and vectors along the width only from a further copy.
+  if (uses_tiles<Bf16Pair>() && multiplies_pairs(x)) return false;
   const auto taps = static_cast<double>(x.input.tap_count), O = static_cast<double>(x.out_channels);
   const double vectors = std::ceil(O / lanes);
   const double used = lane_utilization<Compute<T>>(are_rows_joined(x) ? x.input.pixels() : x.input.out_width);

@@ -56,13 +56,17 @@ void wgrad_gemm_outputs(const ConvInput<T>& s, const OutputTile& tile, const Inp
   constexpr int64_t lanes = OperandVec<F>::size();
   // A tap has a row for each channel. With fewer rows than a register tile, too few chains of sums are in flight to
   // hide the latency of an FMA, and multiplying the zeros around the images is cheaper.
-  const bool by_tap = in_place || (tile.channels >= tile_rows[0] && should_skip_border_taps(s));
+  // On a tile unit, the operands of each tap would have to be copied by themselves.
+  const bool skips = tile.channels >= tile_rows[0] && !uses_tiles<F>() && should_skip_border_taps(s);
+  const bool by_tap = in_place || skips;
+  // A tile unit reads the channels of a tap as they lie in a channels-last tile.
+  const bool tap_major = by_tap || uses_tiles<F>();
   const int64_t rows = tile.channels * s.tap_count, run_count = by_tap ? s.tap_count : 1;
   const int64_t* patch = patch_offsets(Scratch::a_offsets, w, s, tile.channels);
   int64_t* offsets = scratch<int64_t>(Scratch::row_offsets, rows);
   int64_t* targets = scratch<int64_t>(Scratch::target_rows, rows);
   for (int64_t i = 0; i < rows; ++i) {
-    const int64_t row = by_tap && !s.tap_by_tap ? i % tile.channels * s.tap_count + i / tile.channels : i;
+    const int64_t row = tap_major && !s.tap_by_tap ? i % tile.channels * s.tap_count + i / tile.channels : i;
     offsets[i] = patch[row], targets[i] = sum_rows[row];
   }
   const int64_t pixel_count = tile.images * tile.rows * s.out_width;
