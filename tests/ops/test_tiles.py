@@ -78,7 +78,7 @@ def memory(values: np.ndarray, addresses: np.ndarray) -> np.ndarray:
 
 
 def draw(random, width, a_layout, b_layout, rows, kc, vectors, *, values="normal", **options) -> Product:
-    """A product of runs with so many rows and steps each and vectors `width` lanes wide, with random values."""
+    """A product with random values: run i has rows[i] rows and kc[i] steps, and vectors are `width` lanes wide."""
     runs, a_offsets, first = [], [], 0
     b_offsets = B_LAYOUTS[b_layout](max(*kc, 1), vectors, width, random)[1]
     for m, n in zip(rows, kc, strict=True):

@@ -92,7 +92,8 @@ template <class T>
 bool is_worth_batch_lanes(const ConvProblem<T>& x, int64_t count);
 
 // Whether the channels are even and, for a tile unit, enough: a piece of K takes 32 terms, and with fewer than 16
-// channels it is copied from so many taps that to multiply single numbers costs no more (reasoned, not measured).
+// channels it is copied from three or more taps, after which multiplying single numbers costs no more (reasoned, not
+// measured).
 template <class T>
 bool could_multiply_pairs(const ConvProblem<T>& x) {
   const int64_t channels = x.input.channels;

@@ -128,7 +128,7 @@ struct Strip {
       const int64_t stride = here > 1 ? offset(1) - offset(0) : a_row;
       bool uniform = true;
       for (int64_t r = 1; r < here; ++r) uniform &= offset(r) - offset(r - 1) == stride;
-      // With such a stride the rows of a strip lie in so few sets of the L1 cache that they evict one another.
+      // With such a stride the rows of a strip share a few sets of the L1 cache, where they evict one another.
       const bool evicting = passes > 2 && stride % 2048 == 0;
       for (int64_t p = 0; p < pieces.count; ++p, copy += height * a_row) {
         const int64_t* steps = pieces.a_steps + p * piece;
@@ -215,7 +215,7 @@ void multiply_block(Unit& unit, const Strip& a, const Pieces& pieces, const int6
 template <class Unit>
 using Block = void (*)(Unit&, const Strip&, const Pieces&, const int64_t*, int64_t, float*);
 
-// The block of a strip of so many tiles of rows, `columns` vectors wide.
+// The function for a strip that is `tiles` tiles high and blocks that are `columns` vectors wide.
 template <class Unit>
 Block<Unit> block_of(int64_t tiles, int64_t columns) {
   constexpr Block<Unit> one[] = {multiply_block<Unit, 1, 1>, multiply_block<Unit, 1, 2>, multiply_block<Unit, 1, 3>,
