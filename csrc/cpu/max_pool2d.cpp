@@ -21,8 +21,8 @@ namespace {
 
 #ifdef CPU_CAPABILITY_AVX512
 void pool_2x2(const MaxPool2dShape& s, const float* input, float* output, uint8_t* argmax) {
-  at::parallel_for(0, s.N * s.C * s.OH, items_per_fork(s.OW / 4 + 1),
-                   [&](int64_t begin, int64_t end) { Windows2x2(s).rows(begin, end, input, output, argmax); });
+  parallel_for(s.N * s.C * s.OH, items_per_fork(s.OW / 4 + 1),
+               [&](int64_t begin, int64_t end) { Windows2x2(s).rows(begin, end, input, output, argmax); });
 }
 #endif
 

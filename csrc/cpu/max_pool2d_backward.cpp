@@ -29,7 +29,7 @@ namespace {
 template <class T, class Kernel>
 void run_rows(const MaxPool2dShape& s, int64_t rows, int64_t vectors, const Kernel& kernel, T* grad_input) {
   const int64_t windows_of_element = ceil_div(s.taps(), s.stride_h * s.stride_w);
-  at::parallel_for(0, rows, items_per_fork(vectors * (1 + windows_of_element)), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, items_per_fork(vectors * (1 + windows_of_element)), [&](int64_t begin, int64_t end) {
     const auto own = kernel;
     own.rows(begin, end, grad_input);
   });

@@ -13,6 +13,7 @@
 #include <algorithm>
 
 #include "runtime/algorithms.h"
+#include "runtime/parallel.h"
 #include "simd/mask_bits.h"
 
 namespace pyops::cpu {
@@ -67,7 +68,7 @@ void map_range(int64_t begin, int64_t end, L* output, const Inputs*... inputs) {
 
 template <auto f, class L, class... Inputs>
 void map(int64_t numel, L* output, const Inputs*... inputs) {
-  at::parallel_for(0, ceil_div(numel, block_elements), blocks_per_fork, [&](int64_t first_block, int64_t last_block) {
+  parallel_for(ceil_div(numel, block_elements), blocks_per_fork, [&](int64_t first_block, int64_t last_block) {
     map_range<f>(first_block * block_elements, std::min(last_block * block_elements, numel), output, inputs...);
   });
 }
@@ -77,7 +78,7 @@ void map(int64_t numel, L* output, const Inputs*... inputs) {
 template <class F>
 void for_each_word(int64_t numel, const F& f) {
   constexpr int64_t bits = 64;
-  at::parallel_for(0, ceil_div(numel, block_elements), blocks_per_fork, [&](int64_t first_block, int64_t last_block) {
+  parallel_for(ceil_div(numel, block_elements), blocks_per_fork, [&](int64_t first_block, int64_t last_block) {
     const int64_t end = std::min(last_block * block_elements, numel);
     for (int64_t i = first_block * block_elements; i < end; i += bits) f(i / bits, i, std::min(bits, end - i));
   });

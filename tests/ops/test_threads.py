@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from benched import DTYPES, every_shape
 from kernel_calls import CONV, POOL, WIDE_POOL, convolved, fused, images, multiplied, pooled, rectified
 from tensors import FLOATING, INTEGER, random
 
-from pyops import functional
+from pyops import _load, functional
 
 # Each case is large enough for seven threads, and its sizes are odd, so that the shares of the threads differ. If 49
 # images are split into blocks, one block is left for two or three threads to share, for every number of lanes.
@@ -90,6 +91,46 @@ def test_same_bits_on_benched_shapes(dtype, shape):
         expected = expected or bits
         for name, actual in bits.items():
             assert torch.equal(actual, expected[name]), f"{name} differs with {threads} threads"
+
+
+def simulated(call: Callable[[], object], threads: int):
+    """The call's result, the seconds of its kernels, and the tasks and the seconds of each part of each region."""
+    _load.cpu_module.simulate_threads(threads)
+    try:
+        return call(), *_load.cpu_module.simulated_regions()
+    finally:
+        _load.cpu_module.simulate_threads(0)
+
+
+@pytest.mark.parametrize("where", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_with_simulated_threads(case, dtype, where):
+    """There are more of them than the machine may have."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    expected = CASES[case](dtype, where)
+    for threads in (1, 5, 16, 64):
+        torch.manual_seed(0)
+        results, _, regions = simulated(lambda: CASES[case](dtype, where), threads)
+        assert all(torch.equal(*pair) for pair in zip(results, expected, strict=True))
+        assert threads > 1 or regions == []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "threads", "parts"), [(32, 4, 1), (33, 4, 2), (100, 4, 4), (288, 8, 8), (2049, 64, 63)]
+)
+def test_a_simulation_cuts_a_region_as_parallel_for_does(blocks, threads, parts):
+    """relu forks for each 32 blocks of 1024 elements."""
+    _, seconds, regions = simulated(lambda: functional.relu(torch.ones(1024 * blocks)), threads)
+    assert [(tasks, len(times)) for tasks, times in regions] == ([(blocks, parts)] if parts > 1 else [])
+    assert 0 < sum(sum(times) for _, times in regions) < seconds or parts == 1
+
+
+def test_a_simulation_ends():
+    simulated(lambda: functional.relu(torch.ones(1 << 20)), 4)
+    functional.relu(torch.ones(1 << 20))
+    assert _load.cpu_module.simulated_regions() == (0, [])
 
 
 def test_every_op_forks():

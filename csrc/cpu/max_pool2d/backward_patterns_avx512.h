@@ -52,7 +52,7 @@ class PatternBackward {
     const int64_t groups = ceil_div(elements, elements_), at_once = block_elements / elements_;
     // The groups with enough windows and elements after them to read whole vectors without counting what is left.
     const int64_t whole = std::clamp((windows - 16) / windows_, int64_t{0}, elements / elements_);
-    at::parallel_for(0, groups, items_per_fork(2 * count_), [&](int64_t begin, int64_t end) {
+    parallel_for(groups, items_per_fork(2 * count_), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i += at_once) {
         const int64_t last = std::min(i + at_once, end), last_whole = std::clamp(whole, i, last);
         for (const Pattern* p = patterns_; p < patterns_ + count_; ++p)

@@ -108,7 +108,7 @@ void backward_by_row_pairs(const MaxPool2dShape& s, const float* grad_output, co
                            float* grad_input) {
   const int64_t pairs = ceil_div(s.H, 2);
   const bool large = s.N * s.C * s.H * s.W * int64_t{sizeof(float)} > 4 << 20;  // larger than the caches
-  at::parallel_for(0, s.N * s.C * pairs, items_per_fork(2 * ceil_div(s.W, 16)), [&](int64_t begin, int64_t end) {
+  parallel_for(s.N * s.C * pairs, items_per_fork(2 * ceil_div(s.W, 16)), [&](int64_t begin, int64_t end) {
     const RowPair row_pair(s);
     int64_t plane = begin / pairs, y = begin % pairs;
     for (int64_t pair = begin; pair < end; ++pair) {

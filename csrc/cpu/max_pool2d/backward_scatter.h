@@ -34,7 +34,7 @@ class PlaneScatter {
 
   void run(const T* grad_output, const uint8_t* argmax, T* grad_input) const {
     const int64_t windows = s_.OH * s_.OW, elements = s_.H * s_.W;
-    at::parallel_for(0, s_.N * s_.C, items_per_fork((4 * windows + elements) / 16), [&](int64_t begin, int64_t end) {
+    parallel_for(s_.N * s_.C, items_per_fork((4 * windows + elements) / 16), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p)
         plane(grad_output + p * windows, argmax + p * windows, grad_input + p * elements);
     });
@@ -79,7 +79,7 @@ class PlaneScatter {
 template <class T, class A>
 void scatter(const MaxPool2dShape& s, const T* grad_output, const A* argmax, T* grad_input) {
   using C = Compute<T>;
-  at::parallel_for(0, s.N, items_per_fork(s.OH * s.OW * s.C / 2), [&](int64_t begin, int64_t end) {
+  parallel_for(s.N, items_per_fork(s.OH * s.OW * s.C / 2), [&](int64_t begin, int64_t end) {
     const Elements<A> elements(s, argmax, s.C, 1);
     const int64_t image_size = s.H * s.W * s.C;
     for (int64_t n = begin; n < end; ++n) {

@@ -90,8 +90,8 @@ class ChannelPool {
 
 template <class T, class A>
 void pool_channels(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
-  at::parallel_for(0, s.N * s.OH, items_per_fork(s.OW * ceil_div(s.C, lanes_of<T>) * s.taps()),
-                   [&](int64_t begin, int64_t end) { ChannelPool<T, A>(s, input).rows(begin, end, output, argmax); });
+  parallel_for(s.N * s.OH, items_per_fork(s.OW * ceil_div(s.C, lanes_of<T>) * s.taps()),
+               [&](int64_t begin, int64_t end) { ChannelPool<T, A>(s, input).rows(begin, end, output, argmax); });
 }
 
 }  // namespace pyops::cpu

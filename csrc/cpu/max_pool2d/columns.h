@@ -120,12 +120,12 @@ class ColumnPool {
 
 template <int64_t fixed_stride, int64_t fixed_kernel, class T, class A>
 void pool_columns(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
-  at::parallel_for(0, s.N * s.C * s.OH, items_per_fork(ceil_div(s.OW, lanes_of<T>) * s.taps()),
-                   [&](int64_t begin, int64_t end) {
-                     // Every chunk has its own copy, because a byte stored through argmax may alias any object that is
-                     // shared.
-                     ColumnPool<fixed_stride, fixed_kernel, T, A>(s, input).rows(begin, end, output, argmax);
-                   });
+  parallel_for(s.N * s.C * s.OH, items_per_fork(ceil_div(s.OW, lanes_of<T>) * s.taps()),
+               [&](int64_t begin, int64_t end) {
+                 // Every chunk has its own copy, because a byte stored through argmax may alias any object that is
+                 // shared.
+                 ColumnPool<fixed_stride, fixed_kernel, T, A>(s, input).rows(begin, end, output, argmax);
+               });
 }
 
 }  // namespace pyops::cpu

@@ -21,7 +21,7 @@ namespace {
 template <class F>
 void for_all_windows(const MaxPool2dShape& s, const void* argmax, int64_t pitch, int64_t channel_step, const F& f) {
   const auto run = [&](const auto* taps) {
-    at::parallel_for(0, s.N * s.OH, items_per_fork(s.OW * s.C), [&](int64_t begin, int64_t end) {
+    parallel_for(s.N * s.OH, items_per_fork(s.OW * s.C), [&](int64_t begin, int64_t end) {
       const Elements elements(s, taps, pitch, channel_step);
       for (int64_t row = begin; row < end; ++row) {
         const int64_t n = row / s.OH;

@@ -14,7 +14,7 @@ namespace pyops::cpu {
 template <class T, class A>
 void pool_windows(const MaxPool2dShape& s, const T* input, T* output, A* argmax) {
   using C = Compute<T>;
-  at::parallel_for(0, s.N * s.C * s.OH, items_per_fork(s.OW * s.taps()), [=](int64_t begin, int64_t end) {
+  parallel_for(s.N * s.C * s.OH, items_per_fork(s.OW * s.taps()), [=](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const T* const plane = input + row / s.OH * s.H * s.W;
       const int64_t h0 = row % s.OH * s.stride_h - s.padding_h;
@@ -55,7 +55,7 @@ void gather_windows(const MaxPool2dShape& s, const T* input, T* output, uint8_t*
   for (int64_t i = 0; i < planes_at_once * windows; ++i)
     firsts[i] = i / windows * plane + i % windows / s.OW * s.stride_h * s.W + i % s.OW * s.stride_w;
   const int64_t groups = s.N * s.C / planes_at_once, vectors = planes_at_once * windows / lanes;
-  at::parallel_for(0, groups, items_per_fork(4 * vectors * s.taps()), [=](int64_t begin, int64_t end) {
+  parallel_for(groups, items_per_fork(4 * vectors * s.taps()), [=](int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
       const T* const planes = input + group * planes_at_once * plane;
       for (int64_t v = 0; v < vectors; ++v) {

@@ -6,8 +6,26 @@
 #include <algorithm>
 
 #include "../common.h"
+#include "simulation.h"
 
 namespace pyops::cpu {
+
+// f(begin, end) for each thread's part of [0, count), as at::parallel_for. Every parallel region of the kernels passes
+// through here, and asks for the number of threads here, so that it can be simulated.
+template <class F>
+void parallel_for(int64_t count, int64_t grain, const F& f) {
+  if (simulation.is_on()) [[unlikely]]
+    return simulation.parallel_for(count, grain, f);
+  at::parallel_for(0, count, grain, f);
+}
+
+inline int64_t thread_count() {
+  return simulation.is_on() ? simulation.threads() : at::get_num_threads();
+}
+
+inline bool is_in_parallel_region() {
+  return simulation.is_in_region() || at::in_parallel_region();
+}
 
 // Work of fewer operations is not worth a fork of the threads.
 constexpr double fork_flops = 1 << 20;
@@ -18,7 +36,7 @@ inline int64_t tasks_worth(double flops) {
   return std::clamp(static_cast<int64_t>(flops / fork_flops), int64_t{1}, enough_tasks);
 }
 
-// The grain of at::parallel_for over items that are streamed rather than multiplied: how many of them are worth a fork.
+// The grain of parallel_for over items that are streamed rather than multiplied: how many of them are worth a fork.
 // `vectors` is the number of vectors that an item reads from cache, edges and loop control included.
 inline int64_t items_per_fork(int64_t vectors) {
   constexpr int64_t vectors_per_fork = 8192;  // fitted to measurements
@@ -28,7 +46,7 @@ inline int64_t items_per_fork(int64_t vectors) {
 // f(begin, end) for each thread's range of tasks; if there is little work, one thread takes them all.
 template <class F>
 void for_each_range(int64_t tasks, double flops, const F& f) {
-  at::parallel_for(0, tasks, flops < fork_flops ? tasks : 1, f);
+  parallel_for(tasks, flops < fork_flops ? tasks : 1, f);
 }
 
 // f(i) for every task.
@@ -59,7 +77,7 @@ class Team {
   template <class F>
   void share(const F& f) const {
     if (threads_ == 1) return f(Share{});
-    at::parallel_for(0, threads_, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(threads_, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) f(Share{i, threads_});
     });
   }
@@ -74,10 +92,10 @@ class Team {
 // task is shared.
 template <class F>
 void for_each_shared_task(int64_t tasks, double flops, const F& f) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = thread_count();
   const int64_t rest = tasks % threads;
   const bool worth = flops >= 0.25 * fork_flops * static_cast<double>(tasks * threads);  // for each share of a task
-  const int64_t alone = worth && 2 * rest <= threads && !at::in_parallel_region() ? tasks - rest : tasks;
+  const int64_t alone = worth && 2 * rest <= threads && !is_in_parallel_region() ? tasks - rest : tasks;
   for_each_task(alone, flops, [&](int64_t task) { f(task, Team(1)); });
   for (int64_t task = alone; task < tasks; ++task) f(task, Team(threads));
 }
