@@ -18,6 +18,7 @@ import harness  # noqa: E402
 import lenet  # noqa: E402
 import measure  # noqa: E402
 import ops  # noqa: E402
+import scaling  # noqa: E402
 import survey  # noqa: E402
 
 
@@ -86,6 +87,33 @@ def test_survey(tmp_path):
 def test_survey_ends_when_the_time_is_over():
     command = [sys.executable, BENCH / "survey.py", "--sample", "5", "--seconds", "0", "--op", "relu"]
     assert "The time is over" in subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_scaling(tmp_path):
+    command = [sys.executable, BENCH / "scaling.py", "--sample", "2", "--op", "relu", "linear", "--batch", "8"]
+    command += ["--pass", "forward", "--fork", "3.5", "--json", tmp_path / "results.json"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert "A fork and a barrier are taken to last 3.5 us." in printed
+    assert re.search(r"relu forward float32 +│ +2 │", printed)
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert report["fork, us"] == 3.5
+    assert len(report["results"]) == 4
+    for _, name, flops, algorithm, regions, tasks, efficiencies in report["results"]:
+        assert re.match(r"(relu|linear) 8x[\dx ]+ forward$", name)
+        assert (flops > 0) == name.startswith("linear")
+        assert algorithm
+        assert 0 <= regions <= tasks
+        assert list(efficiencies) == ["4", "8", "16", "64"]
+        assert min(efficiencies.values()) > 0
+
+
+def test_the_simulated_time_is_that_of_the_longest_parts():
+    first = scaling.Recording(serial=3, tasks=(9, 2), parts=((4, 1), (5, 5)))
+    recording = first.merged(scaling.Recording(serial=2, tasks=(9, 2), parts=((2, 3), (6, 4))))
+    assert recording == scaling.Recording(serial=2, tasks=(9, 2), parts=((2, 1), (5, 4)))
+    assert recording.seconds(fork=0.5) == 2 + (2 + 0.5) + (5 + 0.5)
+    result = scaling.Result("", ops.Case("relu", (8,)), 0, "relu", 2, 9, {1: 16, 4: 8})
+    assert result.efficiency(4) == 0.5
 
 
 def test_every_layer_of_the_survey_has_the_output_of_stock():
