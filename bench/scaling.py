@@ -5,10 +5,11 @@ The kernels cut their parallel regions as they would for that many threads, and 
 last as long as what lies outside of the regions, the longest part of each region, and a fork and a barrier for each.
 Ideally, n threads take an n-th of the time of one; the efficiency is that ideal time divided by the simulated one.
 
-Only the time of the kernels counts: not Python, autograd and allocation. The simulation leaves out what threads do to
-one another. They share the bandwidth of the memory and the L3 cache, the clock of a busy processor is lower, and an
-operand that one core has written is not in the cache of another. One core that computes all parts finds in its caches
-what earlier parts have read. So the efficiencies tell about the division of the work, and are an upper bound.
+Only the CPU time of the kernels counts: not Python, autograd and allocation, nor what else runs on the machine. The
+simulation leaves out what threads do to one another. They share the bandwidth of the memory and the L3 cache, the clock
+of a busy processor is lower, and an operand that one core has written is not in the cache of another. One core that
+computes all parts finds in its caches what earlier parts have read. So the efficiencies tell about the division of the
+work, and are an upper bound.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 // A simulation of more threads than the machine has, for bench/scaling.py. While it is on, a parallel region is cut as
 // at::parallel_for would cut it for that many threads, and one thread computes the parts in turn. The time of every
 // part is recorded, and so is that of the kernels as a whole: what a call would take with all of the threads is the
-// time outside of the regions, plus the longest part of each.
+// time outside of the regions, plus the longest part of each. It is the thread's CPU time, because other programs may
+// interrupt a part.
 //
 // A simulation is switched on for the whole process, and only one thread may call kernels meanwhile. No result differs.
 #pragma once
@@ -9,8 +10,8 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cstdint>
+#include <ctime>
 #include <vector>
 
 #include "../common.h"
@@ -19,8 +20,6 @@ namespace pyops::cpu {
 
 class Simulation {
  public:
-  using Clock = std::chrono::steady_clock;
-
   struct Region {
     int64_t tasks;
     std::vector<double> seconds;  // of each part
@@ -52,15 +51,17 @@ class Simulation {
     Region region{count, {}};
     region.seconds.reserve(threads_);
     for (int64_t begin = 0; begin < count; begin += part) {
-      const Clock::time_point start = Clock::now();
+      const double start = cpu_seconds();
       f(begin, std::min(begin + part, count));
-      region.seconds.push_back(seconds_since(start));
+      region.seconds.push_back(cpu_seconds() - start);
     }
     regions_.push_back(std::move(region));
   }
 
-  static double seconds_since(Clock::time_point start) {
-    return std::chrono::duration<double>(Clock::now() - start).count();
+  static double cpu_seconds() {
+    timespec time;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+    return static_cast<double>(time.tv_sec) + 1e-9 * static_cast<double>(time.tv_nsec);
   }
 
  private:
@@ -92,8 +93,8 @@ struct Recorded<kernel> {
 
  private:
   struct Timer {
-    ~Timer() { simulation.add_seconds(Simulation::seconds_since(start)); }
-    const Simulation::Clock::time_point start = Simulation::Clock::now();
+    ~Timer() { simulation.add_seconds(Simulation::cpu_seconds() - start); }
+    const double start = Simulation::cpu_seconds();
   };
 };
 
