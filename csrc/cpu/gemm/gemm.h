@@ -205,7 +205,7 @@ void gemm(int64_t parts, int64_t M, int64_t N, int64_t K, const Args& args) {
   const auto tasks = [&] { return parts * ceil_div(M, mc) * ceil_div(N, nc); };
   // One thread keeps the blocks whole. For several, an A that has to be packed is cut by rows first, because every
   // block of columns packs it again.
-  const int64_t wanted = at::get_num_threads() == 1 ? 1 : tasks_worth(flops);
+  const int64_t wanted = thread_count() == 1 ? 1 : tasks_worth(flops);
   const auto cut = [&](int64_t& size, int64_t smallest) {
     while (tasks() < wanted && size > smallest) size = ceil_div(size / 2, smallest) * smallest;
   };
