@@ -92,7 +92,7 @@ def test_survey_ends_when_the_time_is_over():
 def test_scaling(tmp_path):
     command = [sys.executable, BENCH / "scaling.py", "--sample", "2", "--op", "relu", "linear", "--batch", "8"]
     command += ["--pass", "forward", "--fork", "3.5", "--json", tmp_path / "results.json"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert "A fork and a barrier are taken to last 3.5 us." in printed
     assert re.search(r"relu forward float32 +│ +2 │", printed)
     report = json.loads((tmp_path / "results.json").read_text())
