@@ -1,7 +1,7 @@
 // Working memory of the CPU kernels. Each thread has one buffer per use, which only grows, so that nothing is allocated
-// after the first calls. Sizes are bounded by the block sizes of gemm.h and conv2d/input_tile.h, by kept_bytes of gemm.h
-// for the panels that it keeps, by two megabytes for CHWN blocks, by the size of a weight, and (image_sums, planes) by
-// the size of an image.
+// after the first calls. Sizes are bounded by the block sizes of gemm.h and conv2d/input_tile.h, by kept_bytes of
+// gemm.h for the panels that it keeps, by two megabytes for CHWN blocks, by the size of a weight, and (image_sums,
+// planes) by the size of an image.
 #pragma once
 
 #include <cstdint>
