@@ -45,7 +45,7 @@ TORCHS_OWN = re.compile(
     "There were no tensor arguments"
     "|but instead found type '(Fake)?Tensor'"  # a tensor of one value converts to a number if it has a value
     "|must be Tensor, not None"  # in inference mode the kernel reports an undefined tensor instead
-    "|Expected IntList but got GenericList|_local_scalar_dense|storage of BatchedTensorImpl"  # likewise
+    "|Expected IntList but got GenericList|_local_scalar_dense|storage of (BatchedTensorImpl|TensorWrapper)"  # likewise
     "|isIntegral\\( false\\)"  # a tensor of booleans is no list of numbers, which torch asserts
     "|autocast::prioritize"  # the message of a refusal shows a tensor of 8-bit floats, which fails under autocast
     "|cannot be represented as a SymInt"  # a huge number is checked if it is a plain integer
