@@ -14,7 +14,6 @@ work, and are an upper bound.
 
 import argparse
 import json
-import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -23,17 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import LARGEST_ERROR, environment
-from ops import PASSES, Case
+from harness import environment
+from ops import Case
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
-from survey import BATCHES, OPS, WORST, draw, is_feasible
+from survey import BATCHES, WORST, add_sample_options, draw, is_feasible, within
 
 from pyops import _load
 
 THREADS = (4, 8, 16, 64)
-# Cases of at least so many operations ought to be this efficient with this many threads.
+# Cases with at least LARGE operations should reach LEAST_EFFICIENCY on GATED_THREADS threads.
 LARGE, LEAST_EFFICIENCY, GATED_THREADS = 50e6, 0.8, 16
 FORK_MICROSECONDS = 2.0
 LEAST_ROUNDS, CASE_SECONDS = 5, 0.5  # of CPU time
@@ -87,15 +85,8 @@ def main() -> None:
     console = Console(width=165)
     report = environment() | {"seed": args.seed, "fork, us": args.fork}
     console.print_json(data=report)
-    results = []
-    end = time.monotonic() + args.seconds
     torch.set_num_threads(1)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for network, case in progress.track(cases):
-            if time.monotonic() > end:
-                console.print("The time is over: the rest of the sample is left out.")
-                break
-            results.append(simulate(network, case, 1e-6 * args.fork))
+    results = [simulate(network, case, 1e-6 * args.fork) for network, case in within(args.seconds, cases, console)]
     console.print(f"A fork and a barrier are taken to last {args.fork} us.")
     console.print(summary(results))
     console.print(worst(results))
@@ -105,13 +96,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Simulate layers of many networks with more threads than cores.")
-    parser.add_argument("--sample", type=int, default=50, metavar="N", help="cases of each op and pass (default: 50)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="end after so long, whatever is left")
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
-    parser.add_argument("--pass", dest="timed", nargs="+", choices=PASSES, default=PASSES)
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in LARGEST_ERROR]
-    parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["float32"], help="default: float32")
+    add_sample_options(parser)
     batches = ", ".join(map(str, BATCHES))
     parser.add_argument(
         "--batch", type=int, metavar="N", help=f"of all cases (default: {batches}, drawn for each case)"
@@ -159,7 +144,7 @@ def simulate(network: str, case: Case, fork: float) -> Result:
 
 
 def record(call: Any, threads: int) -> Recording:
-    """Runs a call with so many simulated threads."""
+    """Runs the call once while the kernels simulate this number of threads."""
     _load.cpu_module.simulate_threads(threads)
     try:
         call()

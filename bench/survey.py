@@ -68,13 +68,8 @@ def main() -> None:
     report = environment() | {"seed": args.seed}
     console.print_json(data=report)
     results = []
-    end = time.monotonic() + args.seconds
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        for network, case in progress.track(cases):
-            if time.monotonic() > end:
-                console.print("The time is over: the rest of the sample is left out.")
-                break
-            results += time_case(network, case, args.threads)
+    for network, case in within(args.seconds, cases, console):
+        results += time_case(network, case, args.threads)
     console.print(summary(results))
     console.print(worst(results))
     if args.json:
@@ -86,6 +81,15 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     threads = sorted({1, torch.get_num_threads()})
     parser = argparse.ArgumentParser(description="Time layers of many networks, and random ones, against stock torch.")
+    add_sample_options(parser)
+    parser.add_argument("--threads", type=int, nargs="+", default=threads, help="default: 1, all")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times and what they were measured on")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distribution of the ratios of each op")
+    return parser.parse_args()
+
+
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that select the cases."""
     parser.add_argument("--sample", type=int, default=50, metavar="N", help="cases of each op and pass (default: 50)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: 0)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="end after so long, whatever is left")
@@ -93,10 +97,17 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pass", dest="timed", nargs="+", choices=PASSES, default=PASSES)
     dtypes = [str(dtype).removeprefix("torch.") for dtype in LARGEST_ERROR]
     parser.add_argument("--dtype", nargs="+", choices=dtypes, default=["float32"], help="default: float32")
-    parser.add_argument("--threads", type=int, nargs="+", default=threads, help="default: 1, all")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times and what they were measured on")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the distribution of the ratios of each op")
-    return parser.parse_args()
+
+
+def within(seconds: float, cases: Sequence[tuple[str, Case]], console: Console) -> Iterator[tuple[str, Case]]:
+    """Yields the cases until the time is over, and shows how far it has come."""
+    end = time.monotonic() + seconds
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        for each in progress.track(cases):
+            if time.monotonic() > end:
+                console.print("The time is over: the rest of the sample is left out.")
+                return
+            yield each
 
 
 def layers() -> list[Layer]:
